@@ -1,0 +1,54 @@
+# `make demo`, `make test` and `make check` each make .venv and install into it first; nothing but make and
+# Python 3.11 or newer has to be there. Another interpreter: `make setup PYTHON=python3.12`.
+# A machine with its own torch (a GPU container, a cluster module): `SYSTEM_TORCH=1 make setup` keeps it.
+
+PYTHON ?= python3
+SYSTEM_TORCH ?= $(if $(wildcard .venv/.installed-system-torch),1)
+
+own_torch := $(filter 1,$(SYSTEM_TORCH))
+stamp := .venv/.installed$(if $(own_torch),-system-torch)
+in_venv := PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+export OMP_NUM_THREADS ?= 1
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.venv/torch_extensions
+ifeq ($(wildcard /dev/nvidia[0-9]*),)
+export DS_ACCELERATOR ?= cpu
+endif
+
+.PHONY: setup demo test check
+
+setup: $(stamp)
+
+demo: $(stamp)
+	$(in_venv) bash launchers/demo.sh
+
+test: $(stamp)
+	$(in_venv) python -m pytest
+
+check: $(stamp)
+	$(in_venv) ruff check .
+	$(in_venv) ruff format --check .
+	$(in_venv) mypy
+	$(in_venv) shellcheck launchers/*.sh .ci/run
+	$(in_venv) codespell
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fdscale needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V); say: make setup PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(if $(own_torch),--system-site-packages) .venv
+
+ifeq ($(own_torch),)
+$(stamp): pyproject.toml constraints.txt | .venv/bin/pip
+	.venv/bin/python -m pip install --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+else
+# The torch that is there becomes a constraint itself, so that no dependency can replace it.
+$(stamp): pyproject.toml constraints.txt | .venv/bin/pip
+	@grep -q 'include-system-site-packages = true' .venv/pyvenv.cfg || \
+	  { echo ".venv was made without the system's torch: remove it, then SYSTEM_TORCH=1 make setup" >&2; exit 1; }
+	.venv/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/constraints.txt || \
+	  { echo "SYSTEM_TORCH=1, but $(PYTHON) has no torch" >&2; exit 1; }
+	grep -v -E '^(torch|torchvision)==' constraints.txt >> .venv/constraints.txt
+	.venv/bin/python -m pip install --constraint .venv/constraints.txt --editable '.[demo,dev]'
+	touch $@
+endif
