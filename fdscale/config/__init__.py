@@ -1,0 +1,1 @@
+"""Every setting, typed, frozen and strict; recipes, DeepSpeed JSONs and their errors. No torch in here."""

@@ -1,0 +1,34 @@
+"""The two errors a user is told about: one mistake, or every problem of a recipe at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in full: what, where, got, allowed, next step."""
+
+
+class SettingsError(UserError):
+    """Every problem of a recipe, an override or a DeepSpeed JSON, one line each."""
+
+    problems: list[str]
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        assert problems, "a SettingsError without a problem"
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The suggestion that ends an error: `"; did you mean 'x'?"`, or `""` when nothing known is close.
+
+    For dotted paths the last part decides as well: `lr` is close to `optim.lr`.
+    """
+    names = list(known)
+    close = get_close_matches(word, names, n=1, cutoff=0.6)
+    if not close:
+        last_parts = {name.rsplit(".", 1)[-1]: name for name in reversed(names)}
+        close = [last_parts[part] for part in get_close_matches(word.rsplit(".", 1)[-1], last_parts, 1, 0.75)]
+    return f"; did you mean {close[0]!r}?" if close else ""

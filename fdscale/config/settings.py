@@ -1,0 +1,171 @@
+"""Every setting of a run, typed, frozen and strict; its defaults are those of the official implementation.
+
+The recipe says what is learned, the DeepSpeed JSON how it fits, the launcher where it runs: a number has one
+home, so batch per rank, precision and ranks are absent here. Modules take plain numbers, never these objects.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, StringConstraints(min_length=1)]
+Geometry = dict[str, int | float | list[int]]
+
+
+def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < pair[0] <= pair[1]:
+        raise ValueError("two ascending positive numbers")
+    return pair
+
+
+def _ascending_fractions(pair: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < pair[0] <= pair[1] <= 1:
+        raise ValueError("two ascending fractions above 0 and up to 1")
+    return pair
+
+
+def _zero_is_none(value: object) -> object:
+    return None if value == 0 and type(value) is int else value  # TOML cannot write None
+
+
+# strict=False on pairs only: TOML has arrays, no tuples
+Ratios = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ascending)]
+Fractions = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ascending_fractions)]
+Betas = Annotated[tuple[Rate, Rate], Field(strict=False)]
+
+
+class Settings(BaseModel):
+    """Frozen, refuses unknown keys, wrong types (an int is a float, nothing else is coerced), inf and nan."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StudentSettings(Settings):
+    """The network that learns; `geometry` overrides single numbers of the named one."""
+
+    name: Name
+    image_size: Positive | None = None
+    drop_path: Rate = 0.0
+    activation_checkpointing: Literal["none", "blocks"] = "none"
+    geometry: Geometry = {}
+    weights: Name | None = None
+
+
+class TeacherSettings(Settings):
+    """The frozen network; `weights` None is the table's pretrained tag, `"random"`, or a local file."""
+
+    name: Name
+    weights: Name | None = None
+    image_size: Positive | None = None
+    geometry: Geometry = {}
+    after_norm: bool = True
+
+
+class TargetSettings(Settings):
+    """How teacher tokens become the target: grids matched, prefix tokens (CLS) kept or dropped, whitened."""
+
+    grid: Literal["exact", "pool", "interpolate"] = "exact"
+    prefix_tokens: Literal["keep", "drop"] = "keep"
+    whiten: bool = True
+
+
+class LossSettings(Settings):
+    """Smooth-L1 with the paper's beta."""
+
+    beta: Annotated[float, Field(gt=0)] = 2.0
+
+
+class DataSettings(Settings):
+    """Training shards, the images of one step over all ranks, and the augmentation."""
+
+    shards: Name
+    global_batch: Positive
+    crop_scale: Fractions = (0.08, 1.0)
+    crop_ratio: Ratios = (3 / 4, 4 / 3)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    flip: Fraction = 0.5
+    workers: Count = 2
+    max_bad_ratio: Fraction = 0.01
+
+
+class OptimSettings(Settings):
+    """AdamW under a linear warm-up and a cosine; the three rates are for `reference_batch` images.
+
+    They scale linearly with the global batch (official implementation); `reference_batch = 0` or, in Python,
+    None takes them as they stand. `clip = 0` switches clipping off.
+    """
+
+    lr: Annotated[float, Field(gt=0)]
+    warmup_lr: NonNegative = 0.0
+    min_lr: NonNegative = 0.0
+    reference_batch: Annotated[Positive | None, BeforeValidator(_zero_is_none)] = 512
+    warmup_epochs: NonNegative = 0.0
+    weight_decay: NonNegative = 0.05
+    betas: Betas = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    clip: NonNegative = 3.0
+
+
+class EvalSettings(Settings):
+    """Held-out shards, steps between evaluations (0: only at the end), neighbours of the k-NN (0: off)."""
+
+    shards: Name | None = None
+    every: Count = 0
+    knn: Count = 20
+
+
+class CheckpointSettings(Settings):
+    """Steps between checkpoints, and how many complete ones are kept."""
+
+    every: Positive = 1000
+    keep: Positive = 2
+
+
+class LogSettings(Settings):
+    """Steps between log lines; the Prometheus endpoint listens on loopback unless told otherwise."""
+
+    every: Positive = 10
+    prometheus_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    prometheus_host: Name = "127.0.0.1"
+
+
+class RunSettings(Settings):
+    """What every program needs. `max_steps` stops earlier and leaves the schedule as it is."""
+
+    program: str
+    run_dir: Name | None = None
+    deepspeed: Name
+    epochs: Annotated[float, Field(gt=0)]
+    max_steps: Positive | None = None
+    seed: Count = 0
+    student: StudentSettings
+    data: DataSettings
+    optim: OptimSettings
+    eval: EvalSettings = EvalSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    log: LogSettings = LogSettings()
+
+
+class DistillSettings(RunSettings):
+    """Feature distillation: a teacher, how its tokens become the target, and the loss."""
+
+    program: Literal["distill"]
+    teacher: TeacherSettings
+    target: TargetSettings = TargetSettings()
+    loss: LossSettings = LossSettings()
+
+
+class FinetuneSettings(RunSettings):
+    """Supervised fine-tuning; `labelled` trains on the first samples of the order only."""
+
+    program: Literal["finetune"]
+    classes: Annotated[int, Field(ge=2)]
+    label_smoothing: Rate = 0.0
+    labelled: Positive | None = None
