@@ -1,0 +1,91 @@
+"""Random resized crop and flip, drawn only from (seed, sample key, view): the same image on any rank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+TRIES = 10
+WORD = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What one view of an image is drawn from: area share, width/height ratio, filter, chance of a flip."""
+
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    interpolation: Literal["bilinear", "bicubic"]
+    flip: float
+
+
+def augment(
+    image: Image.Image, key: int, view: int, seed: int, size: int, augmentation: Augmentation
+) -> NDArray[np.uint8]:
+    """One random view of an RGB image, uint8 (3, size, size).
+
+    RandomResizedCrop and horizontal flip are all there is (official implementation, which distils without
+    colour jitter, RandAugment, mixup or erasing); nobody normalises here. `view` is the epoch.
+    """
+    draw = _generator(key, view, seed)
+    flip = draw.random() < augmentation.flip
+    box = _crop_box(image.width, image.height, augmentation.crop_scale, augmentation.crop_ratio, draw)
+    crop = image.crop(box).resize((size, size), FILTERS[augmentation.interpolation])
+    return _channels_first(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop)
+
+
+def centre_crop(image: Image.Image, size: int, interpolation: Literal["bilinear", "bicubic"]) -> NDArray[np.uint8]:
+    """The evaluation view, uint8 (3, size, size): shorter side to size * 256/224, then the centre.
+
+    Rounded as torchvision's Resize and CenterCrop do, and as the official implementation evaluates.
+    """
+    shorter = size * 256 // 224
+    width, height = (shorter * side // min(image.size) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    resized = image.resize((width, height), FILTERS[interpolation])
+    return _channels_first(resized.crop((left, top, left + size, top + size)))
+
+
+def _generator(key: int, view: int, seed: int) -> np.random.Generator:
+    """Counter-based: (seed, key) is the Philox key, the view a word of its counter, so nothing overlaps."""
+    counter = np.array([0, 0, view, 0], dtype=np.uint64)
+    words = np.array([seed & WORD, key & WORD], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=words, counter=counter))
+
+
+def _crop_box(
+    width: int,
+    height: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    draw: np.random.Generator,
+) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) by torchvision's rule: ten tries of (area, log ratio), then the centre."""
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(TRIES):
+        area = width * height * draw.uniform(*scale)
+        aspect = math.exp(draw.uniform(*log_ratio))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = int(draw.integers(width - crop_width + 1))
+            top = int(draw.integers(height - crop_height + 1))
+            return left, top, left + crop_width, top + crop_height
+    return _centre_box(width, height, ratio)
+
+
+def _centre_box(width: int, height: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+    """The largest centred box whose ratio is allowed: torchvision's fallback for very long images."""
+    crop_width = min(width, max(1, round(height * ratio[1])))
+    crop_height = min(height, max(1, round(width / ratio[0])))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

@@ -1,0 +1,85 @@
+"""Image bytes out of the shards by (offset, size), decoded to RGB; a bad image is replaced and named."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import NamedTuple
+
+from PIL import Image
+
+from fdscale.config.errors import UserError
+from fdscale.data.index import Index
+
+OPEN_SHARDS = 128  # per process: a data set of thousands of shards must not run into the limit on open files
+LONGEST_BAD_RUN = 1000  # bad samples in a row that are skipped in search of a replacement
+
+
+class BadImage(Exception):
+    """The bytes of one sample are no image: truncated, of no known format, or a decompression bomb."""
+
+
+class Decoded(NamedTuple):
+    """An RGB image, the number of the sample it came from, and the name of the bad sample it replaces."""
+
+    image: Image.Image
+    sample: int
+    bad: str | None
+
+
+class ImageReader:
+    """Reads and decodes single samples of an index.
+
+    Shards are opened on first use, so each worker process has file descriptors of its own, and read with
+    `pread`, which moves no shared file position.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self._open: dict[int, int] = {}
+
+    def decode(self, sample: int) -> Image.Image:
+        """The sample's RGB image; raises BadImage where it cannot be decoded."""
+        data = self._read(sample)
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                return image.convert("RGB")
+        except Exception as error:  # PIL's plugins raise anything on garbage; the caller counts and names it
+            raise BadImage(f"{self.index.name(sample)} ({type(error).__name__}: {error})") from error
+
+    def decode_or_next(self, sample: int) -> Decoded:
+        """The sample's image, or that of the next decodable sample of the data set (cyclic)."""
+        bad = None
+        for step in range(min(LONGEST_BAD_RUN, len(self.index))):
+            candidate = (sample + step) % len(self.index)
+            try:
+                return Decoded(self.decode(candidate), candidate, bad)
+            except BadImage as error:
+                bad = bad or str(error)
+        raise UserError(
+            f"no image can be decoded in {self.index.folder} from {bad} on (tried {step + 1}); "
+            "the shards are damaged: copy or pack them again, then run 'fdscale shards index'"
+        )
+
+    def close(self) -> None:
+        """Close this process's file descriptors; a later read opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _read(self, sample: int) -> bytes:
+        row = self.index.samples[sample]
+        shard, size, offset = int(row["shard"]), int(row["size"]), int(row["offset"])
+        try:
+            return os.pread(self._descriptor(shard), size, offset)
+        except OSError as error:
+            path = self.index.shard_path(shard)
+            raise UserError(f"cannot read shard {path}: {error}; check the file and its disk") from error
+
+    def _descriptor(self, shard: int) -> int:
+        descriptor = self._open.pop(shard, None)
+        if descriptor is None:
+            descriptor = os.open(self.index.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
+        self._open[shard] = descriptor  # last in the dict: most recently used
+        if len(self._open) > OPEN_SHARDS:
+            os.close(self._open.pop(next(iter(self._open))))
+        return descriptor

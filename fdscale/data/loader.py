@@ -1,0 +1,206 @@
+"""This rank's micro batches on its device: of a range of training steps, or of a whole evaluation set."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from fdscale.config.errors import UserError
+from fdscale.data.augment import Augmentation
+from fdscale.data.batches import PADDING, Batch, EvalBatches, Request, TrainBatches
+from fdscale.data.index import Index
+from fdscale.data.order import GlobalOrder, accumulation_steps
+
+__all__ = ["Batch", "EvalLoader", "TrainLoader", "check_bad_ratio"]
+
+# Forking starts a worker at once and shares the index and the parent's pages; spawn and forkserver import
+# torch again in each (seconds and 300 MB). It is safe here: a worker decodes with PIL and NumPy and touches
+# neither CUDA nor OpenMP, the two things that do not survive a fork beside torch's threads.
+START_METHOD = "fork"
+
+
+class TrainLoader:
+    """Training micro batches of one rank: it takes rows r*G/W .. (r+1)*G/W of each global batch, in order.
+
+    The same bytes for any number of workers, and the same global batch for any world size.
+    `data_wait_seconds` (time spent waiting for micro batches) and `bad_samples` count upwards over the
+    loader's life, on this rank.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        order: GlobalOrder,
+        rank: int,
+        world_size: int,
+        micro_batch: int,
+        image_size: int,
+        augmentation: Augmentation,
+        seed: int,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        assert order.n_samples == len(index), "the order belongs to another index"
+        self.accumulation = accumulation_steps(order.global_batch, world_size, micro_batch)
+        self.data_wait_seconds = 0.0
+        self.bad_samples = 0
+        self._order = order
+        self._rank = rank
+        self._micro_batch = micro_batch
+        batches = TrainBatches(index, image_size, augmentation, seed)
+        self._feed = _Feed(batches, workers, device, rank, world_size)
+
+    def steps(self, first_step: int, last_step: int) -> Iterator[list[Batch]]:
+        """For each step of [first_step, last_step): this rank's `accumulation` micro batches, in order."""
+        batches = self._feed.batches(self._requests(first_step, last_step))
+        for _ in range(first_step, last_step):
+            start = time.perf_counter()
+            step = [next(batches) for _ in range(self.accumulation)]
+            self.data_wait_seconds += time.perf_counter() - start
+            self.bad_samples += sum(len(batch.bad) for batch in step)
+            yield step
+
+    def _requests(self, first_step: int, last_step: int) -> Iterator[Request]:
+        first_row = self._rank * self.accumulation * self._micro_batch
+        for step in range(first_step, last_step):
+            samples = self._order.batch(step)
+            for micro in range(self.accumulation):
+                start = first_row + micro * self._micro_batch
+                rows = slice(start, start + self._micro_batch)
+                yield Request(samples[rows], self._order.epoch(step), rows)
+
+
+class EvalLoader:
+    """Every sample of an index once, centre-cropped, in equally many equally large batches on every rank.
+
+    Rank r of W takes rows r*B .. (r+1)*B of each run of W*B samples; the last run is padded (`Batch.valid`).
+    An undecodable sample becomes a padding row and is named in `Batch.bad`.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        rank: int,
+        world_size: int,
+        batch_size: int,
+        image_size: int,
+        interpolation: Literal["bilinear", "bicubic"],
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        self._samples = len(index)
+        self._rows = slice(rank * batch_size, (rank + 1) * batch_size)
+        self._together = world_size * batch_size
+        self._feed = _Feed(EvalBatches(index, image_size, interpolation), workers, device, rank, world_size)
+
+    def __len__(self) -> int:
+        """Batches of each rank."""
+        return -(-self._samples // self._together)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._feed.batches(self._requests())
+
+    def _requests(self) -> Iterator[Request]:
+        for start in range(0, self._samples, self._together):
+            samples = np.arange(start, start + self._together)
+            samples[samples >= self._samples] = PADDING
+            yield Request(samples[self._rows], 0, self._rows)
+
+
+class _Feed:
+    """Requests in, micro batches on the device out, through DataLoader workers that stay for all of them."""
+
+    def __init__(
+        self,
+        dataset: TrainBatches | EvalBatches,
+        workers: int,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._dataset = dataset
+        self._workers = workers
+        self._device = device
+        self._where = f"rank {rank} of {world_size}"
+        self._exiting = multiprocessing.get_context(START_METHOD).RawValue(ctypes.c_bool, False)
+        # Registered after multiprocessing's exit handler, hence run before that one stops and joins workers.
+        atexit.register(setattr, self._exiting, "value", True)
+
+    def batches(self, requests: Iterator[Request]) -> Iterator[Batch]:
+        try:
+            for batch in _quiet_iterator(self._loader(requests)):
+                yield batch.to(self._device)
+        except UserError as error:  # out of a worker it comes wrapped in the text of a traceback
+            raise UserError(f"{self._where}: {str(error).rpartition('UserError: ')[2].strip()}") from error
+        except (RuntimeError, ConnectionError) as error:
+            if not (isinstance(error, ConnectionError) or str(error).startswith("DataLoader worker")):
+                raise
+            raise RuntimeError(
+                f"{self._where}: a data worker of {self._workers} died ({error}); the usual cause is too "
+                "little memory or /dev/shm: lower data.workers or the micro batch and start again"
+            ) from error
+        finally:
+            self._dataset.reader.close()
+
+    def _loader(self, requests: Iterator[Request]) -> DataLoader[Batch]:
+        return DataLoader(
+            self._dataset,
+            batch_size=None,  # one item is one micro batch already
+            sampler=requests,
+            num_workers=self._workers,
+            collate_fn=_as_it_is,
+            pin_memory=self._device.type == "cuda",
+            multiprocessing_context=START_METHOD if self._workers else None,
+            worker_init_fn=partial(_leave_signals_to_the_rank, self._exiting),
+            generator=torch.Generator(),  # else DataLoader draws a seed from the rank's generator
+        )
+
+
+def check_bad_ratio(bad: int, samples: int, max_ratio: float, names: Sequence[str]) -> None:
+    """Raise UserError when more than `max_ratio` of a data set's samples were undecodable in one epoch."""
+    if bad <= max_ratio * samples:
+        return
+    shown = "".join(f"\n  {name}" for name in names[:10])
+    raise UserError(
+        f"{bad} of {samples} samples cannot be decoded ({bad / samples:.2%}); allowed: {max_ratio:.2%} "
+        f"(data.max_bad_ratio); repair or leave out these images, or raise the limit:{shown}"
+    )
+
+
+def _quiet_iterator(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """A dead worker is told by the next batch only.
+
+    torch's SIGCHLD handler would raise wherever the rank is by then: within a checkpoint, or a collective.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    return iterator
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _leave_signals_to_the_rank(exiting: ctypes.c_bool, worker: int) -> None:
+    """In a worker: stop signals reach whole process groups (SLURM, Ctrl-C), but the rank finishes its step.
+
+    So a worker outlives them and ends with its loader; only the SIGTERM that multiprocessing sends at the
+    rank's exit counts.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if exiting.value else None)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
+
+from fdscale.data.augment import Augmentation, _centre_box, _crop_box, _generator, augment, centre_crop
+
+PAPER = Augmentation(crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), interpolation="bilinear", flip=0.5)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**64 - 1), st.integers(0, 500), st.integers(0, 99))
+def test_a_view_is_a_pure_function_of_seed_key_and_view(width, height, key, view, seed):
+    image = noise(width, height)
+    first = augment(image, key, view, seed, 8, PAPER)
+    assert first.shape == (3, 8, 8)
+    assert first.dtype == np.uint8
+    assert np.array_equal(first, augment(image, key, view, seed, 8, PAPER))
+
+
+def test_seed_key_and_view_each_change_the_view():
+    image = noise(40, 30)
+    views = [augment(image, *numbers, 16, PAPER) for numbers in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1))]
+    assert len({view.tobytes() for view in views}) == 4
+
+
+def test_numpy_still_draws_the_recorded_crop():
+    box = _crop_box(500, 375, (0.08, 1.0), (3 / 4, 4 / 3), _generator(12345, 6, 7))
+    assert box == (21, 6, 486, 362)
+
+
+def test_crop_is_the_whole_image_when_nothing_is_left_to_draw():
+    image = noise(24, 24)
+    pixels = np.asarray(image).transpose(2, 0, 1)
+    plain = Augmentation((1.0, 1.0), (1.0, 1.0), "bicubic", flip=0.0)
+    mirrored = Augmentation((1.0, 1.0), (1.0, 1.0), "bicubic", flip=1.0)
+    assert np.array_equal(augment(image, 5, 0, 0, 24, plain), pixels)
+    assert np.array_equal(augment(image, 5, 0, 0, 24, mirrored), pixels[:, :, ::-1])
+
+
+def test_half_of_the_views_are_flipped():
+    image = noise(8, 8)
+    whole = Augmentation((1.0, 1.0), (1.0, 1.0), "bilinear", flip=0.5)
+    plain = np.asarray(image).transpose(2, 0, 1)
+    same = sum(np.array_equal(augment(image, key, 0, 0, 8, whole), plain) for key in range(400))
+    assert 160 < same < 240
+
+
+@pytest.mark.parametrize("size", [(100, 60), (60, 100), (64, 64), (150, 60)])
+def test_crop_boxes_are_distributed_as_torchvisions(size):
+    width, height = size
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
+    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(4000)])
+    boxes = [_crop_box(width, height, scale, ratio, _generator(key, 0, 0)) for key in range(4000)]
+    ours = np.array([(top, left, bottom - top, right - left) for left, top, right, bottom in boxes])
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, :2] + ours[:, 2:] <= (height, width)).all()
+    spread = theirs.std(axis=0)
+    assert np.abs(ours.mean(axis=0) - theirs.mean(axis=0)) == pytest.approx(0, abs=0.1 * spread.max())
+    assert ours.std(axis=0) == pytest.approx(spread, rel=0.06)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_the_fallback_is_torchvisions_centre_box(width, height):
+    scale, ratio = [1e9, 1e9], [3 / 4, 4 / 3]  # no try can fit
+    top, left, crop_height, crop_width = RandomResizedCrop.get_params(torch.empty(3, height, width), scale, ratio)
+    if crop_width and crop_height:
+        assert _centre_box(width, height, (3 / 4, 4 / 3)) == (left, top, left + crop_width, top + crop_height)
+    assert _crop_box(width, height, (1e9, 1e9), (3 / 4, 4 / 3), _generator(0, 0, 0)) == _centre_box(
+        width, height, (3 / 4, 4 / 3)
+    )
+
+
+@pytest.mark.parametrize("size", [(100, 60), (61, 97), (110, 64), (32, 32), (7, 9)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_centre_crop_is_torchvisions_resize_and_centre_crop(size, interpolation):
+    image = noise(*size)
+    resampling = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
+    expected = CenterCrop(28)(Resize(32, interpolation=resampling.value)(image))
+    assert np.array_equal(centre_crop(image, 28, interpolation), np.asarray(expected).transpose(2, 0, 1))

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from fdscale.config.errors import UserError
+from fdscale.data.images import ImageReader
+from fdscale.data.index import Index
+from fdscale.data.pack import pack_digits, pack_folder
+
+
+def images(index: Index) -> dict[str, tuple[bytes, int]]:
+    """Member name -> encoded bytes and label."""
+    found = {}
+    for sample, row in enumerate(index.samples):
+        data = index.shard_path(int(row["shard"])).read_bytes()
+        found[index.name(sample).split(":")[1]] = (
+            data[row["offset"] : row["offset"] + row["size"]],
+            int(row["label"]),
+        )
+    return found
+
+
+@pytest.fixture
+def class_folders(tmp_path: Path, png) -> Path:
+    source = tmp_path / "source"
+    for number in range(7):
+        folder = source / ("dog" if number % 2 else "cat/inner")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"i{number}.PNG").write_bytes(png(number))
+    (source / "README.txt").write_text("no image")
+    (source / ".thumbnails").mkdir()
+    (source / ".thumbnails/t.png").write_bytes(png(0))
+    return source
+
+
+def test_class_folders_give_sorted_labels_and_keep_the_bytes(class_folders, png, tmp_path):
+    index = pack_folder(class_folders, tmp_path / "out", samples_per_shard=3)
+    assert index.classes == ("cat", "dog")
+    assert [shard.samples for shard in index.shards] == [3, 3, 1]
+    expected = {f"cat/inner/i{n}.png": (png(n), 0) for n in (0, 2, 4, 6)}
+    assert images(index) == expected | {f"dog/i{n}.png": (png(n), 1) for n in (1, 3, 5)}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *(f"shard-{number:05d}.tar" for number in range(3)),
+        "index.json",
+        "samples.npy",
+        "classes.json",
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+
+
+def test_webdataset_reads_what_is_packed(class_folders, png, tmp_path):
+    pack_folder(class_folders, tmp_path / "out", samples_per_shard=99)
+    samples = list(webdataset.WebDataset(str(tmp_path / "out/shard-00000.tar"), shardshuffle=False))
+    assert {sample["__key__"]: (sample["png"], sample["cls"]) for sample in samples}["dog/i3"] == (
+        png(3),
+        b"1",
+    )
+
+
+def test_a_flat_folder_has_no_labels_and_other_formats_become_png(tmp_path, png):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.b.webp").write_bytes(b"kept, decodable or not")
+    bitmap = Image.open(io.BytesIO(png(1)))
+    bitmap.save(source / "c.bmp")
+    index = pack_folder(source, tmp_path / "out", samples_per_shard=10)
+    assert index.classes is None
+    packed = images(index)
+    assert packed["a_b.webp"] == (b"kept, decodable or not", -1)
+    decoded = Image.open(io.BytesIO(packed["c.png"][0]))
+    assert (decoded.format, np.asarray(decoded).tolist()) == ("PNG", np.asarray(bitmap).tolist())
+
+
+def test_packing_twice_gives_the_same_bytes(class_folders, tmp_path):
+    pack_folder(class_folders, tmp_path / "one", samples_per_shard=4)
+    pack_folder(class_folders, tmp_path / "two", samples_per_shard=4)
+    pack_folder(class_folders, tmp_path / "other", samples_per_shard=4, seed=1)
+    one, two, other = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two", "other")
+    )
+    assert one == two
+    assert one != other
+
+
+@pytest.mark.parametrize("taken", ["shard-00000.tar", "index.json", "notes.txt"])
+def test_an_output_that_holds_anything_is_left_as_it_is(class_folders, tmp_path, taken):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / taken).write_text("mine")
+    with pytest.raises(UserError, match=r"out (already holds shards|is not an empty folder); nothing was written"):
+        pack_folder(class_folders, output, samples_per_shard=3)
+    assert {path.name: path.read_text() for path in output.iterdir()} == {taken: "mine"}
+
+
+def test_an_empty_output_folder_is_filled(class_folders, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert len(pack_folder(class_folders, tmp_path / "out", samples_per_shard=3)) == 7
+
+
+@pytest.mark.parametrize("target", ["file", "folder"])
+def test_links_out_of_the_source_are_refused(class_folders, tmp_path, png, target):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.png").write_bytes(png(9))
+    link = class_folders / "dog" / ("link.png" if target == "file" else "link")
+    link.symlink_to(outside / "secret.png" if target == "file" else outside)
+    with pytest.raises(UserError, match=r"link"):
+        pack_folder(class_folders, tmp_path / "out", samples_per_shard=3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_inside_the_source_is_packed(class_folders, tmp_path, png):
+    (class_folders / "dog/again.png").symlink_to(class_folders / "cat/inner/i2.PNG")
+    packed = images(pack_folder(class_folders, tmp_path / "out", samples_per_shard=30))
+    assert packed["dog/again.png"] == (png(2), 1)
+
+
+def test_two_images_of_one_key_are_named(class_folders, tmp_path, png):
+    (class_folders / "dog/i1.jpg").write_bytes(png(1))
+    with pytest.raises(UserError, match=r"i1\.PNG and .*i1\.jpg.* would both have the key 'dog/i1'|i1\.jpg and"):
+        pack_folder(class_folders, tmp_path / "out", samples_per_shard=3)
+
+
+def test_sources_that_cannot_be_packed(class_folders, tmp_path, png):
+    output = tmp_path / "out"
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        pack_folder(tmp_path / "nowhere", output, 3)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no image among 0 files; allowed: jpg, jpeg"):
+        pack_folder(tmp_path / "empty", output, 3)
+    with pytest.raises(UserError, match="samples_per_shard is 0"):
+        pack_folder(class_folders, output, 0)
+    (class_folders / "stray.png").write_bytes(png(8))
+    with pytest.raises(UserError, match=r"holds 1 images itself and 7 in sub-folders"):
+        pack_folder(class_folders, output, 3)
+    assert not output.exists()
+
+
+def test_a_failure_half_way_leaves_nothing_behind(class_folders, tmp_path):
+    (class_folders / "dog/broken.bmp").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"broken\.bmp cannot be decoded"):
+        pack_folder(class_folders, tmp_path / "out", samples_per_shard=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_digits(tmp_path):
+    train, test = (pack_digits(tmp_path / split, split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (1348, 449)
+    assert len(train.shards) == len(test.shards) == 4
+    assert train.classes == tuple("0123456789")
+    assert not set(train.samples["key"].tolist()) & set(test.samples["key"].tolist())
+    assert np.bincount(test.samples["label"]).min() > 30
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    assert test.samples["label"].tolist() == digits.target[3::4].tolist()
+    reader = ImageReader(test)
+    pixels = np.asarray(reader.decode(5), dtype=float)
+    reader.close()
+    assert pixels.shape == (32, 32, 3)
+    blocks = pixels[..., 0].reshape(8, 4, 8, 4).mean((1, 3))
+    assert np.corrcoef(blocks.ravel(), digits.images[5 * 4 + 3].ravel())[0, 1] > 0.95
+
+
+def test_digits_without_scikit_learn(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(UserError, match=r'pip install "fdscale\[demo\]"'):
+        pack_digits(tmp_path / "out", "train")
