@@ -1,0 +1,1 @@
+"""Student networks: a torch-free table of geometries, and their builders."""

@@ -1,0 +1,185 @@
+"""SwinV2 up to SwinV2-G, on timm's: the published extra norms, the paper's initialisation, fp32 attention logits.
+
+This file needs torch and timm alone: an export of a student with extra norms carries a copy of it.
+Sources: Swin Transformer V2 (arXiv 2111.09883), sections 3.2-3.5, and the official feature-distillation code.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block, WindowAttention
+from torch import Tensor, nn
+
+POSITION_BIAS_HIDDEN = 512
+MAX_LOGIT_SCALE = math.log(100.0)  # SwinV2 clamps the temperature at 0.01
+RESIDUAL_NORM_WEIGHT = 1e-5  # blocks start as (almost) the identity; timm starts at 0, which has no gradient path
+
+
+class Linear32(nn.Linear):
+    """A linear layer that computes in fp32 whatever its weights' type and the surrounding autocast."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(input.float(), self.weight.float(), bias)
+
+
+class CosineWindowAttention(WindowAttention):
+    """timm's SwinV2 window attention with logits, position bias and softmax in fp32.
+
+    Under `bf16.enabled` the engine casts parameters alone: the log-spaced coordinates stay fp32, so the
+    position bias network must compute in fp32 too.
+    """
+
+    def __init__(self, dim: int, window_size: tuple[int, int], num_heads: int) -> None:
+        super().__init__(dim, window_size, num_heads)
+        hidden = POSITION_BIAS_HIDDEN
+        self.cpb_mlp = nn.Sequential(Linear32(2, hidden), nn.ReLU(), Linear32(hidden, num_heads, bias=False))
+
+    def position_bias(self) -> Tensor:
+        """The continuous relative position bias, fp32 (H, N, N), in (0, 16)."""
+        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
+        tokens = self.window_size[0] * self.window_size[1]
+        bias = table[self.relative_position_index.view(-1)].view(tokens, tokens, -1)
+        return 16 * torch.sigmoid(bias.permute(2, 0, 1).contiguous())
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention inside each window: (windows * B, N, C) -> the same shape; `mask` is (windows, N, N)."""
+        rows, tokens, _ = x.shape
+        bias = torch.cat((self.q_bias, self.k_bias.to(self.q_bias.dtype), self.v_bias))
+        qkv = F.linear(x, self.qkv.weight, bias)
+        q, k, v = qkv.reshape(rows, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = self._weights(q, k, mask).to(v.dtype)
+        return self.proj((weights @ v).transpose(1, 2).reshape(rows, tokens, -1))
+
+    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            logits = F.normalize(q.float(), dim=-1) @ F.normalize(k.float(), dim=-1).transpose(-2, -1)
+            logits = logits * self.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp() + self.position_bias()
+            if mask is not None:
+                by_image = logits.view(-1, mask.shape[0], *logits.shape[1:])
+                logits = (by_image + mask.float()[:, None]).view(logits.shape)
+            return logits.softmax(dim=-1)
+
+
+class SwinV2Block(SwinTransformerV2Block):
+    """timm's residual post-norm block, with an optional norm on the main branch after both residual sums."""
+
+    def __init__(self, like: SwinTransformerV2Block, extra_norm: bool) -> None:
+        super().__init__(
+            like.dim,
+            like.input_resolution,
+            like.num_heads,
+            like.window_size,
+            like.shift_size,
+            mlp_ratio=like.mlp_ratio,
+            drop_path=getattr(like.drop_path1, "drop_prob", 0.0),
+        )
+        self.attn = CosineWindowAttention(like.dim, like.attn.window_size, like.num_heads)
+        self.enorm = nn.LayerNorm(like.dim) if extra_norm else nn.Identity()  # the official name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, h, w, C) -> the same shape."""
+        return self.enorm(super().forward(x))
+
+
+class SwinV2(SwinTransformerV2):
+    """SwinV2 with an extra norm after every `extra_norm_period`-th block of each stage (0: none).
+
+    Images (B, 3, H, W), normalised, -> maps (B, H/32, W/32, 8C) after the final norm.
+    Built on the meta device and initialised once: a 3-billion-parameter network is not drawn twice.
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        embed_dim: int,
+        depths: tuple[int, ...],
+        num_heads: tuple[int, ...],
+        window_size: int,
+        patch_size: int = 4,
+        extra_norm_period: int = 0,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        with torch.device("meta"):
+            super().__init__(
+                img_size,
+                patch_size,
+                num_classes=0,
+                global_pool="",
+                embed_dim=embed_dim,
+                depths=tuple(depths),
+                num_heads=tuple(num_heads),
+                window_size=window_size,
+                mlp_ratio=mlp_ratio,
+                drop_path_rate=drop_path_rate,
+            )
+            self._use_own_blocks(extra_norm_period)
+        if torch.device(device).type != "meta":
+            self.to_empty(device=device)
+            self.init_buffers()
+            self.init_weights()
+
+    def _use_own_blocks(self, period: int) -> None:
+        for stage in self.layers:
+            for index, block in enumerate(stage.blocks):
+                stage.blocks[index] = SwinV2Block(block, extra_norm=bool(period) and (index + 1) % period == 0)
+
+    def init_buffers(self) -> None:
+        """Compute every buffer (coordinates, indices, masks): none of them is in a state dict."""
+        for module in self.modules():
+            if hasattr(module, "init_non_persistent_buffers"):
+                module.init_non_persistent_buffers()
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """The paper's initialisation, from torch's CPU generator (official `swin_transformer_v2.py`).
+
+        Linear and convolution weights: truncated normal, std 0.02; the l-th block's `proj` and `fc2` divided by
+        sqrt(2 l); residual norms' weights 1e-5; logit scale log 10.
+        """
+        if self.norm.weight.is_meta:  # timm's constructor asks too early
+            return
+        self.apply(_init_module)
+        blocks = [block for stage in self.layers for block in stage.blocks]
+        for number, block in enumerate(blocks, start=1):
+            _init_block(block, number)
+
+
+@torch.no_grad()
+def _init_module(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)  # torch's: timm's returns -100 sigma now and then
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def _init_block(block: SwinV2Block, number: int) -> None:
+    nn.init.constant_(block.attn.logit_scale, math.log(10.0))
+    nn.init.zeros_(block.attn.q_bias)
+    nn.init.zeros_(block.attn.v_bias)
+    for norm in (block.norm1, block.norm2):
+        nn.init.constant_(norm.weight, RESIDUAL_NORM_WEIGHT)
+    for layer in (block.attn.proj, block.mlp.fc2):
+        layer.weight.div_(math.sqrt(2.0 * number))
+
+
+def load(folder: str | Path, **changes: object) -> SwinV2:
+    """The exported student in `folder` (`config.json`, `model.safetensors`), in evaluation mode."""
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    arguments = json.loads((folder / "config.json").read_text())["model_args"]
+    model = SwinV2(**{**arguments, **changes})
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    return model.eval()

@@ -1,0 +1,57 @@
+"""The ViT student: timm's Beit with one relative position bias shared by all blocks, and the paper's initialisation."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from timm.models.beit import Beit
+from torch import nn
+
+from fdscale.students.geometry import ViTGeometry
+
+
+def build_vit(geometry: ViTGeometry, drop_path: float, device: str = "cpu") -> Beit:
+    """A ViT whose forward returns all tokens (B, 1 + h*w, C) after the final norm (method, section 1.2)."""
+    with torch.device(device):
+        backbone = Beit(
+            img_size=geometry.image_size,
+            patch_size=geometry.patch_size,
+            num_classes=0,
+            global_pool="",
+            embed_dim=geometry.embed_dim,
+            depth=geometry.depth,
+            num_heads=geometry.num_heads,
+            mlp_ratio=geometry.mlp_ratio,
+            drop_path_rate=drop_path,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            init_values=geometry.init_values,
+            use_abs_pos_emb=False,
+            use_shared_rel_pos_bias=True,
+        )
+    if device != "meta":
+        init_weights(backbone)
+    return backbone
+
+
+@torch.no_grad()
+def init_weights(backbone: Beit) -> None:
+    """The official initialisation, from torch's CPU generator.
+
+    Linear layers, the patch convolution and the CLS token: normal, std 0.02, cut at one sigma; then the i-th
+    block's `proj` and `fc2` divided by sqrt(2 i). Position biases start at zero.
+    """
+    for module in backbone.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            _cut_normal(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    _cut_normal(backbone.cls_token)
+    for number, block in enumerate(backbone.blocks, start=1):
+        for layer in (block.attn.proj, block.mlp.fc2):
+            layer.weight.div_(math.sqrt(2.0 * number))
+
+
+def _cut_normal(weight: torch.Tensor) -> None:
+    nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
