@@ -1,0 +1,1 @@
+"""Feature distillation itself: targets, loss and the module that is trained."""
