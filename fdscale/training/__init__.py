@@ -1,0 +1,1 @@
+"""The machinery of every program: engine, loop, checkpoints, run directory, metrics."""

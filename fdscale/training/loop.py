@@ -1,0 +1,181 @@
+"""The one training loop: every program is a caller of `fit`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fdscale.cluster.ranks import StopSignals
+from fdscale.data.batches import Batch
+from fdscale.data.loader import check_bad_ratio
+from fdscale.training.checkpoint import Checkpoints
+from fdscale.training.engine import Connection, set_learning_rate
+from fdscale.training.metrics import Sinks
+from fdscale.training.optim import Schedule
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+BatchTerms = Callable[["DeepSpeedEngine", Batch, int], dict[str, Tensor]]
+
+
+class Loader(Protocol):
+    """Batches of this rank: one list of micro batches a step."""
+
+    data_wait_seconds: float
+
+    def steps(self, first: int, last: int) -> Iterator[list[Batch]]: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When what happens, in steps: the run ends at `last`; 0 as a cadence means never in between."""
+
+    last: int
+    steps_per_epoch: int
+    global_batch: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    samples: int
+    max_bad_ratio: float
+
+
+@dataclass
+class Progress:
+    """What the loop must know to go on: saved with every checkpoint, equal on all ranks.
+
+    `step` is also the position in the data: the order of samples is a pure function of it.
+    """
+
+    step: int = 0
+    bad_samples: int = 0
+    bad_this_epoch: int = 0
+
+    @classmethod
+    def resumed(cls, state: Mapping[str, Any] | None) -> Progress:
+        """From the state of a loaded checkpoint (which also holds DeepSpeed's own entries); None: a fresh start."""
+        return cls(**{name: state[name] for name in vars(cls())}) if state else cls()
+
+
+@dataclass
+class Meter:
+    """Wall-clock since the last row of metrics."""
+
+    step: int
+    waited: float
+    since: float = field(default_factory=time.perf_counter)
+
+    def row(self, plan: Plan, step: int, waited: float) -> dict[str, float]:
+        """Throughput and waiting since the last row, and the time left at that pace."""
+        steps = step - self.step
+        seconds = (time.perf_counter() - self.since) / steps
+        return {
+            "step_seconds": seconds,
+            "images_per_second": plan.global_batch / seconds,
+            "data_wait_seconds": (waited - self.waited) / steps,
+            "eta_seconds": seconds * (plan.last - step),
+        }
+
+
+def fit(
+    engine: DeepSpeedEngine,
+    batch_terms: BatchTerms,
+    loader: Loader,
+    schedule: Schedule,
+    plan: Plan,
+    connection: Connection,
+    checkpoints: Checkpoints,
+    sinks: Sinks,
+    progress: Progress,
+    evaluate: Callable[[], dict[str, float]] | None,
+) -> bool:
+    """Train from `progress` to `plan.last`; True when done, False when stopped by a signal.
+
+    `batch_terms(engine, micro_batch, step)` says what one batch means: it returns `loss` and what is measured.
+    On SIGTERM or SIGUSR1 the step is finished and committed before the loop ends.
+    """
+    meter = Meter(progress.step, loader.data_wait_seconds)
+    with StopSignals() as stop:
+        for micro_batches in loader.steps(progress.step, plan.last):
+            rate = schedule.for_step(progress.step)
+            terms = train_step(engine, batch_terms, micro_batches, progress.step, rate)
+            progress.step += 1
+            stopping = _agree(connection, stop.requested, micro_batches, progress, plan)
+            logging = progress.step == 1 or _due(progress.step, plan.log_every, plan) or stopping
+            if logging:
+                row = _row(engine, terms, progress, plan, rate)
+                sinks.write(progress.step, row | meter.row(plan, progress.step, loader.data_wait_seconds))
+            if evaluate and _due(progress.step, plan.eval_every, plan):
+                sinks.write(progress.step, evaluate())
+            if _due(progress.step, plan.checkpoint_every, plan) or stopping:
+                _save(engine, checkpoints, progress, sinks)
+            if logging:  # after what is no training: its time is no step's
+                meter = Meter(progress.step, loader.data_wait_seconds)
+            if stopping:
+                sinks.say(f"stopped by a signal after step {progress.step}; the same command goes on from there")
+                return progress.step == plan.last
+    return True
+
+
+def train_step(
+    engine: DeepSpeedEngine, batch_terms: BatchTerms, micro_batches: Iterable[Batch], step: int, rate: float
+) -> dict[str, Tensor]:
+    """One optimizer step over this rank's micro batches; returns their mean terms, still on the device."""
+    engine.train()
+    set_learning_rate(engine, rate)
+    terms = []
+    for batch in micro_batches:
+        of_batch = batch_terms(engine, batch, step)
+        engine.backward(of_batch["loss"])
+        engine.step()
+        terms.append({name: value.detach() for name, value in of_batch.items()})
+    return {name: torch.stack([of_batch[name] for of_batch in terms]).mean() for name in terms[0]}
+
+
+def _due(step: int, every: int, plan: Plan) -> bool:
+    return step == plan.last or (every > 0 and step % every == 0)
+
+
+def _agree(connection: Connection, stop: bool, batches: list[Batch], progress: Progress, plan: Plan) -> bool:
+    """Whether any rank was asked to stop; counts bad samples of all ranks and raises when there are too many."""
+    names = [name for batch in batches for name in batch.bad]
+    flags = torch.tensor([int(stop), len(names)])
+    dist.all_reduce(flags, group=connection.control)
+    stopping, bad = flags.tolist()
+    if (progress.step - 1) % plan.steps_per_epoch == 0:
+        progress.bad_this_epoch = 0
+    progress.bad_samples += bad
+    progress.bad_this_epoch += bad
+    check_bad_ratio(progress.bad_this_epoch, plan.samples, plan.max_bad_ratio, names)
+    return stopping > 0
+
+
+def _row(
+    engine: DeepSpeedEngine, terms: dict[str, Tensor], progress: Progress, plan: Plan, rate: float
+) -> dict[str, float]:
+    """This step's values over all ranks. The only place of the loop that waits for the device."""
+    values = torch.stack(list(terms.values()))
+    dist.all_reduce(values)
+    means = dict(zip(terms, (values / dist.get_world_size()).tolist(), strict=True))
+    norm = engine.get_global_grad_norm()
+    return {
+        **means,
+        "grad_norm": float("nan") if norm is None else float(norm),
+        "lr": rate,
+        "epoch": progress.step / plan.steps_per_epoch,
+        "images": progress.step * plan.global_batch,
+        "bad_samples_total": progress.bad_samples,
+    }
+
+
+def _save(engine: DeepSpeedEngine, checkpoints: Checkpoints, progress: Progress, sinks: Sinks) -> None:
+    began = time.perf_counter()
+    checkpoints.save(engine, progress.step, vars(progress))
+    sinks.write(progress.step, {"checkpoint_seconds": time.perf_counter() - began})

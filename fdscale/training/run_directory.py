@@ -1,0 +1,111 @@
+"""The run directory: what ran is kept there, and only the same run may go on in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tomllib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fdscale.config.errors import UserError
+from fdscale.config.recipe import to_toml
+from fdscale.config.settings import RunSettings
+
+# What may change between two starts of one run; everything else decides what is learned.
+MAY_CHANGE = {
+    "run_dir": "the folder may be moved or named in another way",
+    "epochs": "upward: more of the same",
+    "max_steps": "where to stop this time",
+    "data.workers": "how many processes decode",
+    "data.max_bad_ratio": "how many undecodable images are tolerated",
+    "eval.every": "cadence",
+    "checkpoint.every": "cadence",
+    "checkpoint.keep": "retention",
+    "log.every": "cadence",
+    "log.prometheus_port": "where metrics are served",
+    "log.prometheus_host": "where metrics are served",
+}
+MAY_CHANGE_IN_JSON = {"train_micro_batch_size_per_gpu": "the global batch stays: accumulation changes with it"}
+PACKAGES = ("fdscale", "torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "fairscale", "webdataset")
+
+
+class RunDirectory:
+    """Paths of a run, and whether it is new, goes on, or is complete."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.recipe, self.deepspeed = folder / "recipe.toml", folder / "deepspeed.json"
+        self.metrics, self.checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+        self.student = folder / "student.safetensors"
+        self.complete_marker = folder / "complete.json"
+
+    def completed_steps(self) -> int | None:
+        """The step at which this run was completed, or None."""
+        return json.loads(self.complete_marker.read_text())["step"] if self.complete_marker.exists() else None
+
+    def check(self, settings: RunSettings, deepspeed_json: Mapping[str, Any]) -> None:
+        """Raise UserError, with the differences, when the folder holds something else than this run."""
+        if not self.recipe.exists():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise UserError(f"run_dir: {self.folder} is not empty and not a run; name a new folder with run_dir=…")
+            return
+        before, now = tomllib.loads(self.recipe.read_text()), tomllib.loads(to_toml(settings))
+        problems = differences(before, now, MAY_CHANGE)
+        json_before = json.loads(self.deepspeed.read_text()) if self.deepspeed.exists() else deepspeed_json
+        problems += differences(json_before, deepspeed_json, MAY_CHANGE_IN_JSON)
+        if now["epochs"] < before["epochs"]:
+            problems.append(f"epochs: {before['epochs']} there, {now['epochs']} now; it may only grow")
+        if problems:
+            listed = "\n  ".join(problems)
+            raise UserError(
+                f"run_dir: {self.folder} holds another run:\n  {listed}\nname a new folder with run_dir=…, "
+                "or take these changes back"
+            )
+
+    def record(self, settings: RunSettings, deepspeed_json: Mapping[str, Any]) -> None:
+        """Write what runs: recipe, DeepSpeed JSON, versions; the recipe last, since it makes the folder a run."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_text(self.deepspeed, json.dumps(deepspeed_json, indent=2) + "\n")
+        write_text(self.folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
+        write_text(self.recipe, to_toml(settings))
+
+    def mark_complete(self, step: int) -> None:
+        """Say that the run is done and its student file is whole."""
+        write_text(self.complete_marker, json.dumps({"step": step}) + "\n")
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Mapping[str, str]) -> list[str]:
+    """Settings whose values differ and may not: 'dotted.path: X there, Y now'."""
+    old, new = flatten(before), flatten(now)
+    changed = [path for path in sorted(old.keys() | new.keys()) if old.get(path) != new.get(path)]
+    return [
+        f"{path}: {old.get(path, 'unset')!r} there, {new.get(path, 'unset')!r} now"
+        for path in changed
+        if path not in allowed
+    ]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as {dotted path: value}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat.update(flatten(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    found = {distribution.name: distribution.version for distribution in metadata.distributions()}
+    return {"python": platform.python_version(), **{name: found.get(name, "absent") for name in PACKAGES}}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text)
+    os.replace(beside, path)

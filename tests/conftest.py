@@ -1,0 +1,131 @@
+"""Fixtures for every room: warm ranks, started once per session, and small data."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKER = Path(__file__).parent / "rank_worker.py"
+REPOSITORY = WORKER.parent.parent
+
+
+class RankFailure(AssertionError):
+    """A test function raised on a rank; the text is that rank's traceback."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher would set for one rank of one CPU machine."""
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+    }
+
+
+class Ranks:
+    """Worker processes that joined one process group; they serve every test of the session."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._pipes: list[Connection] = []
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float = 200) -> list[Any]:
+        """`function(connection, *arguments)` on every rank at once; the results in rank order.
+
+        `function` is a top-level function of a test file, called with the rank's `Connection` first.
+        """
+        if not self._pipes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send_bytes(pickle.dumps((inspect.getfile(function), function.__name__, arguments)))
+        return self._answers(timeout)
+
+    def _answers(self, timeout: float) -> list[Any]:
+        deadline, waiting = time.monotonic() + timeout, dict(enumerate(self._pipes))
+        results: dict[int, Any] = {}
+        while waiting:
+            for rank, pipe in list(waiting.items()):
+                if pipe.poll(0.01):
+                    ok, results[rank] = pickle.loads(pipe.recv_bytes())
+                    del waiting[rank]
+                    if not ok and waiting:
+                        deadline = min(deadline, time.monotonic() + 10)  # its peers may wait for it for ever
+            if waiting and time.monotonic() > deadline:
+                self.stop()
+                raise RankFailure(f"ranks {sorted(waiting)} gave no answer; others: {results}")
+            failures = [text for text in results.values() if isinstance(text, str) and "Traceback" in text]
+            if failures and not waiting:
+                raise RankFailure("\n".join(failures))
+        return [results[rank] for rank in range(self.world_size)]
+
+    def _start(self) -> None:
+        port = free_port()
+        with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/ranks", family="AF_UNIX") as listener:
+            for rank in range(self.world_size):
+                command = [sys.executable, str(WORKER), listener.address]
+                environment = rank_environment(rank, self.world_size, port)
+                self._processes.append(subprocess.Popen(command, env=environment, cwd=tempfile.gettempdir()))
+                self._pipes.append(listener.accept())
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        self._processes, self._pipes = [], []
+
+
+def _warm(world_size: int) -> Iterator[Ranks]:
+    ranks = Ranks(world_size)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Ranks]:
+    """Two warm CPU ranks."""
+    yield from _warm(2)
+
+
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[Ranks]:
+    """One warm CPU rank, for what needs an engine but no peer."""
+    yield from _warm(1)
+
+
+@pytest.fixture(scope="session")
+def environment_of_rank() -> Callable[[int, int, int], dict[str, str]]:
+    """`rank_environment`, for tests that start real ranks of their own."""
+    return rank_environment
+
+
+@pytest.fixture(scope="session")
+def port() -> Callable[[], int]:
+    """`free_port`, likewise."""
+    return free_port

@@ -1,0 +1,46 @@
+"""One warm rank: joins the process group once, then runs test functions until its pytest session ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import sys
+import traceback
+from multiprocessing.connection import Client, Connection
+from types import ModuleType
+
+MODULES: dict[str, ModuleType] = {}
+
+
+def module_at(path: str) -> ModuleType:
+    """The test file as a module, loaded once per rank."""
+    if path not in MODULES:
+        name = "on_rank_" + str(len(MODULES))
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        MODULES[path] = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(MODULES[path])
+    return MODULES[path]
+
+
+def serve(pytest_session: Connection) -> None:
+    """Run what is asked for, one function at a time, and answer with its result or its traceback."""
+    from fdscale.cluster.ranks import rank_from_environment
+    from fdscale.training.engine import connect
+
+    connection = connect(rank_from_environment(os.environ))
+    # plain pickle: multiprocessing's own would send tensors as shared memory, which the receiver cannot open
+    while True:
+        path, function, arguments = pickle.loads(pytest_session.recv_bytes())
+        try:
+            answer = (True, getattr(module_at(path), function)(connection, *arguments))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        pytest_session.send_bytes(pickle.dumps(answer))
+
+
+if __name__ == "__main__":
+    with Client(sys.argv[1], family="AF_UNIX") as to_pytest:
+        serve(to_pytest)

@@ -1,0 +1,184 @@
+"""A checkpoint is believed only when every byte of it is there, and a resumed run is the undisturbed one."""
+
+from __future__ import annotations
+
+import random
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fdscale.config.errors import UserError
+from fdscale.training.checkpoint import Checkpoints, random_state, restore_random_state
+from fdscale.training.engine import Connection, start_engine
+from fdscale.training.manifest import MANIFEST, damage, describe, files_of, read_manifest, write_manifest, writer_of
+from fdscale.training.optim import adamw, parameter_groups
+
+
+def small_engine(stage: int, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+    optimizer = adamw(parameter_groups(module, 0.05, ()), 1e-2, (0.9, 0.999), 1e-8)
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    return start_engine(module, optimizer, {"train_micro_batch_size_per_gpu": 4, "zero_optimization": zero}, 1, 1.0)
+
+
+def steps(engine: Any, first: int, last: int) -> list[float]:
+    losses = []
+    for step in range(first, last):
+        inputs = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        loss = engine(inputs).square().mean() * (1 + 0.1 * torch.rand(()))  # draws from this rank's generator
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss))
+    return losses
+
+
+def resumed_curve(connection: Connection, folder: str, stage: int) -> dict[str, list[float]]:
+    """Six steps undisturbed; and three, a checkpoint, a new engine with other weights, three more."""
+    checkpoints = Checkpoints(Path(folder), connection, keep=2)
+    torch.manual_seed(connection.rank.rank)
+    engine = small_engine(stage)
+    torch.manual_seed(connection.rank.rank)
+    before = steps(engine, 0, 3)
+    checkpoints.save(engine, 3, {"step": 3})
+    undisturbed = before + steps(engine, 3, 6)
+    engine.destroy()
+    other = small_engine(stage, seed=99)
+    state = checkpoints.load(other)
+    assert state is not None
+    resumed = before + steps(other, state["step"], 6)
+    other.destroy()
+    return {"undisturbed": undisturbed, "resumed": resumed}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resuming_continues_bit_for_bit_with_every_ranks_generator(stage: int, tmp_path: Path, two_ranks: Any) -> None:
+    found = two_ranks(resumed_curve, str(tmp_path), stage)
+    assert all(rank["resumed"] == rank["undisturbed"] for rank in found)
+    assert found[0]["undisturbed"] != found[1]["undisturbed"]
+
+
+def save_steps(connection: Connection, folder: str, saved: list[int]) -> None:
+    checkpoints, engine = Checkpoints(Path(folder), connection, keep=2), small_engine(3)
+    for step in saved:
+        checkpoints.save(engine, step, {"step": step})
+    engine.destroy()
+
+
+def loaded_step(connection: Connection, folder: str) -> Any:
+    engine = small_engine(3)
+    state = Checkpoints(Path(folder), connection, keep=2).load(engine)
+    engine.destroy()
+    return state and state["step"]
+
+
+def test_the_newest_complete_checkpoint_is_taken_and_older_ones_are_pruned(tmp_path: Path, two_ranks: Any) -> None:
+    two_ranks(save_steps, str(tmp_path), [1, 2, 3])
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000002", "step_00000003"]
+    assert two_ranks(loaded_step, str(tmp_path)) == [3, 3]
+
+
+@pytest.mark.parametrize("harm", ["no manifest", "flipped byte", "missing file", "short file"])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(harm: str, tmp_path: Path, two_ranks: Any) -> None:
+    two_ranks(save_steps, str(tmp_path), [1, 2])
+    newest = tmp_path / "step_00000002"
+    victim = next(newest.glob("*rank_1*optim_states.pt"))
+    if harm == "no manifest":
+        (newest / MANIFEST).unlink()
+    elif harm == "flipped byte":
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    elif harm == "missing file":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[:-1])
+    assert two_ranks(loaded_step, str(tmp_path)) == [1, 1]
+
+
+def test_nothing_is_loaded_from_an_empty_folder(tmp_path: Path, two_ranks: Any) -> None:
+    assert two_ranks(loaded_step, str(tmp_path)) == [None, None]
+
+
+def save_with_no_room(connection: Connection, folder: str) -> str:
+    """The second save meets a limit of 1,000 bytes a file, which the system enforces as it would a full disk."""
+    engine, checkpoints = small_engine(3), Checkpoints(Path(folder), connection, keep=2)
+    checkpoints.save(engine, 1, {"step": 1})
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+    try:
+        checkpoints.save(engine, 2, {"step": 2})
+    except UserError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        engine.destroy()
+    return "saved"
+
+
+def test_a_failed_write_leaves_the_previous_checkpoint_and_says_so(tmp_path: Path, two_ranks: Any) -> None:
+    for rank, message in enumerate(two_ranks(save_with_no_room, str(tmp_path))):
+        assert message.startswith(f"rank {rank} could not write {tmp_path / 'step_00000002'}")
+        assert "step_00000001 is intact" in message
+        assert "free" in message
+    assert two_ranks(loaded_step, str(tmp_path)) == [1, 1]
+
+
+def other_world(connection: Connection, folder: str) -> str:
+    try:
+        loaded_step(connection, folder)
+    except UserError as error:
+        return str(error)
+    return "loaded"
+
+
+def test_another_number_of_ranks_is_refused_by_name(tmp_path: Path, two_ranks: Any, one_rank: Any) -> None:
+    two_ranks(save_steps, str(tmp_path), [1])
+    assert "was saved by 2 ranks and this run has 1" in one_rank(other_world, str(tmp_path))[0]
+
+
+def test_the_manifest_lists_every_file_and_finds_each_harm(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(b"weights")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c.pt").write_bytes(b"moments")
+    files = files_of(tmp_path)
+    write_manifest(tmp_path, {"files": describe(tmp_path, files)})
+    manifest = read_manifest(tmp_path)
+    assert manifest is not None
+    assert files == ["a.pt", "b/c.pt"] == sorted(manifest["files"])
+    assert damage(tmp_path, manifest, files) == []
+    (tmp_path / "a.pt").write_bytes(b"Weights")
+    shutil.rmtree(tmp_path / "b")
+    assert damage(tmp_path, manifest, files) == ["a.pt has another SHA-256 than recorded", "b/c.pt is missing"]
+
+
+def test_a_torn_manifest_is_no_manifest(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST).write_text('{"files": {')
+    assert read_manifest(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "rank"),
+    [
+        ("zero_pp_rank_1_mp_rank_00_optim_states.pt", 1),
+        ("bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt", 3),
+        ("mp_rank_00_model_states.pt", 0),
+        ("rank_2.pt", 2),
+        ("anything.json", 0),
+    ],
+)
+def test_the_writer_of_a_file_is_told_by_its_name(file: str, rank: int) -> None:
+    assert writer_of(file, world_size=4) == rank
+
+
+def test_every_generator_of_a_rank_is_restored() -> None:
+    state = random_state()
+    first = (random.random(), np.random.rand(), float(torch.rand(())))
+    restore_random_state(state)
+    assert (random.random(), np.random.rand(), float(torch.rand(()))) == first

@@ -1,0 +1,145 @@
+"""DeepSpeed changes nothing about the numbers: stages, activation checkpointing, precision, depth, drop path."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fdscale.data.batches import Batch
+from fdscale.distill.distiller import Distiller
+from fdscale.distill.layout import TokenLayout
+from fdscale.distill.targets import TargetMaker
+from fdscale.students.drop_path import drop_path_rows
+from fdscale.students.geometry import STUDENTS, Geometry, SwinV2Geometry, ViTGeometry
+from fdscale.students.student import Student, build_student, set_activation_checkpointing
+from fdscale.training.engine import Connection, compute_dtype, full_state, start_engine
+from fdscale.training.loop import train_step
+from fdscale.training.optim import adamw, parameter_groups
+
+SWIN = SwinV2Geometry(16, (2, 2), (2, 4), window_size=4, image_size=64, extra_norm_period=2)
+VIT = ViTGeometry(32, 3, 4, patch_size=8, image_size=32)
+TINY_GIANT = dataclasses.replace(
+    STUDENTS["swinv2_g"], embed_dim=8, num_heads=(1, 2, 4, 8), window_size=2, image_size=64
+)
+LEAN = {  # nothing stays resident: tiny networks would hide what sharding breaks
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_param_persistence_threshold": 0,
+}
+WIDTH, GLOBAL_BATCH = 24, 8
+
+
+def perturbed_student(geometry: Geometry, drop_path: float, checkpointing: str) -> Student:
+    """At its start every SwinV2 block is almost the identity, and a parity test would prove nothing."""
+    student = build_student(geometry, drop_path, seed=1)
+    set_activation_checkpointing(student, checkpointing)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return student
+
+
+def distiller_of(geometry: Geometry, drop_path: float, checkpointing: str) -> tuple[Distiller, Student]:
+    student = perturbed_student(geometry, drop_path, checkpointing)
+    layout = TokenLayout(student.grid, student.prefix_tokens)
+    torch.manual_seed(3)
+    return Distiller(student, student.width, WIDTH, TargetMaker(layout, layout), beta=2.0), student
+
+
+def data_of_step(student: Student, step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 + step)
+    tokens = student.grid[0] * student.grid[1] + student.prefix_tokens
+    pixels = torch.rand(GLOBAL_BATCH, 3, student.image_size, student.image_size, generator=generator)
+    return pixels, torch.randn(GLOBAL_BATCH, tokens, WIDTH, generator=generator)
+
+
+def engine_config(stage: int, micro_batch: int, **more: Any) -> dict[str, Any]:
+    zero = {"stage": stage, **(LEAN if stage == 3 else {})}
+    return {"train_micro_batch_size_per_gpu": micro_batch, "zero_optimization": zero, **more}
+
+
+def curve(
+    connection: Connection,
+    geometry: Geometry,
+    config: dict[str, Any],
+    steps: int,
+    drop_path: float = 0.3,
+    checkpointing: str = "none",
+) -> dict[str, Any]:
+    """Losses over all ranks, the gradient norms, and the trained student's weights."""
+    distiller, student = distiller_of(geometry, drop_path, checkpointing)
+    groups = parameter_groups(distiller, 0.05, {f"student.backbone.{n}" for n in student.undecayed_parameters()})
+    world, micro = connection.rank.world_size, config["train_micro_batch_size_per_gpu"]
+    accumulation = GLOBAL_BATCH // (world * micro)
+    engine = start_engine(distiller, adamw(groups, 1e-3, (0.9, 0.999), 1e-8), config, accumulation, clip=0.1)
+
+    def terms(engine: Any, batch: Batch, step: int) -> dict[str, Tensor]:
+        pixels, target = (tensor[batch.rows] for tensor in data_of_step(student, step))
+        draws = drop_path_rows(0, step, student.drop_path_sites, GLOBAL_BATCH, batch.rows)
+        return engine(pixels, target, draws)
+
+    starts = [connection.rank.rank * accumulation * micro + i * micro for i in range(accumulation)]
+    unused = torch.zeros(micro)
+    batches = [Batch(unused, unused, unused, slice(start, start + micro), []) for start in starts]
+    losses, norms = [], []
+    for step in range(steps):
+        loss = train_step(engine, terms, batches, step, rate=1e-3)["loss"].clone()
+        torch.distributed.all_reduce(loss)
+        losses.append(float(loss) / world)
+        norms.append(float(engine.get_global_grad_norm() or 0.0))  # stage 0 has none
+    weights = full_state(engine, student.backbone, wanted=connection.rank.is_main)
+    engine.destroy()
+    return {"losses": losses, "norms": norms, "weights": weights}
+
+
+def largest_difference(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("geometry", [SWIN, VIT], ids=["swin_v2", "vit"])
+def test_every_zero_stage_gives_the_same_twenty_losses(geometry: Geometry, two_ranks: Any) -> None:
+    curves = [two_ranks(curve, geometry, engine_config(stage, 4), 20)[0]["losses"] for stage in (0, 1, 2, 3)]
+    assert curves[0][-1] < curves[0][0]
+    assert max(largest_difference(curves[0], other) for other in curves[1:]) <= 1e-5
+
+
+@pytest.mark.parametrize("geometry", [SWIN, VIT], ids=["swin_v2", "vit"])
+def test_activation_checkpointing_is_bit_equal(geometry: Geometry, two_ranks: Any) -> None:
+    kept, recomputed = (
+        two_ranks(curve, geometry, engine_config(3, 4), 4, 0.3, checkpointing)[0]
+        for checkpointing in ("none", "blocks")
+    )
+    assert kept["losses"] == recomputed["losses"]
+    assert kept["norms"] == recomputed["norms"]
+    assert all(torch.equal(kept["weights"][name], recomputed["weights"][name]) for name in kept["weights"])
+
+
+def test_one_rank_with_accumulation_computes_what_two_ranks_do(one_rank: Any, two_ranks: Any) -> None:
+    alone = one_rank(curve, SWIN, engine_config(3, 2), 6)[0]["losses"]
+    together = two_ranks(curve, SWIN, engine_config(3, 2), 6)[0]["losses"]
+    assert largest_difference(alone, together) <= 1e-5
+
+
+def test_bf16_trains_swin_v2_close_to_fp32(two_ranks: Any) -> None:
+    exact = two_ranks(curve, SWIN, engine_config(3, 4), 6)[0]["losses"]
+    rounded = two_ranks(curve, SWIN, engine_config(3, 4, bf16={"enabled": True}), 6)[0]["losses"]
+    assert 0 < largest_difference(exact, rounded) <= 2e-3
+
+
+def test_the_true_depths_of_swin_v2_g_take_three_zero_3_steps(two_ranks: Any) -> None:
+    assert TINY_GIANT.depths == (2, 2, 42, 4)
+    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}}
+    found = two_ranks(curve, TINY_GIANT, config, 3)[0]
+    assert all(torch.tensor(found["losses"]).isfinite())
+    assert len(found["weights"]) == 879
+
+
+def test_the_teachers_type_follows_the_json() -> None:
+    assert compute_dtype({"bf16": {"enabled": True}}) is torch.bfloat16
+    assert compute_dtype({"bf16": {"enabled": False}}) is torch.float32
