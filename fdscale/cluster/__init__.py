@@ -1,0 +1,1 @@
+"""Where a run lives: ranks, stop signals and the launcher. No torch in here."""

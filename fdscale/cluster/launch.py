@@ -1,0 +1,166 @@
+"""`fdscale launch`: one program on every rank of a SLURM allocation, of a hostfile, or of this machine.
+
+Torch-free: it starts in a second on a login node. It decides where the ranks run and returns one exit code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from itertools import takewhile
+from pathlib import Path
+
+from fdscale.cluster.ranks import free_port, in_srun_step
+from fdscale.cluster.supervise import supervise
+from fdscale.config.errors import UserError
+
+CPU_RANKS = 2
+"""How many ranks a machine without a GPU gets when nobody says."""
+
+
+def launch(arguments: list[str], ranks: int | None = None, hostfile: str | None = None) -> int:
+    """Run `fdscale ARGUMENTS` on every rank and return one exit code: 0 only when every rank returned 0.
+
+    Inside a SLURM allocation srun starts the ranks; with a `hostfile` (lines of `HOST slots=N`) deepspeed
+    does, over pdsh; else this machine runs `ranks` of them, by default one per GPU. 85 means: requeue me.
+    Raises UserError for a hostfile that cannot be read, a contradicting option, and a launch in a launch.
+    """
+    command = [sys.executable, "-u", "-m", "fdscale", *arguments]
+    _refuse_nesting(os.environ)
+    if _in_allocation(os.environ):
+        _refuse_with("--hostfile", hostfile, "a SLURM allocation, which names the hosts itself")
+        return _start_with_srun(command, ranks)
+    if hostfile is not None:
+        _refuse_with("--ranks", ranks, "a hostfile, whose slots= say how many ranks each host runs")
+        return _start_with_deepspeed(arguments, Path(hostfile))
+    return start_ranks(command, _default_ranks(os.environ) if ranks is None else ranks)
+
+
+def ranks_here(ranks: int | None, hostfile: str | None) -> int | None:
+    """How many ranks `launch` would start on this machine itself; None where srun or deepspeed does."""
+    if _in_allocation(os.environ) or hostfile is not None:
+        return None
+    return _default_ranks(os.environ) if ranks is None else _positive("--ranks", str(ranks))
+
+
+def start_ranks(command: list[str], ranks: int) -> int:
+    """Run `command` as `ranks` processes on this machine, as torchrun would, and return one exit code."""
+    _positive("--ranks", str(ranks))
+    shared = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+        **({} if gpu_count(os.environ) else {"DS_ACCELERATOR": "cpu"}),
+        **os.environ,
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    each = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return supervise(command, each)
+
+
+def gpu_count(env: Mapping[str, str]) -> int:
+    """The NVIDIA GPUs that a CUDA program started with `env` would see, found without CUDA."""
+    present = _gpus_of_this_machine()
+    if not present or "CUDA_VISIBLE_DEVICES" not in env:
+        return present
+    visible = [entry.strip() for entry in env["CUDA_VISIBLE_DEVICES"].split(",") if entry.strip()]
+    # CUDA stops at the first index that is not there; a UUID is taken at its word
+    usable = takewhile(lambda entry: not entry.lstrip("-").isdigit() or 0 <= int(entry) < present, visible)
+    return len(list(usable))
+
+
+def _gpus_of_this_machine() -> int:
+    tool = shutil.which("nvidia-smi")
+    listing = subprocess.run([tool, "-L"], capture_output=True, text=True) if tool else None
+    if listing is not None and listing.returncode == 0:
+        return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    driver = Path("/proc/driver/nvidia/gpus")
+    return len(list(driver.iterdir())) if driver.is_dir() else 0
+
+
+def _default_ranks(env: Mapping[str, str]) -> int:
+    if gpus := gpu_count(env):
+        return gpus
+    # LOCAL_SIZE: what DeepSpeed's CPU accelerator reads
+    return _positive("LOCAL_SIZE", env.get("LOCAL_SIZE", str(CPU_RANKS)))
+
+
+def _positive(name: str, ranks: str) -> int:
+    if not re.fullmatch(r"0*[1-9][0-9]*", ranks):
+        raise UserError(f"{name} {ranks}: not a number of ranks, 1 or more")
+    return int(ranks)
+
+
+def _in_allocation(env: Mapping[str, str]) -> bool:
+    """Whether srun can start ranks: in a batch script or an salloc shell, not in a step of srun's own."""
+    return "SLURM_JOB_ID" in env and not in_srun_step(env)
+
+
+def _start_with_srun(command: list[str], ranks: int | None) -> int:
+    """One srun step over the allocation; without `ranks`, one task for each that sbatch allotted.
+
+    `--kill-on-bad-exit=0` lets the other ranks finish their checkpoint when one exits 85. srun passes USR1 to
+    its tasks but answers TERM by killing them, so TERM, and the launcher's own death, reach it as USR1.
+    """
+    if shutil.which("srun") is None:
+        raise UserError(
+            f"SLURM_JOB_ID={os.environ['SLURM_JOB_ID']} means a SLURM allocation, but srun is not "
+            "on the PATH: add it, or unset SLURM_JOB_ID to use this machine alone"
+        )
+    tasks = [] if ranks is None else [f"--ntasks={ranks}"]
+    srun = ["srun", "--kill-on-bad-exit=0", *tasks, *command]
+    as_usr1 = {signal.SIGTERM: signal.SIGUSR1}
+    return supervise(srun, [os.environ], on_orphaned=signal.SIGUSR1, forward_as=as_usr1)
+
+
+def _start_with_deepspeed(arguments: list[str], hostfile: Path) -> int:
+    """DeepSpeed's launcher over pdsh, also for a single host (`--force_multi`): it may be another machine.
+
+    USR1 would kill that launcher and leave its ranks alone, so it goes on as TERM. DeepSpeed then ends every
+    run of this Python that belongs to this user on these hosts, each with 30 s to commit, and returns 1.
+    """
+    hosts = _read_hostfile(hostfile)
+    if shutil.which("pdsh") is None:
+        raise UserError(f"hostfile {hostfile} needs pdsh, which is not on the PATH: install it, then try again")
+    where = [f"--hostfile={hostfile}", f"--master_addr={hosts[0]}", "--force_multi", "--no_local_rank"]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--module", "fdscale"]
+    command = [*runner, *(_quoted_for_pdsh(argument) for argument in arguments)]
+    as_term = {signal.SIGUSR1: signal.SIGTERM}
+    return supervise(command, [os.environ], on_orphaned=signal.SIGTERM, forward_as=as_term)
+
+
+def _read_hostfile(hostfile: Path) -> list[str]:
+    """The host names. DeepSpeed itself would take a missing file for this machine alone, without an error."""
+    if not hostfile.is_file():
+        raise UserError(f"hostfile {hostfile} does not exist: write a line 'HOST slots=GPUS' for each machine")
+    lines = [line.split("#")[0].strip() for line in hostfile.read_text().splitlines()]
+    hosts = [re.fullmatch(r"(\S+)\s+slots=[1-9]\d*", line) for line in lines if line]
+    if not hosts or None in hosts:
+        raise UserError(f"hostfile {hostfile}: expected lines such as 'node1 slots=8', got {lines!r}")
+    return [host[1] for host in hosts if host]
+
+
+def _quoted_for_pdsh(argument: str) -> str:
+    """What survives the remote shell. DeepSpeed itself only puts double quotes around what holds a blank."""
+    return re.sub(r"([\\$`])", r"\\\1", argument) if " " in argument else shlex.quote(argument)
+
+
+def _refuse_nesting(env: Mapping[str, str]) -> None:
+    if "RANK" in env or (in_srun_step(env) and env.get("SLURM_NTASKS", "1") != "1"):
+        rank = env.get("RANK", env.get("SLURM_PROCID"))
+        raise UserError(
+            f"`fdscale launch` starts the ranks, but a launcher already started this process as rank {rank}: "
+            "call it without that launcher, or call the program itself (`fdscale distill ...`)"
+        )
+
+
+def _refuse_with(option: str, value: object, place: str) -> None:
+    if value is not None:
+        raise UserError(f"{option} {value} cannot be used with {place}: leave it out")

@@ -1,0 +1,106 @@
+"""What the shard folders of a recipe hold, and whether batch, schedule and labels fit them; torch-free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fdscale.config.errors import UserError
+from fdscale.config.settings import DistillSettings, FinetuneSettings
+from fdscale.data.index import Index, load_index
+
+AnySettings = DistillSettings | FinetuneSettings
+DIGITS = "digits"  # the embedded sample, packed on first use
+DIGITS_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Shards, samples and steps of the training data; None where they are packed on first use."""
+
+    index: Index | None
+    shards: int | None
+    samples: int | None
+    steps_per_epoch: int | None
+    steps: int | None
+
+
+def data_facts(settings: AnySettings) -> DataFacts:
+    """Read the training index; raises UserError as `load_index` does."""
+    if settings.data.shards == DIGITS:
+        return DataFacts(None, None, None, None, None)
+    index = _named_index("data.shards", settings.data.shards)
+    labelled = settings.labelled if isinstance(settings, FinetuneSettings) else None
+    used = min(len(index), labelled or len(index))
+    steps_per_epoch = used // settings.data.global_batch
+    steps = math.ceil(settings.epochs * steps_per_epoch)
+    return DataFacts(index, len(index.shards), len(index), steps_per_epoch, steps)
+
+
+def data_problems(settings: AnySettings, facts: DataFacts | None) -> Iterator[str]:
+    """Every disagreement between the recipe and its data, one sentence each."""
+    yield from _schedule_problems(settings)
+    yield from _held_out_problems(settings)
+    yield from _size_problems(settings, facts)
+    if isinstance(settings, FinetuneSettings):
+        yield from _label_problems(settings, facts)
+
+
+def _named_index(where: str, folder: str) -> Index:
+    try:
+        return load_index(folder)
+    except UserError as error:
+        raise UserError(f'{where}: {error} (allowed: a shard folder with its index, or "{DIGITS}")') from error
+
+
+def _schedule_problems(settings: AnySettings) -> Iterator[str]:
+    optim = settings.optim
+    if optim.warmup_epochs >= settings.epochs:
+        yield (
+            f"optim.warmup_epochs: got {optim.warmup_epochs:g}, "
+            f"allowed: less than the {settings.epochs:g} epochs of the run"
+        )
+    for name in ("warmup_lr", "min_lr"):
+        if getattr(optim, name) > optim.lr:
+            yield f"optim.{name}: got {getattr(optim, name):g}, allowed: at most optim.lr = {optim.lr:g}"
+
+
+def _held_out_problems(settings: AnySettings) -> Iterator[str]:
+    every = settings.eval.every
+    if settings.eval.shards is None:
+        if every:
+            yield f"eval.every: got {every} without eval.shards; name a held-out folder, or set it to 0"
+    elif settings.eval.shards != DIGITS:
+        try:
+            _named_index("eval.shards", settings.eval.shards)
+        except UserError as error:
+            yield str(error)
+
+
+def _size_problems(settings: AnySettings, facts: DataFacts | None) -> Iterator[str]:
+    global_batch = settings.data.global_batch
+    labelled = settings.labelled if isinstance(settings, FinetuneSettings) else None
+    samples = facts.samples if facts is not None else None
+    if labelled is not None and labelled < global_batch:
+        yield f"labelled: got {labelled}, allowed: at least one global batch of {global_batch} images"
+    if samples is None:
+        return
+    if labelled is not None and labelled > samples:
+        yield f"labelled: got {labelled}, allowed: at most the {samples} samples of data.shards"
+    if samples < global_batch:
+        yield f"data.global_batch: got {global_batch}, allowed: at most the {samples} samples of data.shards"
+
+
+def _label_problems(settings: FinetuneSettings, facts: DataFacts | None) -> Iterator[str]:
+    if settings.data.shards == DIGITS and settings.classes < DIGITS_CLASSES:
+        yield f"classes: got {settings.classes}, but the embedded digits have {DIGITS_CLASSES}"
+    if facts is None or facts.index is None:
+        return
+    labels = facts.index.samples["label"]
+    missing, highest = int((labels < 0).sum()), int(labels.max())
+    if missing:
+        yield f"data.shards: {missing} of {len(labels)} samples have no label; fine-tuning needs one for each"
+    if highest >= settings.classes:
+        at_least = f"allowed: at least {highest + 1}"
+        yield f"classes: got {settings.classes}, but data.shards has label {highest}; {at_least}"

@@ -1,0 +1,83 @@
+"""`--smoke`: one table that shrinks any recipe to a laptop, the same path with smaller numbers.
+
+Student: channels, heads and windows in proportion, depths 2/2/6/2, extra norms where the original has them.
+Teacher: two small blocks with random weights, its grid in the original's proportion to the student's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fdscale.students.geometry import Geometry, SwinV2Geometry, ViTGeometry, student_geometry
+from fdscale.teachers.table import TeacherSpec, teacher_geometry
+
+Tree = dict[str, Any]
+
+SWIN_V2 = {
+    "embed_dim": 32,
+    "depths": [2, 2, 6, 2],
+    "num_heads": [1, 2, 4, 8],
+    "window_size": 4,
+    "patch_size": 4,
+}
+SWIN_V2_IMAGE = 64  # patch 4 and three mergings: a 2x2 grid at the end
+EXTRA_NORM_PERIOD = 6  # one extra norm in a stage of six blocks
+VIT = {"embed_dim": 64, "depth": 3, "num_heads": 4}
+VIT_GRID = 4
+TEACHER_VIT = {"embed_dim": 64, "depth": 2, "num_heads": 1}
+TEACHER_SWIN = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "window_size": 4}
+EPOCHS = 5
+# the official rate for 32 images would be 2e-5, too small to learn anything in some 200 steps
+OPTIM = {"lr": 1e-3, "warmup_lr": 1e-6, "min_lr": 1e-5, "reference_batch": 0}
+RUN: Tree = {
+    "deepspeed": "laptop",
+    "epochs": EPOCHS,
+    "data": {"shards": "digits", "global_batch": 32, "workers": 0},
+    "eval": {"shards": None, "every": 0},
+    "checkpoint": {"every": 50},
+    "log": {"every": 10},
+}
+DIGITS_CLASSES = 10
+
+
+def smoke_patch(recipe: Mapping[str, Any]) -> Tree:
+    """What to lay over a recipe's tree (None takes a key out); the command line still wins over it.
+
+    Raises UserError where the recipe names a student or a teacher that does not exist.
+    """
+    warmup = EPOCHS * recipe["optim"].get("warmup_epochs", 0) / recipe["epochs"]
+    original = _student(recipe["student"])
+    student = _small_student(original)
+    patch = {**RUN, "optim": {**OPTIM, "warmup_epochs": warmup}, "student": student}
+    if recipe["program"] == "finetune":
+        return {**patch, "classes": DIGITS_CLASSES}
+    small = _student({**recipe["student"], **student})
+    return {**patch, "teacher": _small_teacher(recipe["teacher"], original, small)}
+
+
+def _student(table: Mapping[str, Any]) -> Geometry:
+    return student_geometry(table["name"], table.get("image_size"), table.get("geometry", {}))
+
+
+def _small_student(original: Geometry) -> Tree:
+    if isinstance(original, SwinV2Geometry):
+        period = EXTRA_NORM_PERIOD if original.extra_norm_period else 0
+        geometry: Tree = {**SWIN_V2, "extra_norm_period": period}
+        return {"image_size": SWIN_V2_IMAGE, "geometry": geometry, "weights": None}
+    if isinstance(original, ViTGeometry):
+        return {"image_size": VIT_GRID * original.patch_size, "geometry": VIT, "weights": None}
+    return {"weights": None}  # any network of timm's is as large as its name says
+
+
+def _small_teacher(table: Mapping[str, Any], original: Geometry, small: Geometry) -> Tree:
+    """The teacher's patch; its grid keeps the proportion to the student's (16x16 over 8x8: twice)."""
+    size, overrides = table.get("image_size"), table.get("geometry", {})
+    spec = teacher_geometry(table["name"], table.get("weights"), size, overrides)
+    if not isinstance(spec, TeacherSpec):  # timm:NAME and student files are as large as they are
+        return {}
+    patch: Tree = {"weights": "random", "geometry": TEACHER_SWIN if spec.family == "swin" else TEACHER_VIT}
+    if original.grid is None or small.grid is None:
+        return patch
+    side = max(1, round(small.grid[0] * spec.grid[0] / original.grid[0]))
+    return {**patch, "image_size": side * spec.stride}

@@ -1,0 +1,168 @@
+"""Real child processes: exit codes, signals, failures, and nobody left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fdscale.cluster.supervise import supervise
+
+REPOSITORY = Path(__file__).parents[2]
+SUPERVISOR = """
+import os, signal, sys
+from fdscale.cluster.supervise import supervise
+codes = supervise([sys.executable, "-c", sys.argv[1]], [{**os.environ, "RANK": str(r)} for r in range(2)])
+sys.exit(codes)
+"""
+CHILD = """
+import os, signal, sys, time
+from pathlib import Path
+rank = os.environ["RANK"]
+def say(word): Path(rank + "." + word).touch()
+"""
+UNTIL_ASKED = (
+    CHILD
+    + """
+asked = []
+for wanted in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(wanted, lambda got, _: asked.append(got))
+Path(rank + ".pid").write_text(str(os.getpid()))
+say("ready")
+while not asked:
+    time.sleep(0.02)
+say(signal.Signals(asked[0]).name)
+sys.exit(85)
+"""
+)
+
+
+def run(program: str, ranks: int = 2, grace: float = 30.0) -> int:
+    environments = [{**os.environ, "RANK": str(rank)} for rank in range(ranks)]
+    return supervise([sys.executable, "-c", CHILD + program], environments, grace=grace)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about within 30 s"
+        time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    """Whether no such process runs; a zombie, which waits for its new parent, is gone."""
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Callable[[str], subprocess.Popen[bytes]]:
+    """Starts a supervisor over two children in `tmp_path`; answers once both are ready."""
+
+    def start(program: str) -> subprocess.Popen[bytes]:
+        path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, "-c", SUPERVISOR, program]
+        process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+        wait_for(lambda: (tmp_path / "0.ready").exists() and (tmp_path / "1.ready").exists())
+        return process
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [((0, 0), 0), ((0, 3), 3), ((85, 85), 85), ((0, 85), 85), ((85, 0), 85), ((85, 1), 1), ((1, 85), 1)],
+)
+def test_exit_codes(codes: tuple[int, int], expected: int) -> None:
+    assert run(f"sys.exit({codes}[int(rank)])") == expected
+
+
+def test_a_death_by_signal_is_128_and_the_signal() -> None:
+    assert run("os.kill(os.getpid(), signal.SIGKILL)", ranks=1) == 128 + signal.SIGKILL
+
+
+def test_a_failure_asks_the_others_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    program = """
+signal.signal(signal.SIGTERM, lambda *_: (say("asked"), sys.exit(85)))
+say("ready")
+while rank == "0":
+    time.sleep(0.02)
+while not Path("0.ready").exists():
+    time.sleep(0.02)
+sys.exit(7)
+"""
+    assert run(program) == 7
+    assert (tmp_path / "0.asked").exists()
+
+
+def test_whoever_will_not_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    program = """
+signal.signal(signal.SIGTERM, lambda *_: say("deaf"))
+say("ready")
+while rank == "0":
+    time.sleep(0.02)
+while not Path("0.ready").exists():
+    time.sleep(0.02)
+sys.exit(7)
+"""
+    assert run(program, grace=0.5) == 7
+    assert (tmp_path / "0.deaf").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
+def test_stop_signals_reach_every_rank_even_twice(
+    supervisor: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path, signum: signal.Signals
+) -> None:
+    process = supervisor(UNTIL_ASKED)
+    process.send_signal(signum)
+    process.send_signal(signum)
+    assert process.wait(30) == 85
+    assert {path.name for path in tmp_path.glob(f"*.{signum.name}")} == {
+        f"0.{signum.name}",
+        f"1.{signum.name}",
+    }
+
+
+def test_an_interrupt_reaches_every_rank(supervisor: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    program = CHILD + "signal.signal(signal.SIGINT, lambda *_: sys.exit(9)); say('ready'); time.sleep(60)"
+    process = supervisor(program)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 9
+
+
+def test_a_killed_supervisor_leaves_nobody_behind(
+    supervisor: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    process = supervisor(UNTIL_ASKED)
+    pids = [int((tmp_path / f"{rank}.pid").read_text()) for rank in range(2)]
+    assert not any(gone(pid) for pid in pids)
+    process.kill()
+    process.wait()
+    wait_for(lambda: all(gone(pid) for pid in pids))
+
+
+def test_a_dead_rank_takes_its_own_children_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    program = """
+import subprocess
+worker = subprocess.Popen(["sleep", "60"])
+Path("worker").write_text(str(worker.pid))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert run(program, ranks=1) == 137
+    wait_for(lambda: gone(int((tmp_path / "worker").read_text())))
+
+
+def test_a_command_that_cannot_start_restores_the_handlers() -> None:
+    former = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(FileNotFoundError):
+        supervise(["/no/such/program"], [os.environ])
+    assert signal.getsignal(signal.SIGTERM) is former

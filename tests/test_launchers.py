@@ -1,0 +1,88 @@
+"""The shipped launchers: one file for bash, sbatch, deepspeed and torchrun; arguments arrive as typed."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCHERS = Path(__file__).parents[1] / "launchers"
+DUAL = sorted(path for path in LAUNCHERS.glob("*.sh") if "#SBATCH" in path.read_text())
+AWKWARD = ["x=$(id)", "a b", 'it\'s "so"', "list=[2,2,6,2]", "*", "back\\slash", "", "`id`"]
+PRINT_ARGV = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([os.getcwd(), *sys.argv[1:]]))\n"
+
+
+@pytest.fixture
+def fake_python(tmp_path: Path) -> Path:
+    """An interpreter that prints its folder and its arguments instead of running them."""
+    path = tmp_path / "fake" / ".venv" / "bin" / "python"
+    path.parent.mkdir(parents=True)
+    path.write_text(PRINT_ARGV)
+    path.chmod(0o755)
+    return path
+
+
+def started(launcher: Path, folder: Path, **environment: str) -> list[str]:
+    """The folder and the arguments that `bash LAUNCHER` hands to its interpreter."""
+    names = ("FDSCALE_PYTHON", "FDSCALE_ROOT", "SLURM_SUBMIT_DIR")
+    env = {key: value for key, value in os.environ.items() if key not in names} | environment
+    command = ["bash", str(launcher), *AWKWARD]
+    answer = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True)
+    told: list[str] = json.loads(answer.stdout)
+    return told
+
+
+@pytest.mark.parametrize("launcher", DUAL, ids=lambda path: path.name)
+def test_it_is_python_and_bash_at_once(launcher: Path) -> None:
+    ast.parse(launcher.read_text())
+    subprocess.run(["bash", "-n", launcher], check=True)
+    assert os.access(launcher, os.X_OK)
+
+
+@pytest.mark.parametrize("launcher", DUAL, ids=lambda path: path.name)
+def test_sbatch_reads_its_lines_before_the_first_command(launcher: Path) -> None:
+    lines = launcher.read_text().splitlines()
+    first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    assert all(number < first_command for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+
+
+def test_arguments_and_folder_reach_the_program_as_typed(tmp_path: Path, fake_python: Path) -> None:
+    told = started(LAUNCHERS / "fd_swinv2g.sh", tmp_path, FDSCALE_PYTHON=str(fake_python))
+    assert told == [str(tmp_path), "-m", "fdscale", "launch", "distill", "swinv2_g", *AWKWARD]
+
+
+@pytest.mark.parametrize("variable", ["FDSCALE_ROOT", "SLURM_SUBMIT_DIR"])
+def test_a_copy_in_a_spool_folder_finds_the_repository(tmp_path: Path, fake_python: Path, variable: str) -> None:
+    spooled = tmp_path / "spool" / "job00001" / "slurm_script"
+    spooled.parent.mkdir(parents=True)
+    shutil.copy(LAUNCHERS / "fd_swinv2g.sh", spooled)
+    root = str(fake_python.parents[2])
+    assert started(spooled, tmp_path, **{variable: root})[1:4] == ["-m", "fdscale", "launch"]
+
+
+def test_without_an_environment_of_its_own_it_takes_the_path(tmp_path: Path, fake_python: Path) -> None:
+    copied = tmp_path / "launchers" / "fd_swinv2g.sh"
+    copied.parent.mkdir()
+    shutil.copy(LAUNCHERS / "fd_swinv2g.sh", copied)
+    (fake_python.parent / "python3").symlink_to(fake_python)
+    path = f"{fake_python.parent}:{os.environ['PATH']}"
+    assert started(copied, tmp_path, PATH=path)[1:4] == ["-m", "fdscale", "launch"]
+
+
+def test_the_python_half_hands_everything_to_the_cli(tmp_path: Path) -> None:
+    """As deepspeed and torchrun start it: under Python, with --local_rank in front."""
+    package = tmp_path / "fdscale"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "cli.py").write_text("import json\ndef main(argv):\n    print(json.dumps(argv))\n    return 85\n")
+    command = [sys.executable, str(LAUNCHERS / "fd_swinv2g.sh"), "--local_rank=1", *AWKWARD]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    answer = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert answer.returncode == 85, answer.stderr
+    assert json.loads(answer.stdout) == ["distill", "swinv2_g", "--local_rank=1", *AWKWARD]
