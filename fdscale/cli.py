@@ -1,0 +1,208 @@
+"""The command line: `fdscale <command> <recipe> key=value …`; one function per command, no torch until one trains."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.logging import RichHandler
+from rich.markup import escape
+
+from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
+from fdscale.config.deepspeed_json import load_deepspeed_json
+from fdscale.config.errors import UserError
+from fdscale.config.recipe import load_recipe
+from fdscale.config.settings import DistillSettings, FinetuneSettings
+from fdscale.terminal import terminal
+
+USER_ERROR_EXIT_CODE = 2
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+app = typer.Typer(
+    help="Feature distillation of giant vision models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+shards = typer.Typer(help="Make and inspect the shards that training reads.", no_args_is_help=True)
+app.add_typer(shards, name="shards")
+
+Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name, or a path to one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. optim.lr=1e-3.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="The same path, shrunk to fit a laptop.")]
+
+
+def settings_of(
+    program: str | None, recipe: str, overrides: list[str] | None, smoke: bool
+) -> DistillSettings | FinetuneSettings:
+    """The settings of a recipe, for the program that wants it, with a run directory named."""
+    from fdscale.planning.smoke import smoke_patch
+
+    settings = load_recipe(recipe, overrides or [], smoke_patch if smoke else None)
+    if program not in (None, settings.program):
+        raise UserError(
+            f"{recipe} is a recipe of `fdscale {settings.program}`, not of `fdscale {program}`; run it with that"
+        )
+    if settings.run_dir:
+        return settings
+    return settings.model_copy(update={"run_dir": f"runs/{Path(recipe).stem}{'-smoke' if smoke else ''}"})
+
+
+@app.command()
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    ranks: Annotated[int, typer.Option(help="Ranks the run would have, over all nodes.")] = 1,
+) -> None:
+    """Validate a recipe, its DeepSpeed JSON and the batch arithmetic; nothing is started."""
+    from fdscale.planning.check import check as check_settings
+    from fdscale.planning.report import plan_table
+
+    settings = settings_of(None, recipe, overrides, smoke)
+    plan = check_settings(settings, load_deepspeed_json(settings.deepspeed), ranks)
+    terminal().print(plan_table(settings, plan))
+
+
+@app.command()
+def distill(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -> None:
+    """Distil a teacher into a student on this rank (a launcher starts the ranks)."""
+    settings = settings_of("distill", recipe, overrides, smoke)
+    assert isinstance(settings, DistillSettings)
+    from fdscale.train import distill as run
+
+    _leave(run(settings))
+
+
+@app.command()
+def finetune(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -> None:
+    """Fine-tune a student with labels on this rank (a launcher starts the ranks)."""
+    settings = settings_of("finetune", recipe, overrides, smoke)
+    assert isinstance(settings, FinetuneSettings)
+    from fdscale.downstream.classify import finetune as run
+
+    _leave(run(settings))
+
+
+@app.command(context_settings=PASS_ON)
+def launch(
+    context: typer.Context,
+    program: Annotated[str, typer.Argument(help="distill or finetune")],
+    recipe: Recipe,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    ranks: Annotated[int | None, typer.Option(help="Ranks on this machine; default: GPUs, or 2.")] = None,
+    hostfile: Annotated[str | None, typer.Option(help="Lines of `HOST slots=N`; starts over pdsh.")] = None,
+) -> None:
+    """Start a program's ranks: in a SLURM allocation, over a hostfile, or on this machine."""
+    from fdscale.cluster.launch import launch as start
+    from fdscale.cluster.launch import ranks_here
+    from fdscale.planning.start import check_start
+
+    settings = settings_of(program, recipe, overrides, smoke)
+    local_ranks = ranks_here(ranks, hostfile)
+    if local_ranks is not None:  # the ranks check for themselves; here it is told once, before any starts
+        check_start(settings, load_deepspeed_json(settings.deepspeed), local_ranks, local_ranks)
+    arguments = [program, recipe, *(["--smoke"] if smoke else []), *(overrides or []), *context.args]
+    raise typer.Exit(start(arguments, ranks, hostfile))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A completed run directory.")],
+    output: Annotated[Path, typer.Option(help="A new folder.")],
+) -> None:
+    """Write a completed run's student as a folder that timm loads without fdscale."""
+    from fdscale.export.timm_format import export_timm
+
+    terminal().print(f"exported to {escape(str(export_timm(run, output)))}")
+
+
+@app.command()
+def summary(runs: Annotated[list[Path], typer.Argument(help="Run directories.")]) -> None:
+    """Print one table of runs: losses, held-out figures, where the students lie."""
+    from fdscale.summary import summarise
+
+    terminal().print(summarise(runs))
+
+
+@shards.command()
+def pack(
+    source: Annotated[str, typer.Argument(help="An image folder (class sub-folders give labels), or `digits`.")],
+    output: Annotated[Path, typer.Argument(help="A new folder for the shards and their index.")],
+    samples_per_shard: int = 1000,
+    split: Annotated[str, typer.Option(help="Of `digits`: train or test.")] = "train",
+) -> None:
+    """Turn an image folder, or the digits that scikit-learn carries, into shards with an index."""
+    from fdscale.data.pack import pack_digits, pack_folder
+
+    if split not in ("train", "test"):
+        raise UserError(f"--split {split}: allowed: train, test")
+    digits = source == "digits" and not Path(source).exists()
+    index = (
+        pack_digits(output, "train" if split == "train" else "test")
+        if digits
+        else pack_folder(source, output, samples_per_shard)
+    )
+    terminal().print(f"{len(index)} samples in {len(index.shards)} shards: {escape(str(output))}")
+
+
+@shards.command()
+def index(folder: Annotated[Path, typer.Argument(help="A folder of WebDataset tars.")]) -> None:
+    """Index a folder of WebDataset tars, so that training can read them."""
+    from fdscale.data.index import build_index
+
+    built = build_index(folder)
+    terminal().print(f"{len(built)} samples in {len(built.shards)} shards: {escape(str(folder))}")
+
+
+def _leave(complete: bool) -> None:
+    """Exit 0 when the run is complete, 85 ("requeue me") when a signal stopped it."""
+    raise typer.Exit(0 if complete else REQUEUE_EXIT_CODE)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a user's mistake, 85 to be requeued."""
+    given = sys.argv[1:] if arguments is None else arguments
+    own = [text for text in given if not text.startswith("--local_rank=")]  # put there by DeepSpeed's launcher
+    _set_up_logging()
+    try:
+        app(own, prog_name="fdscale")
+    except UserError as error:
+        _tell(error)
+        return USER_ERROR_EXIT_CODE
+    except SystemExit as exit_:  # how typer ends a command
+        return int(exit_.code or 0)
+    return 0
+
+
+def _set_up_logging() -> None:
+    """The main rank tells events; the others tell warnings, with their rank."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    handler = RichHandler(console=terminal(), show_time=False, show_path=False, show_level=rank != "0", markup=False)
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == "0" else f"[rank {rank}] %(message)s"))
+    logger = logging.getLogger("fdscale")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    logger.propagate = False
+
+
+def _tell(error: UserError) -> None:
+    """Print a user's mistake: once when every rank has found it, with the rank when it may be one rank's alone."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
+    if _joined_others():
+        print(f"error: [rank {rank}] {error}", file=sys.stderr)
+    elif rank in (None, "0"):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        time.sleep(5)  # rank 0 tells the same; launchers end every rank as soon as one has left
+
+
+def _joined_others() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,0 +1,1 @@
+"""Fine-tuning programs: callers of the one loop."""

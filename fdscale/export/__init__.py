@@ -1,0 +1,1 @@
+"""A finished student in another library's format."""

@@ -1,0 +1,87 @@
+"""One table over finished (or stopped) runs: what was trained, how the loss fell, the held-out results."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from fdscale.config.errors import UserError
+from fdscale.training.metrics import METRICS, read_rows
+from fdscale.training.run_directory import RunDirectory
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def summarise(run_dirs: Sequence[Path]) -> Table:
+    """The table, one row a run, from each run directory's `recipe.toml` and `metrics.jsonl` alone.
+
+    Numbers with an arrow are the first and the last of the run. Raises UserError for a folder that is no run.
+    """
+    table = Table(show_lines=True, caption="a finished run holds its student as RUN/student.safetensors")
+    table.add_column("run", overflow="fold")
+    for column in ("loss", "held out", "steps", "seconds"):
+        table.add_column(column, no_wrap=True)
+    for run_dir in run_dirs:
+        table.add_row(*_cells(run_dir))
+    return table
+
+
+def _cells(run_dir: Path) -> list[Text]:
+    recipe, rows = _read(run_dir)
+    finished = RunDirectory(run_dir).completed_steps() is not None
+    cells = [
+        f"{run_dir}{'' if finished else ' (not finished)'}\n{_what(recipe)}",
+        _lines(rows, {"loss": "", "loss_zero": "zero ", "accuracy": "accuracy "}),
+        _lines(rows, {"eval_loss": "loss ", "eval_knn_accuracy": "k-NN ", "eval_accuracy": "accuracy "}),
+        str(max((row["step"] for row in rows), default=0)),
+        f"{_training_seconds(rows):.0f}",
+    ]
+    return [Text(cell) for cell in cells]  # brackets in a path are no markup
+
+
+def _read(run_dir: Path) -> tuple[dict[str, Any], Rows]:
+    recipe, metrics = run_dir / "recipe.toml", run_dir / "metrics.jsonl"
+    missing = [path.name for path in (recipe, metrics) if not path.is_file()]
+    if missing:
+        raise UserError(f"{run_dir}: not a run directory: it has no {' and no '.join(missing)}")
+    return tomllib.loads(recipe.read_text()), read_rows(metrics)
+
+
+def _what(recipe: Mapping[str, Any]) -> str:
+    """Program, student, and what it learned from: its teacher, or labels and the weights it started with."""
+    weights = recipe.get("teacher", recipe["student"]).get("weights")
+    # student files are all called the same: named by their run
+    origin = weights.removesuffix("/student.safetensors") if weights else None
+    student = f"{recipe['program']}: {recipe['student']['name']}\n<- "
+    if "teacher" in recipe:
+        return student + " ".join(part for part in (recipe["teacher"]["name"], origin) if part)
+    return student + f"labels, from {origin or 'random weights'}"
+
+
+def _lines(rows: Rows, labels: Mapping[str, str]) -> str:
+    spans = {label: _span(rows, name) for name, label in labels.items()}
+    return "\n".join(f"{label}{span}" for label, span in spans.items() if span)
+
+
+def _span(rows: Rows, name: str) -> str:
+    """First and last value of a metric; one value where they are equal, "" where it was never written."""
+    values = [row[name] for row in rows if name in row]
+    style = ".1%" if METRICS[name].unit == "ratio" else ".4f"
+    texts = ["not finite" if value is None else format(value, style) for value in values]
+    ends = list(dict.fromkeys([texts[0], texts[-1]])) if texts else []
+    return " → ".join(ends)
+
+
+def _training_seconds(rows: Rows) -> float:
+    """Seconds spent in steps: each row's mean step time times its steps; pauses are left out."""
+    total, done = 0.0, 0
+    for row in rows:
+        if row.get("step_seconds") is not None:
+            total += row["step_seconds"] * (row["step"] - done)
+            done = row["step"]
+    return total
