@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fdscale.build import Run, as_pixels, open_run, prepare_student, prepare_teacher, train
+from fdscale.build.networks import as_pixels, prepare_student, prepare_teacher, seeded
+from fdscale.build.run import open_run
+from fdscale.build.training import train
 from fdscale.config.settings import DistillSettings
 from fdscale.data.batches import Batch
 from fdscale.distill.distiller import Distiller
@@ -26,39 +28,36 @@ def distill(settings: DistillSettings, student: Student | None = None, teacher: 
     The pair is built from the settings, or given: any two networks wrapped as `Student` and `Teacher`. Raises
     UserError for anything that does not fit together, before training starts.
     """
-    with open_run(settings) as run:
-        if run.is_complete():
-            return True
-        teacher = (teacher or prepare_teacher(settings.teacher, run)).to(run.connection.device)
-        student = student or prepare_student(settings.student, settings.seed)
-        targets = TargetMaker(
-            TokenLayout(teacher.grid, teacher.prefix_tokens),
-            TokenLayout(student.grid, student.prefix_tokens),
-            settings.target.grid,
-            settings.target.prefix_tokens,
-            settings.target.whiten,
-        )
-        distiller = Distiller(student, student.width, teacher.width, targets, settings.loss.beta)
-        return train(run, distiller, student, _batch_terms(run, student, teacher), _sample_terms(teacher))
-
-
-def _batch_terms(run: Run, student: Student, teacher: Teacher):  # type: ignore[no-untyped-def]
-    seed, global_batch = run.settings.seed, run.settings.data.global_batch
+    run = open_run(settings)
+    if run.is_complete():
+        return True
+    frozen = (teacher or prepare_teacher(settings.teacher, run.deepspeed_json)).to(run.device)
+    trained = student or prepare_student(settings.student, settings.seed)
+    targets = target_maker(settings, trained, frozen)
+    with seeded(settings.seed):
+        distiller = Distiller(trained, trained.width, frozen.width, targets, settings.loss.beta)
+    global_batch, sites = settings.data.global_batch, trained.drop_path_sites
 
     def distill_batch(engine: DeepSpeedEngine, batch: Batch, step: int) -> dict[str, Tensor]:
         """One micro batch: the teacher's whitened tokens, and how far the projected student is from them."""
         pixels = as_pixels(batch.images)
-        target = engine.module.targets(teacher(pixels))
-        draws = drop_path_rows(seed, step, student.drop_path_sites, global_batch, batch.rows)
-        return engine(pixels, target, None if draws is None else draws.to(pixels.device))
+        draws = drop_path_rows(settings.seed, step, sites, global_batch, batch.rows, run.device)
+        return engine(pixels, targets(frozen(pixels)), draws)
 
-    return distill_batch
-
-
-def _sample_terms(teacher: Teacher):  # type: ignore[no-untyped-def]
     def held_out_batch(engine: DeepSpeedEngine, batch: Batch) -> dict[str, Tensor]:
         """The loss of each held-out image, and its features for the k-NN."""
         pixels = as_pixels(batch.images)
-        return engine(pixels, engine.module.targets(teacher(pixels)))
+        return engine(pixels, targets(frozen(pixels)))
 
-    return held_out_batch
+    return train(run, distiller, trained, distill_batch, held_out_batch)
+
+
+def target_maker(settings: DistillSettings, student: Student, teacher: Teacher) -> TargetMaker:
+    """How this teacher's tokens become this student's target, as the settings say."""
+    return TargetMaker(
+        TokenLayout(teacher.grid, teacher.prefix_tokens),
+        TokenLayout(student.grid, student.prefix_tokens),
+        settings.target.grid,
+        settings.target.prefix_tokens,
+        settings.target.whiten,
+    )

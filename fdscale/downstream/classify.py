@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdscale.build import as_pixels, open_run, prepare_student, train
+from fdscale.build.networks import as_pixels, prepare_student, seeded
+from fdscale.build.run import open_run
+from fdscale.build.training import train
 from fdscale.config.errors import UserError
 from fdscale.config.settings import FinetuneSettings
 from fdscale.data.batches import Batch
@@ -48,27 +49,26 @@ class Classifier(nn.Module):
 
 def finetune(settings: FinetuneSettings) -> bool:
     """Fine-tune a student with labels; True when the run is complete, False when a signal stopped it."""
-    with open_run(settings, settings.labelled) as run:
-        if run.is_complete():
-            return True
-        for name, index in (("data.shards", run.index), ("eval.shards", run.held_out)):
-            _check_labels(name, index, settings.classes)
-        student = prepare_student(settings.student, settings.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            classifier = Classifier(
-                student, student.width, student.prefix_tokens, settings.classes, settings.label_smoothing
-            )
-        sites, global_batch = student.drop_path_sites, settings.data.global_batch
+    run = open_run(settings, settings.labelled)
+    if run.is_complete():
+        return True
+    for name, index in (("data.shards", run.index), ("eval.shards", run.held_out)):
+        _check_labels(name, index, settings.classes)
+    student = prepare_student(settings.student, settings.seed)
+    with seeded(settings.seed):
+        classifier = Classifier(
+            student, student.width, student.prefix_tokens, settings.classes, settings.label_smoothing
+        )
+    sites, global_batch = student.drop_path_sites, settings.data.global_batch
 
-        def labelled_batch(engine: DeepSpeedEngine, batch: Batch, step: int) -> dict[str, Tensor]:
-            draws = drop_path_rows(settings.seed, step, sites, global_batch, batch.rows)
-            return engine(as_pixels(batch.images), batch.labels, None if draws is None else draws.to(run.device))
+    def labelled_batch(engine: DeepSpeedEngine, batch: Batch, step: int) -> dict[str, Tensor]:
+        draws = drop_path_rows(settings.seed, step, sites, global_batch, batch.rows, run.device)
+        return engine(as_pixels(batch.images), batch.labels, draws)
 
-        def held_out_batch(engine: DeepSpeedEngine, batch: Batch) -> dict[str, Tensor]:
-            return engine(as_pixels(batch.images), batch.labels)
+    def held_out_batch(engine: DeepSpeedEngine, batch: Batch) -> dict[str, Tensor]:
+        return engine(as_pixels(batch.images), batch.labels)
 
-        return train(run, classifier, student, labelled_batch, held_out_batch)
+    return train(run, classifier, student, labelled_batch, held_out_batch)
 
 
 def _check_labels(name: str, index: Index | None, classes: int) -> None:

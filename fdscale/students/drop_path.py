@@ -53,6 +53,8 @@ def use_table(backbone: nn.Module) -> tuple[Draws, int]:
     return draws, sites
 
 
-def drop_path_rows(seed: int, step: int, sites: int, global_batch: int, rows: slice) -> Tensor | None:
+def drop_path_rows(
+    seed: int, step: int, sites: int, global_batch: int, rows: slice, device: torch.device
+) -> Tensor | None:
     """The draws (sites, B) of those rows of the step's global batch; None for a network without drop path."""
-    return drop_path_table(seed, step, sites, global_batch)[:, rows] if sites else None
+    return drop_path_table(seed, step, sites, global_batch)[:, rows].to(device) if sites else None

@@ -15,13 +15,13 @@ from fdscale.data.batches import Batch
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-PADDING = -2  # label of the rows that only make the ranks' batches equal
+SampleTerms = Callable[["DeepSpeedEngine", Batch], dict[str, Tensor]]  # one row per image
 
 
 @torch.no_grad()
 def evaluate(
     engine: DeepSpeedEngine,
-    sample_terms: Callable[[DeepSpeedEngine, Batch], dict[str, Tensor]],
+    sample_terms: SampleTerms,
     batches: Iterable[Batch],
     neighbours: int,
 ) -> dict[str, float]:
@@ -33,9 +33,8 @@ def evaluate(
     engine.eval()
     rows: dict[str, list[Tensor]] = {"labels": []}
     for batch in batches:
-        valid = batch.labels != PADDING
         for name, value in {**sample_terms(engine, batch), "labels": batch.labels}.items():
-            rows.setdefault(name, []).append(value[valid])
+            rows.setdefault(name, []).append(value[batch.valid])  # not the rows that only make the ranks' batches equal
     gathered = {name: _gather_rows(torch.cat(values)) for name, values in rows.items()}
     labels, features = gathered.pop("labels"), gathered.pop("features", None)
     result = {f"eval_{name}": float(value.double().mean()) for name, value in gathered.items()}

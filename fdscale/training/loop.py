@@ -167,7 +167,7 @@ def _row(
     norm = engine.get_global_grad_norm()
     return {
         **means,
-        "grad_norm": float("nan") if norm is None else float(norm),
+        **({} if norm is None else {"grad_norm": float(norm)}),  # ZeRO-0 keeps none
         "lr": rate,
         "epoch": progress.step / plan.steps_per_epoch,
         "images": progress.step * plan.global_batch,

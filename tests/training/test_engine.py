@@ -81,7 +81,7 @@ def curve(
 
     def terms(engine: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         pixels, target = (tensor[batch.rows] for tensor in data_of_step(student, step))
-        draws = drop_path_rows(0, step, student.drop_path_sites, GLOBAL_BATCH, batch.rows)
+        draws = drop_path_rows(0, step, student.drop_path_sites, GLOBAL_BATCH, batch.rows, connection.device)
         return engine(pixels, target, draws)
 
     starts = [connection.rank.rank * accumulation * micro + i * micro for i in range(accumulation)]

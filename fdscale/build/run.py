@@ -1,0 +1,110 @@
+"""Opening a run: everything that is checked, joined and opened before a network is built."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fdscale.cluster.ranks import rank_from_environment
+from fdscale.config.deepspeed_json import load_deepspeed_json
+from fdscale.config.settings import DistillSettings, FinetuneSettings
+from fdscale.data.index import Index, load_index
+from fdscale.data.order import GlobalOrder
+from fdscale.data.pack import pack_digits
+from fdscale.planning.data_check import DIGITS
+from fdscale.planning.start import check_start
+from fdscale.training.engine import Connection, connect
+from fdscale.training.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One attempt at a run: who we are, where it is kept, what it reads."""
+
+    settings: DistillSettings | FinetuneSettings
+    deepspeed_json: dict[str, Any]
+    connection: Connection
+    directory: RunDirectory
+    index: Index
+    held_out: Index | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.connection.device
+
+    @property
+    def micro_batch(self) -> int:
+        return int(self.deepspeed_json["train_micro_batch_size_per_gpu"])
+
+    @property
+    def order(self) -> GlobalOrder:
+        return GlobalOrder(len(self.index), self.settings.data.global_batch, self.settings.seed)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the schedule."""
+        return math.ceil(self.settings.epochs * self.order.steps_per_epoch)
+
+    @property
+    def last_step(self) -> int:
+        """The step at which this attempt ends, unless it is stopped."""
+        return min(self.total_steps, self.settings.max_steps or self.total_steps)
+
+    def is_complete(self) -> bool:
+        """Whether an earlier attempt finished this run (said in the log)."""
+        done = self.directory.completed_steps()
+        if done is None or done < self.last_step:
+            return False
+        logger.info("already complete at step %d: %s", done, self.directory.student)
+        return True
+
+
+def open_run(settings: DistillSettings | FinetuneSettings, samples: int | None = None) -> Run:
+    """Check everything, join the other ranks and open the run directory; `samples` trains on that many only.
+
+    Raises UserError before anything is written or a GPU is touched.
+    """
+    assert settings.run_dir, "the command line names a run directory"
+    rank = rank_from_environment(os.environ)
+    deepspeed_json = load_deepspeed_json(settings.deepspeed)
+    check_start(settings, deepspeed_json, rank.world_size, rank.local_world_size)
+    directory = RunDirectory(Path(settings.run_dir))
+    directory.check(settings, deepspeed_json)
+    connection = connect(rank)
+    torch.manual_seed(settings.seed + rank.rank)  # for a network's own dropout; nothing of ours draws from it
+    dist.barrier(group=connection.control)  # every rank has looked before the first one writes
+    if rank.is_main:
+        directory.record(settings, deepspeed_json)
+    index = _open_shards(settings.data.shards, "train", directory, connection)
+    if samples is not None:
+        index = _first(index, samples, settings.seed)
+    held_out = settings.eval.shards and _open_shards(settings.eval.shards, "test", directory, connection)
+    return Run(settings, deepspeed_json, connection, directory, index, held_out or None)
+
+
+def _open_shards(
+    shards: str, split: Literal["train", "test"], directory: RunDirectory, connection: Connection
+) -> Index:
+    if shards != DIGITS:
+        return load_index(shards)
+    folder = directory.folder / "digits" / split
+    if connection.rank.is_main and not folder.exists():
+        pack_digits(folder, split)
+    dist.barrier(group=connection.control)
+    return load_index(folder)
+
+
+def _first(index: Index, samples: int, seed: int) -> Index:
+    """A subset of `samples` samples, drawn by `seed`: few labels, the same ones for every network compared."""
+    chosen = np.random.Generator(np.random.Philox(seed)).permutation(len(index))[:samples]
+    return replace(index, samples=index.samples[np.sort(chosen)])

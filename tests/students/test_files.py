@@ -1,0 +1,103 @@
+"""A student file carries a student whole, and nothing else is taken for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fdscale.config.errors import UserError
+from fdscale.students.files import load_weights, save_student
+from fdscale.students.geometry import Geometry, SwinV2Geometry, TimmGeometry, ViTGeometry, file_geometry
+from fdscale.students.student import Student, build_student
+
+Perturb = Callable[[nn.Module], None]
+SWIN = SwinV2Geometry(16, (1, 2), (2, 4), window_size=4, image_size=32, extra_norm_period=2)
+VIT = ViTGeometry(16, 2, 2, patch_size=8, image_size=32)
+PIXELS = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def saved(student: Student, folder: Path) -> Path:
+    return save_student(student, student.backbone.state_dict(), folder)
+
+
+@pytest.mark.parametrize(
+    "geometry", [SWIN, VIT, TimmGeometry("vit_tiny_patch16_224", 32)], ids=["swin_v2", "vit", "timm"]
+)
+def test_a_student_comes_back_as_it_was(geometry: Geometry, tmp_path: Path, perturbed: Perturb) -> None:
+    student = build_student(geometry, seed=1).eval()
+    perturbed(student)
+    path = saved(student, tmp_path / "new" / "folder")
+    assert path == tmp_path / "new" / "folder" / "student.safetensors"
+    assert file_geometry(path) == geometry
+    other = build_student(file_geometry(path), seed=2).eval()
+    assert not torch.allclose(other(PIXELS), student(PIXELS))
+    load_weights(other, path)
+    assert torch.equal(other(PIXELS), student(PIXELS))
+
+
+def test_what_stands_beside_the_weights(tmp_path: Path) -> None:
+    student = Student(build_student(VIT).backbone, 16, (4, 4), 1, 32, VIT, mean=(0.5, 0.25, 0.125), std=(1.0, 2.0, 4.0))
+    described = json.loads(saved(student, tmp_path).with_suffix(".json").read_text())
+    assert described["geometry"]["family"] == "vit"
+    assert (described["mean"], described["std"]) == ([0.5, 0.25, 0.125], [1.0, 2.0, 4.0])
+
+
+def test_weights_are_kept_in_fp32(tmp_path: Path) -> None:
+    student = build_student(VIT)
+    halves = {name: tensor.bfloat16() for name, tensor in student.backbone.state_dict().items()}
+    stored = load_file(save_student(student, halves, tmp_path))
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert all(torch.equal(stored[name], halves[name].float()) for name in halves)
+
+
+def changed(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda state: state.pop("cls_token"), "missing ['cls_token'], unexpected [], of another shape []"),
+        (lambda state: state.update(head=torch.ones(3)), "missing [], unexpected ['head'], of another shape []"),
+        (lambda state: state.update(cls_token=torch.ones(1, 1, 8)), "unexpected [], of another shape ['cls_token']"),
+        (
+            lambda state: [state.update({f"encoder.{name}": state.pop(name)}) for name in list(state)],
+            "missing ['blocks.0.attn.proj.bias', 'blocks.0.attn.proj.weight', 'blocks.0.attn.q_bias'], "
+            "unexpected ['encoder.blocks.0.attn.proj.bias', ",
+        ),
+    ],
+    ids=["missing", "unexpected", "shape", "prefix"],
+)
+def test_other_weights_are_refused_and_the_student_stays(
+    change: Callable[[dict[str, Tensor]], object], told: str, tmp_path: Path
+) -> None:
+    path = saved(build_student(VIT, seed=1), tmp_path)
+    changed(path, change)
+    student = build_student(VIT, seed=2)
+    before = {name: tensor.clone() for name, tensor in student.backbone.state_dict().items()}
+    with pytest.raises(UserError) as error:
+        load_weights(student, path)
+    assert str(error.value).startswith(f"{path}: not the weights of this student: ")
+    assert told in str(error.value)
+    assert str(error.value).endswith("its geometry is in student.json")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("harm", ["absent", "empty", "cut", "another format"])
+def test_a_damaged_file_is_refused_by_its_path(harm: str, tmp_path: Path) -> None:
+    path = saved(build_student(VIT), tmp_path)
+    content = path.read_bytes()
+    if harm == "absent":
+        path.unlink()
+    else:
+        path.write_bytes({"empty": b"", "cut": content[:-10], "another format": b"PK\x03\x04" * 50}[harm])
+    with pytest.raises(UserError, match=r"student\.safetensors: not a readable student file: "):
+        load_weights(build_student(VIT), path)

@@ -1,0 +1,156 @@
+"""A run directory goes on with its own run alone: what may change is one table, everything else is refused."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from fdscale.config.deepspeed_json import load_deepspeed_json
+from fdscale.config.errors import UserError
+from fdscale.config.recipe import load_recipe, to_toml
+from fdscale.config.settings import RunSettings
+from fdscale.training.run_directory import MAY_CHANGE, RunDirectory, differences, flatten, versions
+
+OVERRIDES = (
+    "data.shards=shards", "eval.shards=held_out", "max_steps=100", "run_dir=runs/x", "log.prometheus_port=9000",
+    "student.weights=w.safetensors", "student.geometry.depth=3", "teacher.weights=t.pt", "teacher.image_size=224",
+    "teacher.geometry.depth=2", "student.image_size=224",
+)  # fmt: skip
+SETTINGS = load_recipe("vit_b_clip_b", OVERRIDES)
+JSON = load_deepspeed_json("laptop")
+PATHS = sorted(flatten(tomllib.loads(to_toml(SETTINGS))))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    directory = RunDirectory(tmp_path / "run")
+    directory.record(SETTINGS, JSON)
+    return directory
+
+
+def other_value(value: Any) -> Any:
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value - 1  # epochs: fewer before is more now
+        case str():
+            return value + "_before"
+        case list():
+            return [*value, 0]
+    raise AssertionError(f"a setting of another type: {value!r}")
+
+
+def change_before(run: RunDirectory, path: str) -> Any:
+    """Put another value of one setting into the recorded recipe; returns it."""
+    recorded = tomllib.loads(run.recipe.read_text())
+    *tables, key = path.split(".")
+    table = recorded
+    for name in tables:
+        table = table[name]
+    table[key] = other_value(table[key])
+    run.recipe.write_text(tomli_w.dumps(recorded))
+    return table[key]
+
+
+def refusal(run: RunDirectory, settings: RunSettings = SETTINGS, deepspeed_json: Any = JSON) -> str:
+    with pytest.raises(UserError) as error:
+        run.check(settings, deepspeed_json)
+    return str(error.value)
+
+
+def test_every_setting_is_among_the_paths() -> None:
+    assert len(PATHS) > 40
+    assert set(MAY_CHANGE) <= set(PATHS)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_change_passes_if_it_is_in_the_table_and_is_told_otherwise(path: str, run: RunDirectory) -> None:
+    before = change_before(run, path)
+    if path in MAY_CHANGE:
+        run.check(SETTINGS, JSON)
+    else:
+        now = flatten(tomllib.loads(to_toml(SETTINGS)))[path]
+        told = refusal(run)
+        assert told.startswith(f"run_dir: {run.folder} holds another run:\n")
+        assert f"\n  {path}: {before!r} there, {now!r} now\n" in told
+        assert told.endswith("name a new folder with run_dir=…, or take these changes back")
+
+
+def test_what_decides_the_result_is_not_in_the_table() -> None:
+    for path in ("seed", "data.global_batch", "data.shards", "optim.lr", "loss.beta", "student.name", "teacher.name"):
+        assert path in PATHS
+        assert path not in MAY_CHANGE
+
+
+def test_the_same_run_goes_on(run: RunDirectory) -> None:
+    run.check(SETTINGS, JSON)
+
+
+def test_epochs_only_grow(run: RunDirectory) -> None:
+    run.check(SETTINGS.model_copy(update={"epochs": SETTINGS.epochs + 1}), JSON)
+    told = refusal(run, SETTINGS.model_copy(update={"epochs": SETTINGS.epochs - 1}))
+    assert f"epochs: {SETTINGS.epochs} there, {SETTINGS.epochs - 1} now; it may only grow" in told
+
+
+def test_every_difference_is_told_at_once(run: RunDirectory) -> None:
+    for path in ("seed", "optim.lr", "log.every"):
+        change_before(run, path)
+    told = refusal(run, deepspeed_json={**JSON, "wall_clock_breakdown": True})
+    lines = [line.split(":")[0].strip() for line in told.splitlines()[1:-1]]
+    assert lines == ["optim.lr", "seed", "wall_clock_breakdown"]
+
+
+def test_a_setting_that_appears_or_goes_is_a_difference(run: RunDirectory) -> None:
+    told = refusal(run, load_recipe("vit_b_clip_b", [o for o in OVERRIDES if not o.startswith("teacher.w")]))
+    assert "teacher.weights: 't.pt' there, 'unset' now" in told
+    assert differences({}, {"a": {"b": 1}}, {}) == ["a.b: 'unset' there, 1 now"]
+
+
+def test_another_deepspeed_json_is_refused(run: RunDirectory) -> None:
+    zero = {**JSON["zero_optimization"], "stage": 1}
+    told = refusal(run, deepspeed_json={**JSON, "zero_optimization": zero})
+    assert f"zero_optimization.stage: {JSON['zero_optimization']['stage']} there, 1 now" in told
+    assert "bf16.enabled" in refusal(run, deepspeed_json={**JSON, "bf16": {"enabled": True}})
+
+
+def test_the_micro_batch_may_change(run: RunDirectory) -> None:
+    run.check(SETTINGS, {**JSON, "train_micro_batch_size_per_gpu": 1})
+
+
+def test_a_new_or_an_empty_folder_is_welcome(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "new").check(SETTINGS, JSON)
+    RunDirectory(tmp_path).check(SETTINGS, JSON)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert f"{tmp_path} is not empty and not a run" in refusal(RunDirectory(tmp_path))
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_what_ran_is_kept(run: RunDirectory) -> None:
+    assert tomllib.loads(run.recipe.read_text()) == tomllib.loads(to_toml(SETTINGS))
+    assert json.loads(run.deepspeed.read_text()) == JSON
+    kept = json.loads((run.folder / "versions.json").read_text())
+    assert kept == versions()
+    assert set(kept) >= {"python", "fdscale", "torch", "deepspeed", "timm"}
+    assert kept["torch"][0].isdigit()
+    assert run.checkpoints.is_dir()
+    assert list(run.folder.glob("*.new")) == []
+
+
+def test_the_recipe_is_read_back_by_the_loader(run: RunDirectory) -> None:
+    assert load_recipe(str(run.recipe)) == SETTINGS
+
+
+def test_a_run_is_complete_once_it_is_marked(run: RunDirectory) -> None:
+    assert run.completed_steps() is None
+    run.mark_complete(625)
+    assert run.completed_steps() == 625
