@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.logging import RichHandler
 from rich.markup import escape
 
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
@@ -18,7 +17,7 @@ from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.config.errors import UserError
 from fdscale.config.recipe import load_recipe
 from fdscale.config.settings import DistillSettings, FinetuneSettings
-from fdscale.terminal import terminal
+from fdscale.terminal import TerminalHandler, terminal
 
 USER_ERROR_EXIT_CODE = 2
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -184,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _set_up_logging() -> None:
     """The main rank tells events; the others tell warnings, with their rank."""
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    handler = RichHandler(console=terminal(), show_time=False, show_path=False, show_level=rank != "0", markup=False)
+    handler = TerminalHandler()
     handler.setFormatter(logging.Formatter("%(message)s" if rank == "0" else f"[rank {rank}] %(message)s"))
     logger = logging.getLogger("fdscale")
     logger.handlers = [handler]

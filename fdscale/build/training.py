@@ -146,8 +146,7 @@ def save_result(run: Run, engine: DeepSpeedEngine, student: Student) -> None:
     """Write the student file of a completed run from the gathered weights, then mark the run complete."""
     main = run.connection.rank.is_main
     state = full_state(engine, student.backbone, wanted=main)
-    if main and student.geometry is not None:
-        save_student(student, state, run.directory.folder)
     if main:
+        save_student(student, state, run.directory.folder)
         run.directory.mark_complete(run.last_step)
     dist.barrier(group=run.connection.control)

@@ -87,6 +87,7 @@ def timm_model(geometry: Geometry) -> TimmModel:
             return _swin_v2(geometry)
         case TimmGeometry():
             return _timm(geometry)
+    raise AssertionError("no student file stores another geometry")
 
 
 def _vit(geometry: ViTGeometry) -> TimmModel:

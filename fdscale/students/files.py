@@ -16,11 +16,15 @@ from fdscale.students.student import Student
 
 
 def save_student(student: Student, state: dict[str, Tensor], folder: Path) -> Path:
-    """Write a student from its backbone's full state dict; returns the path of the weights."""
-    assert student.geometry is not None, "a student of one's own network is saved by its owner"
+    """Write a student from its backbone's full state dict; returns the path of the weights.
+
+    A network of one's own has no geometry that we could describe: its weights alone are written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "student.safetensors"
-    save_file({name: tensor.float().contiguous() for name, tensor in state.items()}, path)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    if student.geometry is None:
+        return path
     description = {
         "geometry": geometry_to_json(student.geometry),
         "mean": student.mean.flatten().tolist(),

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from fdscale.config.errors import UserError, nearest
 
+OWN = "own"  # as student.name: the network is given by a Python call
 STUDENT_FILE = "student_file"  # as student.name: the geometry is the weights file's
 POSITION_BIAS_HIDDEN = 512  # hidden width of SwinV2's continuous position bias network
 
@@ -159,7 +160,23 @@ class TimmGeometry:
         return []
 
 
-Geometry = ViTGeometry | SwinV2Geometry | TimmGeometry
+@dataclass(frozen=True)
+class OwnGeometry:
+    """A network of one's own, given by a Python call: nothing is known of it beforehand, nothing is stored."""
+
+    family: ClassVar[str] = OWN
+    image_size: ClassVar[None] = None
+    width: ClassVar[None] = None
+    grid: ClassVar[None] = None
+    stride: ClassVar[None] = None
+    prefix_tokens: ClassVar[None] = None
+
+    def parameters(self) -> None:
+        """Unknown."""
+        return None
+
+
+Geometry = ViTGeometry | SwinV2Geometry | TimmGeometry | OwnGeometry
 FAMILIES: dict[str, type[Geometry]] = {g.family: g for g in (ViTGeometry, SwinV2Geometry, TimmGeometry)}
 
 STUDENTS: dict[str, ViTGeometry | SwinV2Geometry] = {
@@ -181,12 +198,16 @@ def student_geometry(
     Raises UserError for an unknown student or geometry key, and for numbers that do not fit together.
     """
     if name == STUDENT_FILE:
-        if overrides or image_size or not weights:
+        if not weights:
+            raise UserError(f"student.name={STUDENT_FILE}: which file? name it with student.weights=FILE")
+        if overrides or image_size:
             raise UserError(
-                f"student.name={STUDENT_FILE} takes everything from student.weights=FILE; "
+                f"student.name={STUDENT_FILE} takes everything from {weights}; "
                 "leave student.geometry and student.image_size out"
             )
         return file_geometry(Path(weights))
+    if name == OWN:
+        return OwnGeometry()
     if name.startswith("timm:"):
         if overrides:
             raise UserError("student.geometry: 'timm:' students take only student.image_size")
@@ -194,7 +215,7 @@ def student_geometry(
     if name not in STUDENTS:
         raise UserError(
             f"student.name: unknown student '{name}'{nearest(name, STUDENTS)}; "
-            f"known: {', '.join(STUDENTS)}, {STUDENT_FILE}, or timm:NAME"
+            f"known: {', '.join(STUDENTS)}, {STUDENT_FILE}, timm:NAME, or {OWN} (from Python)"
         )
     changes = dict(overrides) if image_size is None else {**overrides, "image_size": image_size}
     return _replace(STUDENTS[name], changes, name)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fdscale.config.errors import UserError
 from fdscale.students.drop_path import use_table
-from fdscale.students.geometry import Geometry, SwinV2Geometry, TimmGeometry, ViTGeometry
+from fdscale.students.geometry import Geometry, OwnGeometry, SwinV2Geometry, TimmGeometry, ViTGeometry
 from fdscale.students.swin_v2 import SwinV2
 from fdscale.students.vit import build_vit
 from fdscale.tokens import as_tokens
@@ -73,6 +73,8 @@ def build_student(geometry: Geometry, drop_path: float = 0.0, seed: int = 0, dev
                 backbone = _build_swin_v2(geometry, drop_path, device)
             case TimmGeometry():
                 return _build_timm(geometry, drop_path)
+            case OwnGeometry():
+                raise UserError("student.name=own: give the network to fdscale.train.distill(settings, student=…)")
     return Student(backbone, geometry.width, geometry.grid, geometry.prefix_tokens, geometry.image_size, geometry)
 
 

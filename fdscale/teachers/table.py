@@ -12,7 +12,7 @@ Value = int | float | list[int]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-TIMM_PREFIX, STUDENT_FILE = "timm:", "student_file"
+TIMM_PREFIX, STUDENT_FILE, OWN = "timm:", "student_file", "own"
 VIT_KEYS = ("embed_dim", "depth", "num_heads", "patch_size", "image_size", "mlp_ratio")
 SWIN_KEYS = ("embed_dim", "depths", "num_heads", "patch_size", "image_size", "mlp_ratio", "window_size")
 LIST_KEYS = ("depths",)
@@ -68,9 +68,9 @@ class TeacherSpec:
 
 @dataclass(frozen=True)
 class UnbuiltTeacher:
-    """A teacher whose shape only the built network tells: `timm:NAME`, or an fdscale student file."""
+    """A teacher whose shape only the network tells: `timm:NAME`, a student file, or one's own from Python (`own`)."""
 
-    source: Literal["timm", "student_file"]
+    source: Literal["timm", "student_file", "own"]
     model: str  # timm's name, or the student file's path
     image_size: int | None
     overrides: Mapping[str, Value]
@@ -123,13 +123,15 @@ def teacher_geometry(
     """
     overrides = dict(overrides or {})
     image_size = _one_image_size(image_size, overrides.pop("image_size", None))
+    if name == OWN:
+        return UnbuiltTeacher("own", name, image_size, overrides, licence="your own")
     if name == STUDENT_FILE:
         return _student_file(weights, image_size, overrides)
     if name.startswith(TIMM_PREFIX):
         _refuse_unknown(name, overrides, sorted({*VIT_KEYS, *SWIN_KEYS}))
         return UnbuiltTeacher("timm", name.removeprefix(TIMM_PREFIX), image_size, overrides)
     if name not in TEACHERS:
-        known = [*TEACHERS, STUDENT_FILE, "timm:NAME"]
+        known = [*TEACHERS, STUDENT_FILE, "timm:NAME", OWN]
         raise UserError(f"teacher.name: unknown teacher {name!r}{nearest(name, known)}; allowed: {', '.join(known)}")
     spec = _overridden(name, overrides)
     spec = spec if image_size is None else replace(spec, image_size=image_size)

@@ -143,6 +143,8 @@ def _reshaped(name: str, spec: TeacherSpec | UnbuiltTeacher) -> bool:
 
 def _build(spec: TeacherSpec | UnbuiltTeacher, weights: str | None, key: str, after_norm: bool) -> Teacher:
     if isinstance(spec, UnbuiltTeacher):
+        if spec.source == "own":
+            raise UserError("teacher.name=own: give the network to fdscale.train.distill(settings, teacher=…)")
         assert spec.source == "timm", "fdscale.build makes a teacher of a student file"
         from fdscale.teachers.from_timm import any_timm_teacher
 

@@ -97,7 +97,8 @@ def full_state(engine: DeepSpeedEngine, module: nn.Module, wanted: bool) -> dict
     for name, tensor in module.state_dict(keep_vars=True).items():
         full = safe_get_full_fp32_param(tensor) if name in parameters and tensor.requires_grad else None
         if wanted:
-            state[name] = (tensor if full is None else full).detach().float().cpu().clone()
+            whole = (tensor if full is None else full).detach().cpu()
+            state[name] = whole.float().clone() if whole.is_floating_point() else whole.clone()
     return state
 
 
