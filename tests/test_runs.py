@@ -1,0 +1,208 @@
+"""Whole runs, started as people start them: every launcher computes the same, and a killed run goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fdscale.cli import main
+from fdscale.training.engine import Connection
+
+REPOSITORY = Path(__file__).parent.parent
+LAUNCHER = str(REPOSITORY / "launchers" / "fd_swinv2g.sh")
+BIN = Path(sys.executable).parent
+SHORT = ["--smoke", "max_steps=6", "checkpoint.every=2", "log.every=1"]
+# three blocks of ZeRO-3's start-up cost are enough; the extra norm stays
+SHORT += ["student.geometry.depths=[1,1,2,1]", "student.geometry.extra_norm_period=2"]
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """A machine without GPU, and this interpreter's programs first."""
+    unset = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in unset and "SLURM" not in name}
+    return {
+        **kept,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "FDSCALE_PYTHON": sys.executable,
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded sample, packed once for all runs."""
+    from fdscale.data.pack import pack_digits
+
+    folder = tmp_path_factory.mktemp("shards") / "digits"
+    pack_digits(folder, "test")
+    return folder
+
+
+def curve(run_dir: Path) -> list[tuple[int, float, float]]:
+    """(step, loss, gradient norm) of each step of a run."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
+
+
+def command(how: str, run_dir: Path, digits: Path, port: int) -> list[str]:
+    settings = [*SHORT, f"run_dir={run_dir}", f"data.shards={digits}"]
+    torchrun = ["torchrun", "--nproc_per_node=2", f"--master_port={port}", "-m", "fdscale", "distill", "swinv2_g"]
+    return {
+        "bash": ["bash", LAUNCHER, *settings],
+        "deepspeed": ["deepspeed", "--num_gpus", "2", f"--master_port={port}", LAUNCHER, *settings],
+        "torchrun": [*torchrun, *settings],
+        "deepspeed, literally": ["deepspeed", f"--master_port={port}", LAUNCHER, *settings],
+    }[how]
+
+
+def run(arguments: list[str], environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, env=environment, cwd=folder, capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], digits: Path, port: Callable[[], int]
+) -> Path:
+    """The run directory of `bash launchers/fd_swinv2g.sh --smoke`, two ranks, never disturbed."""
+    run_dir = tmp_path_factory.mktemp("bash") / "run"
+    done = run(command("bash", run_dir, digits, port()), environment, run_dir.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run_dir
+
+
+def test_a_run_leaves_what_ran_and_its_student(undisturbed: Path) -> None:
+    left = {path.name for path in undisturbed.iterdir()}
+    kept = {"recipe.toml", "deepspeed.json", "versions.json", "metrics.jsonl", "checkpoints"}
+    assert kept | {"student.safetensors", "student.json", "complete.json"} == left
+    assert [step for step, _, _ in curve(undisturbed)] == [1, 2, 3, 4, 5, 6]
+    assert len(list((undisturbed / "checkpoints").glob("step_*/manifest.json"))) == 2
+    description = json.loads((undisturbed / "student.json").read_text())
+    assert description["geometry"]["family"] == "swin_v2"
+
+
+@pytest.mark.parametrize("how", ["deepspeed", "torchrun"])
+def test_every_launcher_computes_the_same_bits(
+    how: str,
+    undisturbed: Path,
+    environment: dict[str, str],
+    digits: Path,
+    tmp_path: Path,
+    port: Callable[[], int],
+) -> None:
+    done = run(command(how, tmp_path / "run", digits, port()), environment, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert curve(tmp_path / "run") == curve(undisturbed)
+
+
+def test_literally_deepspeed_accumulates_to_the_same_global_batch(
+    undisturbed: Path, environment: dict[str, str], digits: Path, tmp_path: Path, port: Callable[[], int]
+) -> None:
+    one_rank = {**environment, "LOCAL_SIZE": "1"}  # one rank per NUMA node, whatever this machine has
+    done = run(command("deepspeed, literally", tmp_path / "run", digits, port()), one_rank, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for (step, loss, _), (same_step, other, _) in zip(curve(tmp_path / "run"), curve(undisturbed), strict=True):
+        assert step == same_step
+        assert abs(loss - other) <= 1e-5
+
+
+def start(arguments: list[str], environment: dict[str, str], folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """{rank: pid} of the processes that a launcher started."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            variables = dict(v.split("=", 1) for v in (folder / "environ").read_text().split("\0") if "=" in v)
+        except (OSError, ValueError, IndexError):
+            continue  # it has ended meanwhile
+        if parent == launcher and "RANK" in variables:
+            found[int(variables["RANK"])] = int(folder.name)
+    return found
+
+
+def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not what():
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def steps_done(run_dir: Path) -> int:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.read_text().count('"loss"') if metrics.exists() else 0
+
+
+def kill_one_rank(same: list[str], environment: dict[str, str], folder: Path, when: Callable[[], bool]) -> str:
+    """Start, wait for the moment, kill -9 rank 1; what was printed. The launcher must end with an error."""
+    process = start(same, environment, folder)
+    wait_for(when, process)
+    os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    return printed
+
+
+def test_a_run_killed_in_a_save_and_again_between_saves_is_the_undisturbed_one(
+    undisturbed: Path, environment: dict[str, str], digits: Path, tmp_path: Path, port: Callable[[], int]
+) -> None:
+    run_dir = tmp_path / "run"
+    same, saves = command("bash", run_dir, digits, port()), run_dir / "checkpoints"
+    newest = saves / "step_00000004"
+    kill_one_rank(same, environment, tmp_path, newest.exists)
+    assert not (newest / "manifest.json").exists(), "the save was over before the kill"
+
+    second = kill_one_rank(same, environment, tmp_path, lambda: steps_done(run_dir) >= 5)
+    assert f"skipped {newest}: it was never committed" in second
+    assert f"resumed from {saves}/step_00000002" in second
+
+    third = run(same, environment, tmp_path)
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert f"resumed from {saves}/step_0000000" in third.stdout
+    assert curve(run_dir) == curve(undisturbed)
+    assert (run_dir / "student.safetensors").read_bytes() == (undisturbed / "student.safetensors").read_bytes()
+
+
+def test_sigterm_means_finish_the_step_commit_and_ask_for_a_requeue(
+    environment: dict[str, str], digits: Path, tmp_path: Path, port: Callable[[], int]
+) -> None:
+    run_dir = tmp_path / "run"
+    endless = [*command("bash", run_dir, digits, port()), "max_steps=70", "epochs=5", "checkpoint.every=1000"]
+    process = start(endless, environment, tmp_path)
+    wait_for(lambda: steps_done(run_dir) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 85
+    committed = list((run_dir / "checkpoints").glob("step_*/manifest.json"))
+    assert len(committed) == 1
+    assert int(committed[0].parent.name.removeprefix("step_")) == curve(run_dir)[-1][0]
+
+
+def run_again(connection: Connection, arguments: list[str]) -> int:
+    return main(arguments)
+
+
+def test_a_finished_run_is_not_run_again(undisturbed: Path, digits: Path, tmp_path: Path, two_ranks: Any) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    arguments = ["distill", "swinv2_g", *SHORT, f"run_dir={run_dir}", f"data.shards={digits}"]
+    assert two_ranks(run_again, arguments) == [0, 0]
+    assert two_ranks(run_again, [*arguments, "optim.lr=5e-4"]) == [2, 2]
+    assert curve(run_dir) == curve(undisturbed)
