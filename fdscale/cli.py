@@ -101,12 +101,12 @@ def launch(
     """Start a program's ranks: in a SLURM allocation, over a hostfile, or on this machine."""
     from fdscale.cluster.launch import launch as start
     from fdscale.cluster.launch import ranks_here
-    from fdscale.planning.start import check_start
+    from fdscale.planning.check import check as check_settings
 
     settings = settings_of(program, recipe, overrides, smoke)
     local_ranks = ranks_here(ranks, hostfile)
     if local_ranks is not None:  # the ranks check for themselves; here it is told once, before any starts
-        check_start(settings, load_deepspeed_json(settings.deepspeed), local_ranks, local_ranks)
+        check_settings(settings, load_deepspeed_json(settings.deepspeed), local_ranks, local_ranks)
     arguments = [program, recipe, *(["--smoke"] if smoke else []), *(overrides or []), *context.args]
     raise typer.Exit(start(arguments, ranks, hostfile))
 

@@ -19,8 +19,8 @@ from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.data.index import Index, load_index
 from fdscale.data.order import GlobalOrder
 from fdscale.data.pack import pack_digits
+from fdscale.planning.check import check
 from fdscale.planning.data_check import DIGITS
-from fdscale.planning.start import check_start
 from fdscale.training.engine import Connection, connect
 from fdscale.training.run_directory import RunDirectory
 
@@ -77,7 +77,7 @@ def open_run(settings: DistillSettings | FinetuneSettings, samples: int | None =
     assert settings.run_dir, "the command line names a run directory"
     rank = rank_from_environment(os.environ)
     deepspeed_json = load_deepspeed_json(settings.deepspeed)
-    check_start(settings, deepspeed_json, rank.world_size, rank.local_world_size)
+    check(settings, deepspeed_json, rank.world_size, rank.local_world_size)
     directory = RunDirectory(Path(settings.run_dir))
     directory.check(settings, deepspeed_json)
     connection = connect(rank)

@@ -12,7 +12,7 @@ from fdscale.config.settings import DistillSettings, StudentSettings, TeacherSet
 from fdscale.data.order import accumulation_steps
 from fdscale.distill.layout import TokenLayout, layout_problems
 from fdscale.planning.data_check import AnySettings, DataFacts, data_facts, data_problems
-from fdscale.planning.memory import RankMemory, memory_per_rank
+from fdscale.planning.memory import RankMemory, machine_memory, memory_per_rank, refuse_if_it_cannot_fit
 from fdscale.students.geometry import Geometry, file_geometry, student_geometry
 from fdscale.teachers.table import STUDENT_FILE, TeacherSpec, UnbuiltTeacher, teacher_geometry
 
@@ -42,8 +42,8 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int) -> Plan:
-    """The plan of a run on `ranks` ranks, whichever machine this is.
+def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, local_ranks: int | None = None) -> Plan:
+    """The plan of a run on `ranks` ranks; with `local_ranks` of them on this machine, whose memory must suffice.
 
     `deepspeed_json` comes from `load_deepspeed_json`. Raises SettingsError with every problem at once.
     """
@@ -56,6 +56,9 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int) 
     if isinstance(settings, DistillSettings):
         teacher = _attempt(lambda: _teacher(settings.teacher), problems)
         problems += _layout_problems(settings, student, teacher)
+    memory = None if student is None else _memory(student, teacher, ranks, deepspeed_json)
+    if memory is not None and local_ranks is not None:
+        _attempt(lambda: refuse_if_it_cannot_fit(memory, ranks, local_ranks, machine_memory()), problems)
     facts = _attempt(lambda: data_facts(settings), problems)
     problems += data_problems(settings, facts)
     if problems:
@@ -73,7 +76,7 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int) 
         samples=facts.samples,
         steps_per_epoch=facts.steps_per_epoch,
         steps=facts.steps,
-        memory=_memory(student, teacher, ranks, deepspeed_json),
+        memory=memory,
         notes=tuple(_notes(settings, facts, ranks)),
     )
 

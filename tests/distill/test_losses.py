@@ -49,6 +49,8 @@ def test_cosine_is_of_tokens_and_blind_to_their_length() -> None:
     target = torch.randn(2, 3, 8)
     for predicted, cosine in ((3 * target, 1.0), (-target, -1.0)):
         assert float(measure(predicted, target, 2.0)["feature_cosine"]) == pytest.approx(cosine, abs=1e-6)
+    lengths = torch.tensor([1.0, 5.0, 0.1]).view(1, 3, 1)  # each token counts the same
+    assert float(measure(lengths * target, target, 2.0)["feature_cosine"]) == pytest.approx(1.0, abs=1e-6)
     mixed = torch.cat([target[:1], -target[1:]])
     assert float(measure(mixed, target, 2.0)["feature_cosine"]) == pytest.approx(0.0, abs=1e-6)
 
@@ -60,5 +62,6 @@ def test_the_variance_is_over_channels() -> None:
 
 def test_measurements_carry_no_gradient() -> None:
     predicted = torch.randn(1, 2, 4, requires_grad=True)
-    assert not any(value.requires_grad for value in measure(predicted, torch.randn(1, 2, 4), 2.0).values())
+    target = torch.randn(1, 2, 4, requires_grad=True)
+    assert not any(value.requires_grad for value in measure(predicted, target, 2.0).values())
     assert smooth_l1(predicted, torch.randn(1, 2, 4), 2.0).requires_grad

@@ -122,8 +122,7 @@ def test_single_numbers_are_replaced() -> None:
         ("swinv2_t", None, {"num_heads": [3, 6, 12, 25]}, "stage 3: width 768 is not a multiple of 25 heads"),
         ("swinv2_t", None, {"depths": [2, 2]}, "depths [2, 2] and num_heads [3, 6, 12, 24] differ in length"),
         ("timm:vit_tiny_patch16_224", None, {"depth": 2}, "'timm:' students take only student.image_size"),
-        ("student_file", None, {}, "takes everything from student.weights=FILE"),
-        ("student_file", 224, {}, "leave student.geometry and student.image_size out"),
+        ("student_file", None, {}, "which file? name it with student.weights=FILE"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_with_what_would_be_right(
@@ -152,6 +151,13 @@ def test_a_geometry_survives_json(geometry: Geometry, tmp_path: Path) -> None:
     weights = write_description(tmp_path, geometry=geometry_to_json(geometry))
     assert file_geometry(weights) == geometry
     assert student_geometry("student_file", None, {}, str(weights)) == geometry
+
+
+@pytest.mark.parametrize(("image_size", "overrides"), [(224, {}), (None, {"depth": 2})])
+def test_a_student_file_is_not_changed(image_size: int | None, overrides: dict[str, int], tmp_path: Path) -> None:
+    weights = write_description(tmp_path, geometry=geometry_to_json(STUDENTS["vit_b16"]))
+    with pytest.raises(UserError, match=r"leave student\.geometry and student\.image_size out"):
+        student_geometry("student_file", image_size, overrides, str(weights))
 
 
 @pytest.mark.parametrize(

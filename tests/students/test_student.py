@@ -10,7 +10,7 @@ from fdscale.config.errors import UserError
 from fdscale.distill.distiller import Distiller
 from fdscale.distill.layout import TokenLayout
 from fdscale.distill.targets import TargetMaker
-from fdscale.students.geometry import STUDENTS, Geometry, SwinV2Geometry, TimmGeometry, ViTGeometry
+from fdscale.students.geometry import STUDENTS, Geometry, OwnGeometry, SwinV2Geometry, TimmGeometry, ViTGeometry
 from fdscale.students.student import IMAGENET_MEAN, IMAGENET_STD, Student, build_student, set_activation_checkpointing
 from fdscale.training.optim import parameter_groups
 
@@ -126,6 +126,11 @@ def test_drop_path_of_timms_networks_reads_the_table() -> None:
 def test_what_timm_cannot_build_is_the_users_mistake(name: str, size: int | None, told: str) -> None:
     with pytest.raises(UserError, match=told):
         build_student(TimmGeometry(name, size))
+
+
+def test_a_network_of_ones_own_cannot_be_built_from_a_name() -> None:
+    with pytest.raises(UserError, match=r"give the network to fdscale\.train\.distill"):
+        build_student(OwnGeometry())
 
 
 def groups_of(name: str, target_width: int) -> tuple[set[str], set[str]]:

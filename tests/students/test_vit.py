@@ -40,7 +40,7 @@ def test_weights_are_cut_at_one_sigma_and_rescaled_by_depth(vit: Beit) -> None:
 
 
 def test_everything_else_starts_at_its_neutral_value(vit: Beit) -> None:
-    parameters = dict(vit.named_parameters())
+    parameters = {name: parameter.detach() for name, parameter in vit.named_parameters()}
     zeros = [name for name in parameters if name.endswith(("bias", "bias_table")) or "_bias" in name]
     scales = [name for name in parameters if ".gamma_" in name]
     norms = [name for name in parameters if "norm" in name and name.endswith("weight")]
