@@ -59,7 +59,8 @@ class Ranks:
     def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float = 200) -> list[Any]:
         """`function(connection, *arguments)` on every rank at once; the results in rank order.
 
-        `function` is a top-level function of a test file, called with the rank's `Connection` first.
+        `function` is a top-level function of a test file, called with the rank's `Connection` first. Arguments and
+        results travel by pickle: plain types, tensors, or fdscale's own, never classes of a test file.
         """
         if not self._pipes:
             self._start()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fdscale.students.geometry import Geometry, SwinV2Geometry, ViTGeometry, student_geometry
+from fdscale.students.geometry import OWN, STUDENT_FILE, Geometry, SwinV2Geometry, ViTGeometry, student_geometry
 from fdscale.teachers.table import TeacherSpec, teacher_geometry
 
 Tree = dict[str, Any]
@@ -47,7 +47,8 @@ def smoke_patch(recipe: Mapping[str, Any]) -> Tree:
     Raises UserError where the recipe names a student or a teacher that does not exist.
     """
     original = _student(recipe["student"])
-    student = _small_student(original)
+    keeps_its_size = recipe["student"]["name"] in (STUDENT_FILE, OWN)
+    student = {} if keeps_its_size else _small_student(original)
     patch = {**RUN, "optim": OPTIM, "student": student}
     if recipe["program"] == "finetune":
         return {**patch, "classes": DIGITS_CLASSES}
@@ -56,7 +57,7 @@ def smoke_patch(recipe: Mapping[str, Any]) -> Tree:
 
 
 def _student(table: Mapping[str, Any]) -> Geometry:
-    return student_geometry(table["name"], table.get("image_size"), table.get("geometry", {}))
+    return student_geometry(table["name"], table.get("image_size"), table.get("geometry", {}), table.get("weights"))
 
 
 def _small_student(original: Geometry) -> Tree:

@@ -1,4 +1,4 @@
-"""The student file: `student.safetensors` (the backbone's weights, fp32) with `student.json` (geometry) beside it."""
+"""The student file: `student.safetensors` (the backbone's weights) with `student.json` (its geometry) beside it."""
 
 from __future__ import annotations
 

@@ -207,6 +207,10 @@ def student_geometry(
             )
         return file_geometry(Path(weights))
     if name == OWN:
+        if overrides or image_size:
+            raise UserError(
+                f"student.name={OWN} brings its own size; leave student.geometry and student.image_size out"
+            )
         return OwnGeometry()
     if name.startswith("timm:"):
         if overrides:

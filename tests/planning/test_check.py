@@ -153,7 +153,9 @@ def student_file(folder: Path, **overrides: int) -> Path:
     path = folder / "student.safetensors"
     path.touch()
     geometry = student_geometry("vit_s16", 64, overrides)
-    path.with_suffix(".json").write_text(json.dumps({"geometry": geometry_to_json(geometry)}))
+    path.with_suffix(".json").write_text(
+        json.dumps({"geometry": geometry_to_json(geometry), "mean": [0.5] * 3, "std": [0.5] * 3})
+    )
     return path
 
 
@@ -167,25 +169,28 @@ def test_a_student_file_as_teacher_brings_its_grid(tmp_path: Path) -> None:
     assert "the teacher has 4x4 patch tokens, the student 14x14" in problem
     weights.with_suffix(".json").write_text("{}")
     (problem,) = problems("vit_b_clip_b", *overrides)
-    assert "has its geometry beside it" in problem
+    assert "a student file has its geometry, mean and std there" in problem
 
 
 def test_student_weights_of_another_geometry(tmp_path: Path) -> None:
     weights = student_file(tmp_path, depth=5)
-    (problem,) = problems("digits_finetune", f"student.weights={weights}")
+    (problem,) = problems("digits_teacher", f"student.weights={weights}")
     assert "embed_dim 384 (settings: 96), depth 5 (settings: 4), num_heads 6 (settings: 3)" in problem
     (problem,) = problems("vit_b_clip_b", f"student.weights={weights}", "student.name=swinv2_b")[:1]
     assert "holds a vit, student.name is a swin_v2" in problem
 
 
-def test_fine_tuning_needs_labels_and_enough_of_them(shards: Shards) -> None:
-    assert plan_of("digits_finetune", f"data.shards={shards(16)}", "labelled=8").steps_per_epoch == 1
-    assert problems("digits_finetune", f"data.shards={shards(16, labels=False)}", "labelled=4", "classes=2") == [
+def test_fine_tuning_needs_labels_and_enough_of_them(shards: Shards, tmp_path: Path) -> None:
+    weights = f"student.weights={student_file(tmp_path)}"
+    assert plan_of("digits_finetune", weights, f"data.shards={shards(16)}", "labelled=8").steps_per_epoch == 1
+    assert problems(
+        "digits_finetune", weights, f"data.shards={shards(16, labels=False)}", "labelled=4", "classes=2"
+    ) == [
         "labelled: got 4, allowed: at least one global batch of 8 images",
         "data.shards: 16 of 16 samples have no label; fine-tuning needs one for each",
     ]
-    assert problems("digits_finetune", f"data.shards={shards(24)}", "labelled=200", "classes=3") == [
+    assert problems("digits_finetune", weights, f"data.shards={shards(24)}", "labelled=200", "classes=3") == [
         "labelled: got 200, allowed: at most the 24 samples of data.shards",
         "classes: got 3, but data.shards has label 3; allowed: at least 4",
     ]
-    assert problems("digits_finetune", "classes=4") == ["classes: got 4, but the embedded digits have 10"]
+    assert problems("digits_finetune", weights, "classes=4") == ["classes: got 4, but the embedded digits have 10"]
