@@ -31,7 +31,7 @@ def distill(settings: DistillSettings, student: Student | None = None, teacher: 
     run = open_run(settings)
     if run.is_complete():
         return True
-    frozen = (teacher or prepare_teacher(settings.teacher, run.deepspeed_json)).to(run.device)
+    frozen = (teacher or prepare_teacher(settings.teacher, run.deepspeed_json, run.connection)).to(run.device)
     trained = student or prepare_student(settings.student, settings.seed)
     targets = target_maker(settings, trained, frozen)
     with seeded(settings.seed):

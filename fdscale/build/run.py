@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -13,10 +14,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fdscale.cluster.ranks import rank_from_environment
+from fdscale.cluster.ranks import StopSignals, rank_from_environment
 from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.config.settings import DistillSettings, FinetuneSettings
-from fdscale.data.index import Index, load_index
+from fdscale.data.index import INDEX_FILE, Index, load_index
 from fdscale.data.order import GlobalOrder
 from fdscale.data.pack import pack_digits
 from fdscale.planning.check import check
@@ -35,6 +36,7 @@ class Run:
     deepspeed_json: dict[str, Any]
     connection: Connection
     directory: RunDirectory
+    stop: StopSignals
     index: Index
     held_out: Index | None
 
@@ -60,36 +62,49 @@ class Run:
         """The step at which this attempt ends, unless it is stopped."""
         return min(self.total_steps, self.settings.max_steps or self.total_steps)
 
+    def fingerprints(self) -> dict[str, str]:
+        """What tells the shards of this run from others: the SHA-256 of each index, which holds every shard's."""
+        indices = {"data.shards": self.index, "eval.shards": self.held_out}
+        return {
+            name: hashlib.sha256((index.folder / INDEX_FILE).read_bytes()).hexdigest()
+            for name, index in indices.items()
+            if index is not None
+        }
+
     def is_complete(self) -> bool:
         """Whether an earlier attempt finished this run (said in the log)."""
         done = self.directory.completed_steps()
         if done is None or done < self.last_step:
             return False
         logger.info("already complete at step %d: %s", done, self.directory.student)
+        self.stop.restore()
         return True
 
 
 def open_run(settings: DistillSettings | FinetuneSettings, samples: int | None = None) -> Run:
     """Check everything, join the other ranks and open the run directory; `samples` trains on that many only.
 
-    Raises UserError before anything is written or a GPU is touched.
+    Raises UserError before anything is written or a GPU is touched. From here on a stop signal is heeded by the loop.
     """
     assert settings.run_dir, "the command line names a run directory"
     rank = rank_from_environment(os.environ)
     deepspeed_json = load_deepspeed_json(settings.deepspeed)
-    check(settings, deepspeed_json, rank.world_size, rank.local_world_size)
+    checked = check(settings, deepspeed_json, rank.world_size, rank.local_world_size)
     directory = RunDirectory(Path(settings.run_dir))
     directory.check(settings, deepspeed_json)
+    stop = StopSignals()
+    stop.install()
     connection = connect(rank)
-    torch.manual_seed(settings.seed + rank.rank)  # for a network's own dropout; nothing of ours draws from it
     dist.barrier(group=connection.control)  # every rank has looked before the first one writes
     if rank.is_main:
-        directory.record(settings, deepspeed_json)
+        directory.begin(settings)
+        for note in checked.notes:
+            logger.info("note: %s", note)
     index = _open_shards(settings.data.shards, "train", directory, connection)
-    if samples is not None:
-        index = _first(index, samples, settings.seed)
     held_out = settings.eval.shards and _open_shards(settings.eval.shards, "test", directory, connection)
-    return Run(settings, deepspeed_json, connection, directory, index, held_out or None)
+    run = Run(settings, deepspeed_json, connection, directory, stop, index, held_out or None)
+    directory.check_data(run.fingerprints())
+    return run if samples is None else replace(run, index=_first(index, samples, settings.seed))
 
 
 def _open_shards(

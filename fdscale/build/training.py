@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
 from fdscale.build.run import Run
+from fdscale.config.errors import UserError
 from fdscale.data.augment import Augmentation
 from fdscale.data.loader import EvalLoader, TrainLoader
 from fdscale.data.order import accumulation_steps
@@ -25,6 +28,8 @@ from fdscale.training.sinks import open_sinks
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+logger = logging.getLogger(__name__)
+
 
 def train(
     run: Run,
@@ -36,10 +41,12 @@ def train(
     """Train `module` (which holds `student`) to the run's last step and save the student; False when stopped."""
     settings, log = run.settings, run.settings.log
     schedule = _schedule(run)
+    torch.manual_seed(settings.seed + run.connection.rank.rank)  # a network's own dropout; nothing of ours draws
     engine = _engine(run, module, student, schedule)
     checkpoints = Checkpoints(run.directory.checkpoints, run.connection, settings.checkpoint.keep)
     state = checkpoints.load(engine)
     progress = Progress.resumed(state)
+    _record(run, progress, fresh=state is None)
     held_out = _held_out(run, engine, student.image_size, sample_terms)
     sinks = open_sinks(
         run.connection.rank,
@@ -63,14 +70,32 @@ def train(
             checkpoints,
             sinks,
             progress,
+            run.stop,
             held_out,
         )
         if done:
-            save_result(run, engine, student)
+            save_result(run, engine, student, progress.step)
             sinks.say(f"complete: {run.directory.student}")
     finally:
         sinks.close()
+        run.stop.restore()
     return done
+
+
+def _record(run: Run, progress: Progress, fresh: bool) -> None:
+    """Write down what runs from here; raises UserError when the end asked for lies behind."""
+    if progress.step > run.last_step:
+        raise UserError(
+            f"max_steps={run.settings.max_steps}: this run has {progress.step} steps behind it; "
+            "leave max_steps out, or set it higher"
+        )
+    if not run.connection.rank.is_main:
+        return
+    if fresh:
+        logger.info("a fresh run: the student starts from %s", run.settings.student.weights or "scratch")
+    elif changed := run.directory.changed_versions():
+        logger.warning("resumed under other versions, bit for bit no longer holds: %s", ", ".join(changed))
+    run.directory.record(run.settings, run.deepspeed_json, run.fingerprints())
 
 
 def _engine(run: Run, module: nn.Module, student: Student, schedule: Schedule) -> DeepSpeedEngine:
@@ -142,11 +167,11 @@ def _held_out(
     return lambda: evaluate(engine, sample_terms, loader, run.settings.eval.knn)
 
 
-def save_result(run: Run, engine: DeepSpeedEngine, student: Student) -> None:
+def save_result(run: Run, engine: DeepSpeedEngine, student: Student, step: int) -> None:
     """Write the student file of a completed run from the gathered weights, then mark the run complete."""
     main = run.connection.rank.is_main
     state = full_state(engine, student.backbone, wanted=main)
     if main:
         save_student(student, state, run.directory.folder)
-        run.directory.mark_complete(run.last_step)
+        run.directory.mark_complete(step)
     dist.barrier(group=run.connection.control)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdscale.distill.losses import measure, smooth_l1
@@ -33,5 +33,5 @@ class Distiller(nn.Module):
         predicted = self.projector(tokens)
         if self.training:
             return {"loss": smooth_l1(predicted, target, self.beta), **measure(predicted, target, self.beta)}
-        losses = [smooth_l1(p, t, self.beta) for p, t in zip(predicted, target, strict=True)]
-        return {"loss": torch.stack(losses), "features": tokens.float().mean(dim=1)}
+        losses = F.smooth_l1_loss(predicted.float(), target.float(), beta=self.beta, reduction="none")
+        return {"loss": losses.flatten(1).mean(dim=1), "features": tokens.float().mean(dim=1)}

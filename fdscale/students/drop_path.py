@@ -6,14 +6,17 @@ whole global batch instead, and each rank is given the rows of its samples.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
 
+@lru_cache(maxsize=2)
 def drop_path_table(seed: int, step: int, sites: int, global_batch: int) -> Tensor:
-    """Uniform draws (sites, global batch), fp32, a pure function of (seed, step)."""
+    """Uniform draws (sites, global batch), fp32, a pure function of (seed, step); drawn once for all micro batches."""
     state = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0] >> 1))
     return torch.rand(sites, global_batch, generator=generator)
@@ -57,4 +60,9 @@ def drop_path_rows(
     seed: int, step: int, sites: int, global_batch: int, rows: slice, device: torch.device
 ) -> Tensor | None:
     """The draws (sites, B) of those rows of the step's global batch; None for a network without drop path."""
-    return drop_path_table(seed, step, sites, global_batch)[:, rows].to(device) if sites else None
+    if not sites:
+        return None
+    draws = drop_path_table(seed, step, sites, global_batch)[:, rows].clone()
+    if device.type == "cuda":  # a copy from pageable memory would wait for the device
+        return draws.pin_memory().to(device, non_blocking=True)
+    return draws

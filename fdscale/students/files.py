@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -22,7 +23,14 @@ def save_student(student: Student, state: dict[str, Tensor], folder: Path) -> Pa
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "student.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    beside = path.with_name(path.name + ".new")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, beside)
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} could not be written: {error}; make room, then start the same command again"
+        ) from error
     if student.geometry is None:
         return path
     description = {

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from fdscale.config.errors import UserError
-from fdscale.training.engine import Connection
+from fdscale.training.engine import Connection, gather_lists
 from fdscale.training.manifest import damage, describe, files_of, read_manifest, write_manifest, writer_of
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Checkpoints:
         Raises UserError when this rank cannot write; the previous checkpoint stays as it was.
         """
         target = self.folder / f"step_{step:08d}"
+        self._on_main(lambda: shutil.rmtree(target, ignore_errors=True))  # what an interrupted attempt left
         try:
-            self._on_main(lambda: shutil.rmtree(target, ignore_errors=True))  # an uncommitted one of a former life
             engine.save_checkpoint(str(self.folder), tag=target.name, client_state=state, save_latest=False)
             torch.save(random_state(), target / f"rank_{self.rank}.pt")
             self._barrier()  # every rank's files are there
@@ -45,37 +45,47 @@ class Checkpoints:
             manifest = {"step": step, "world_size": self.world_size, "files": files}
             self._on_main(lambda: write_manifest(target, manifest))
         except (OSError, RuntimeError) as error:
+            if not _is_write_failure(error):
+                raise
             raise UserError(self._write_failure(target, error)) from error
-        self._on_main(self._prune)
+        self._on_main(lambda: self._prune(step))
 
     def load(self, engine: DeepSpeedEngine) -> dict[str, Any] | None:
-        """Resume from the newest complete checkpoint; returns the loop's state, or None when there is none.
+        """Resume from the newest complete checkpoint; returns the loop's state, or None when none was ever committed.
 
-        Hashes are checked before anything is loaded; what is skipped is said, with the reason.
+        Hashes are checked before anything is loaded; what is skipped is said, with the reason, and set aside. Raises
+        UserError when checkpoints were committed but none is whole: starting anew would overwrite what they tell.
         """
-        chosen = self._newest_complete()
+        chosen, damaged = self._newest_complete()
         if chosen is None:
+            if damaged:
+                raise UserError(
+                    f"{self.folder}: {len(damaged)} checkpoints were committed and none is whole (see above): is this "
+                    "folder shared by all nodes? To start anew, move them away"
+                )
             return None
         self._check_world_size(chosen)
+        self._on_main(lambda: [path.rename(path.with_name(f"damaged_{path.name}")) for path in damaged])
         _, state = engine.load_checkpoint(str(self.folder), tag=chosen.name, load_lr_scheduler_states=False)
-        restore_random_state(torch.load(chosen / f"rank_{self.rank}.pt", weights_only=False))
+        restore_random_state(torch.load(chosen / f"rank_{self.rank}.pt", weights_only=True))
         self._tell(f"resumed from {chosen}")
         return state
 
-    def _newest_complete(self) -> Path | None:
+    def _newest_complete(self) -> tuple[Path | None, list[Path]]:
+        """The newest whole checkpoint, and newer folders that were committed and are damaged."""
+        damaged: list[Path] = []
         for folder in self._broadcast(sorted(self.folder.glob("step_*"), reverse=True)):
-            problems = self._problems(folder)
+            manifest = self._broadcast(read_manifest(folder))
+            problems = ["it was never committed (no manifest)"] if manifest is None else self._damage(folder, manifest)
             if not problems:
-                return folder
+                return folder, damaged
             self._tell(f"skipped {folder}: {'; '.join(problems[:3])}")
-        return None
+            damaged += [folder] if manifest is not None else []
+        return None, damaged
 
-    def _problems(self, folder: Path) -> list[str]:
-        manifest = self._broadcast(read_manifest(folder))
-        if manifest is None:
-            return ["it was never committed (no manifest)"]
+    def _damage(self, folder: Path, manifest: dict[str, Any]) -> list[str]:
         mine = sorted(manifest["files"])[self.rank :: self.world_size]
-        return [problem for found in self._gather(damage(folder, manifest, mine)) for problem in found]
+        return gather_lists(damage(folder, manifest, mine), self.connection)
 
     def _check_world_size(self, folder: Path) -> None:
         saved = (read_manifest(folder) or {})["world_size"]
@@ -87,20 +97,22 @@ class Checkpoints:
 
     def _describe_all(self, folder: Path) -> dict[str, Any]:
         mine = [file for file in files_of(folder) if writer_of(file, self.world_size) == self.rank]
-        described: dict[str, Any] = {}
-        for part in self._gather(describe(folder, mine)):
-            described.update(part)
-        return described
+        return dict(gather_lists(list(describe(folder, mine).items()), self.connection))
 
-    def _prune(self) -> None:
-        committed = [path for path in sorted(self.folder.glob("step_*")) if read_manifest(path)]
-        for path in committed[: -self.keep]:
-            shutil.rmtree(path)
+    def _prune(self, saved: int) -> None:
+        """Keep the newest `keep` committed ones up to the one just saved; what is no commit goes as well."""
+        folders = [path for path in sorted(self.folder.glob("step_*")) if int(path.name.removeprefix("step_")) <= saved]
+        committed = [path for path in folders if read_manifest(path)]
+        for path in sorted(set(folders) - set(committed[-self.keep :])):
+            try:
+                shutil.rmtree(path)
+            except OSError as error:  # an old checkpoint that stays is no reason to stop
+                logger.warning("could not remove %s: %s", path, error)
 
     def _write_failure(self, target: Path, error: Exception) -> str:
         kept = [path.name for path in sorted(self.folder.glob("step_*")) if read_manifest(path)]
         intact = f"{kept[-1]} is intact" if kept else "no earlier checkpoint exists"
-        free = shutil.disk_usage(self.folder).free / 2**20
+        free = shutil.disk_usage(self.folder).free / 2**20 if self.folder.exists() else 0
         return (
             f"rank {self.rank} could not write {target}: {error} ({free:,.0f} MiB are free there); {intact}: "
             "make room or make the folder writable, then start the same command again"
@@ -123,22 +135,26 @@ class Checkpoints:
         dist.broadcast_object_list(box, src=0, group=self.connection.control)
         return box[0]
 
-    def _gather(self, value: Any) -> list[Any]:
-        parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, value, group=self.connection.control)
-        return parts
+
+def _is_write_failure(error: OSError | RuntimeError) -> bool:
+    """Whether a file could not be written; torch's writer says so by a RuntimeError, as does a peer that died."""
+    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
 
 
 def random_state() -> dict[str, Any]:
-    """This rank's generators: Python's, NumPy's, torch's on the CPU and on its GPU."""
+    """This rank's generators: Python's, NumPy's, torch's on the CPU and on its GPU; tensors and plain types."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+    legacy: Any = np.random.get_state()
+    name, keys, *rest = legacy
+    numpy_state = (name, torch.from_numpy(keys.copy()), *rest)
+    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
     """Set this rank's generators as `random_state` found them."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])

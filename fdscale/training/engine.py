@@ -33,16 +33,24 @@ class Connection:
 
 def connect(rank: Rank) -> Connection:
     """Join the process group (NCCL on GPUs, gloo on CPUs), once per process."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     export_rank(rank)
     deepspeed = _quiet_deepspeed()
+    device = torch.device("cpu")
     if on_gpu:
-        torch.cuda.set_device(rank.local_rank)
+        device = torch.device("cuda", rank.local_rank % torch.cuda.device_count())  # one is seen where SLURM binds them
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
         deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
-    device = torch.device("cuda", rank.local_rank) if on_gpu else torch.device("cpu")
     return Connection(rank, device, dist.new_group(backend="gloo", timeout=timedelta(minutes=30)))
+
+
+def gather_lists(mine: list[Any], connection: Connection) -> list[Any]:
+    """The lists of all ranks, one after the other, on every rank."""
+    parts: list[list[Any]] = [[] for _ in range(connection.rank.world_size)]
+    dist.all_gather_object(parts, mine, group=connection.control)
+    return [item for part in parts for item in part]
 
 
 def _quiet_deepspeed() -> Any:
@@ -72,6 +80,8 @@ def start_engine(
         **deepspeed_json,
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": clip,
+        # DeepSpeed's throughput timer waits for the device twice in every micro batch; the loop has its own
+        "timers": {"throughput": {"enabled": False}, **deepspeed_json.get("timers", {})},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -85,26 +95,30 @@ def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
 
 
 def full_state(engine: DeepSpeedEngine, module: nn.Module, wanted: bool) -> dict[str, Tensor]:
-    """The state dict of `module`, a part of the engine's, in fp32 on the CPU, gathered weight by weight.
+    """The state dict of `module`, a part of the engine's, on the CPU and in fp32, gathered weight by weight.
 
-    Every rank must call it; only ranks with `wanted` keep the tensors. Frozen and plain weights are taken as
-    they are, the others from the optimizer's fp32 masters.
+    Every rank must call it; only ranks with `wanted` keep the tensors. Trained weights are the optimizer's fp32
+    masters, frozen ones and buffers are taken as they are.
     """
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    parameters = dict(module.named_parameters())
     state = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        full = safe_get_full_fp32_param(tensor) if name in parameters and tensor.requires_grad else None
+        whole = _whole(tensor)
         if wanted:
-            whole = (tensor if full is None else full).detach().cpu()
-            state[name] = whole.float().clone() if whole.is_floating_point() else whole.clone()
+            whole = whole.float() if whole.is_floating_point() else whole
+            state[name] = whole.detach().cpu().clone()
     return state
 
 
-def zero_stage(deepspeed_json: Mapping[str, Any]) -> int:
-    """The ZeRO stage of a DeepSpeed JSON."""
-    return int(deepspeed_json.get("zero_optimization", {}).get("stage", 0))
+def _whole(tensor: Tensor) -> Tensor:
+    """One weight in full, gathered from all ranks where it is partitioned."""
+    from deepspeed.utils import safe_get_full_fp32_param
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    master = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
+    if master is not None:
+        return master
+    with GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
+        return tensor.detach().clone()
 
 
 def compute_dtype(deepspeed_json: Mapping[str, Any]) -> torch.dtype:

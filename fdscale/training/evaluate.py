@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from fdscale.data.batches import Batch
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+logger = logging.getLogger(__name__)
 
 SampleTerms = Callable[["DeepSpeedEngine", Batch], dict[str, Tensor]]  # one row per image
 
@@ -33,6 +36,8 @@ def evaluate(
     engine.eval()
     rows: dict[str, list[Tensor]] = {"labels": []}
     for batch in batches:
+        for bad in batch.bad:
+            logger.warning("held-out image left out, it cannot be decoded: %s", bad)
         for name, value in {**sample_terms(engine, batch), "labels": batch.labels}.items():
             rows.setdefault(name, []).append(value[batch.valid])  # not the rows that only make the ranks' batches equal
     gathered = {name: _gather_rows(torch.cat(values)) for name, values in rows.items()}

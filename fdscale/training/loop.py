@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,12 +16,14 @@ from fdscale.cluster.ranks import StopSignals
 from fdscale.data.batches import Batch
 from fdscale.data.loader import check_bad_ratio
 from fdscale.training.checkpoint import Checkpoints
-from fdscale.training.engine import Connection, set_learning_rate
+from fdscale.training.engine import Connection, gather_lists, set_learning_rate
 from fdscale.training.metrics import Sinks
 from fdscale.training.optim import Schedule
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+logger = logging.getLogger(__name__)
 
 BatchTerms = Callable[["DeepSpeedEngine", Batch, int], dict[str, Tensor]]
 
@@ -45,6 +48,10 @@ class Plan:
     checkpoint_every: int
     samples: int
     max_bad_ratio: float
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something done every so many steps (0: at the end only) is done after this step."""
+        return step == self.last or (every > 0 and step % every == 0)
 
 
 @dataclass
@@ -94,33 +101,33 @@ def fit(
     checkpoints: Checkpoints,
     sinks: Sinks,
     progress: Progress,
+    stop: StopSignals,
     evaluate: Callable[[], dict[str, float]] | None,
 ) -> bool:
     """Train from `progress` to `plan.last`; True when done, False when stopped by a signal.
 
     `batch_terms(engine, micro_batch, step)` says what one batch means: it returns `loss` and what is measured.
-    On SIGTERM or SIGUSR1 the step is finished and committed before the loop ends.
+    When `stop` was requested on any rank, the step is finished and committed before the loop ends.
     """
     meter = Meter(progress.step, loader.data_wait_seconds)
-    with StopSignals() as stop:
-        for micro_batches in loader.steps(progress.step, plan.last):
-            rate = schedule.for_step(progress.step)
-            terms = train_step(engine, batch_terms, micro_batches, progress.step, rate)
-            progress.step += 1
-            stopping = _agree(connection, stop.requested, micro_batches, progress, plan)
-            logging = progress.step == 1 or _due(progress.step, plan.log_every, plan) or stopping
-            if logging:
-                row = _row(engine, terms, progress, plan, rate)
-                sinks.write(progress.step, row | meter.row(plan, progress.step, loader.data_wait_seconds))
-            if evaluate and _due(progress.step, plan.eval_every, plan):
-                sinks.write(progress.step, evaluate())
-            if _due(progress.step, plan.checkpoint_every, plan) or stopping:
-                _save(engine, checkpoints, progress, sinks)
-            if logging:  # after what is no training: its time is no step's
-                meter = Meter(progress.step, loader.data_wait_seconds)
-            if stopping:
-                sinks.say(f"stopped by a signal after step {progress.step}; the same command goes on from there")
-                return progress.step == plan.last
+    for micro_batches in loader.steps(progress.step, plan.last):
+        rate = schedule.for_step(progress.step)
+        terms = train_step(engine, batch_terms, micro_batches, progress.step, rate)
+        progress.step += 1
+        stopping = _agree(connection, stop.requested, micro_batches, progress, plan)
+        reporting = progress.step == 1 or stopping or plan.due(progress.step, plan.log_every)
+        if reporting:
+            row = _row(engine, terms, progress, plan, rate)
+            sinks.write(progress.step, row | meter.row(plan, progress.step, loader.data_wait_seconds))
+        if evaluate and plan.due(progress.step, plan.eval_every):
+            sinks.write(progress.step, evaluate())
+        if stopping or plan.due(progress.step, plan.checkpoint_every):
+            _save(engine, checkpoints, progress, sinks)
+        if reporting:  # after what is no training: its time is no step's
+            meter = Meter(progress.step, loader.data_wait_seconds)
+        if stopping:
+            sinks.say(f"stopped by a signal after step {progress.step}; the same command goes on from there")
+            return progress.step == plan.last
     return True
 
 
@@ -139,16 +146,16 @@ def train_step(
     return {name: torch.stack([of_batch[name] for of_batch in terms]).mean() for name in terms[0]}
 
 
-def _due(step: int, every: int, plan: Plan) -> bool:
-    return step == plan.last or (every > 0 and step % every == 0)
-
-
 def _agree(connection: Connection, stop: bool, batches: list[Batch], progress: Progress, plan: Plan) -> bool:
     """Whether any rank was asked to stop; counts bad samples of all ranks and raises when there are too many."""
     names = [name for batch in batches for name in batch.bad]
     flags = torch.tensor([int(stop), len(names)])
     dist.all_reduce(flags, group=connection.control)
     stopping, bad = flags.tolist()
+    if bad:
+        names = gather_lists(names, connection)
+        if connection.rank.is_main:
+            logger.warning("step %d: cannot be decoded, a neighbour stands in: %s", progress.step, "; ".join(names))
     if (progress.step - 1) % plan.steps_per_epoch == 0:
         progress.bad_this_epoch = 0
     progress.bad_samples += bad

@@ -18,6 +18,9 @@ from fdscale.config.settings import RunSettings
 # What may change between two starts of one run; everything else decides what is learned.
 MAY_CHANGE = {
     "run_dir": "the folder may be moved or named in another way",
+    "deepspeed": "another file, whose contents are compared",
+    "data.shards": "another place for the same shards, whose index is compared",
+    "eval.shards": "likewise",
     "epochs": "upward: more of the same",
     "max_steps": "where to stop this time",
     "data.workers": "how many processes decode",
@@ -29,7 +32,26 @@ MAY_CHANGE = {
     "log.prometheus_port": "where metrics are served",
     "log.prometheus_host": "where metrics are served",
 }
-MAY_CHANGE_IN_JSON = {"train_micro_batch_size_per_gpu": "the global batch stays: accumulation changes with it"}
+MAY_CHANGE_IN_JSON = {
+    "train_micro_batch_size_per_gpu": "the global batch stays: accumulation changes with it",
+    **dict.fromkeys(
+        (
+            "steps_per_print",
+            "wall_clock_breakdown",
+            "memory_breakdown",
+            "comms_logger",
+            "flops_profiler",
+            "timers",
+            "dump_state",
+            "log_level",
+            "csv_monitor",
+            "tensorboard",
+            "wandb",
+            "comet",
+        ),
+        "logging",
+    ),
+}
 PACKAGES = ("fdscale", "torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "fairscale", "webdataset")
 
 
@@ -42,6 +64,7 @@ class RunDirectory:
         self.metrics, self.checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
         self.student = folder / "student.safetensors"
         self.complete_marker = folder / "complete.json"
+        self.versions, self.data = folder / "versions.json", folder / "data.json"
 
     def completed_steps(self) -> int | None:
         """The step at which this run was completed, or None."""
@@ -57,7 +80,7 @@ class RunDirectory:
         problems = differences(before, now, MAY_CHANGE)
         json_before = json.loads(self.deepspeed.read_text()) if self.deepspeed.exists() else deepspeed_json
         problems += differences(json_before, deepspeed_json, MAY_CHANGE_IN_JSON)
-        if now["epochs"] < before["epochs"]:
+        if now["epochs"] < before["epochs"] and any(self.checkpoints.glob("step_*")):
             problems.append(f"epochs: {before['epochs']} there, {now['epochs']} now; it may only grow")
         if problems:
             listed = "\n  ".join(problems)
@@ -66,12 +89,35 @@ class RunDirectory:
                 "or take these changes back"
             )
 
-    def record(self, settings: RunSettings, deepspeed_json: Mapping[str, Any]) -> None:
-        """Write what runs: recipe, DeepSpeed JSON, versions; the recipe last, since it makes the folder a run."""
+    def begin(self, settings: RunSettings) -> None:
+        """Make the folder this run's, before anything else is put there."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_text(self.deepspeed, json.dumps(deepspeed_json, indent=2) + "\n")
-        write_text(self.folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
+        if not self.recipe.exists():
+            write_text(self.recipe, to_toml(settings))
+
+    def check_data(self, fingerprints: Mapping[str, str]) -> None:
+        """Raise UserError when the shards are not those that this run began with; `fingerprints` by setting."""
+        before = json.loads(self.data.read_text()) if self.data.exists() else fingerprints
+        changed = [name for name in fingerprints if before.get(name, fingerprints[name]) != fingerprints[name]]
+        if changed:
+            raise UserError(
+                f"run_dir: {self.folder} began with other shards than {' and '.join(changed)} now holds: "
+                "its order of samples would change in the middle; bring the old ones back, or name a new run_dir=…"
+            )
+
+    def record(self, settings: RunSettings, deepspeed_json: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
+        """Write what runs, now that it has been built and resumed."""
         write_text(self.recipe, to_toml(settings))
+        write_text(self.deepspeed, json.dumps(deepspeed_json, indent=2) + "\n")
+        write_text(self.versions, json.dumps(versions(), indent=2) + "\n")
+        write_text(self.data, json.dumps(dict(fingerprints), indent=2) + "\n")
+        self.complete_marker.unlink(missing_ok=True)  # a longer run than before is not complete
+
+    def changed_versions(self) -> list[str]:
+        """What has another version than when this run was last started."""
+        before = json.loads(self.versions.read_text()) if self.versions.exists() else {}
+        now = versions()
+        return [f"{name} {old} -> {now.get(name)}" for name, old in before.items() if now.get(name) != old]
 
     def mark_complete(self, step: int) -> None:
         """Say that the run is done and its student file is whole."""
@@ -85,7 +131,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Mapp
     return [
         f"{path}: {old.get(path, 'unset')!r} there, {new.get(path, 'unset')!r} now"
         for path in changed
-        if path not in allowed
+        if not any(path == key or path.startswith(f"{key}.") for key in allowed)
     ]
 
 

@@ -106,6 +106,41 @@ def test_nothing_is_loaded_from_an_empty_folder(tmp_path: Path, two_ranks: Any) 
     assert two_ranks(loaded_step, str(tmp_path)) == [None, None]
 
 
+def keep_one_past_a_damaged_one(connection: Connection, folder: str) -> Any:
+    """Steps 2 and 8 saved, 8 damaged; resumed from 2, step 4 is saved with room for one."""
+    checkpoints, engine = Checkpoints(Path(folder), connection, keep=2), small_engine(3)
+    for step in (2, 8):
+        checkpoints.save(engine, step, {"step": step})
+    if connection.rank.is_main:
+        next(Path(folder, "step_00000008").glob("*optim_states.pt")).unlink()
+    torch.distributed.barrier()
+    one = Checkpoints(Path(folder), connection, keep=1)
+    state = one.load(engine)
+    one.save(engine, 4, {"step": 4})
+    engine.destroy()
+    return state and state["step"]
+
+
+def test_a_damaged_newer_checkpoint_is_set_aside_and_never_outlives_a_good_one(tmp_path: Path, two_ranks: Any) -> None:
+    assert two_ranks(keep_one_past_a_damaged_one, str(tmp_path)) == [2, 2]
+    assert sorted(path.name for path in tmp_path.glob("*step_*")) == ["damaged_step_00000008", "step_00000004"]
+    assert two_ranks(loaded_step, str(tmp_path)) == [4, 4]
+
+
+def test_damaged_checkpoints_alone_are_no_fresh_start(tmp_path: Path, two_ranks: Any) -> None:
+    two_ranks(save_steps, str(tmp_path), [1])
+    next((tmp_path / "step_00000001").glob("*optim_states.pt")).unlink()
+    for message in two_ranks(refused, str(tmp_path)):
+        assert "1 checkpoints were committed and none is whole" in message
+    assert (tmp_path / "step_00000001").exists()
+
+
+def test_what_was_never_committed_is_removed_with_the_next_save(tmp_path: Path, two_ranks: Any) -> None:
+    (tmp_path / "step_00000001").mkdir()
+    two_ranks(save_steps, str(tmp_path), [2])
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000002"]
+
+
 def save_with_no_room(connection: Connection, folder: str) -> str:
     """The second save meets a limit of 1,000 bytes a file, which the system enforces as it would a full disk."""
     engine, checkpoints = small_engine(3), Checkpoints(Path(folder), connection, keep=2)
@@ -130,7 +165,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint_and_says_so(tmp_path: Pat
     assert two_ranks(loaded_step, str(tmp_path)) == [1, 1]
 
 
-def other_world(connection: Connection, folder: str) -> str:
+def refused(connection: Connection, folder: str) -> str:
     try:
         loaded_step(connection, folder)
     except UserError as error:
@@ -140,7 +175,7 @@ def other_world(connection: Connection, folder: str) -> str:
 
 def test_another_number_of_ranks_is_refused_by_name(tmp_path: Path, two_ranks: Any, one_rank: Any) -> None:
     two_ranks(save_steps, str(tmp_path), [1])
-    assert "was saved by 2 ranks and this run has 1" in one_rank(other_world, str(tmp_path))[0]
+    assert "was saved by 2 ranks and this run has 1" in one_rank(refused, str(tmp_path))[0]
 
 
 def test_the_manifest_lists_every_file_and_finds_each_harm(tmp_path: Path) -> None:

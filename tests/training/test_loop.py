@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fdscale.cluster.ranks import StopSignals
 from fdscale.config.errors import UserError
 from fdscale.data.batches import Batch
 from fdscale.training.checkpoint import Checkpoints
@@ -128,7 +129,8 @@ def fitted(
     done = error = None
     try:
         sinks, held_out = Sinks([sink], sink.said.append), evaluate if evaluating else None
-        done = fit(engine, terms, loader, SCHEDULE, plan, connection, checkpoints, sinks, progress, held_out)
+        with StopSignals() as asked:
+            done = fit(engine, terms, loader, SCHEDULE, plan, connection, checkpoints, sinks, progress, asked, held_out)
     except UserError as mistake:
         error = str(mistake)
     kept = signal.getsignal(signal.SIGTERM) is handler

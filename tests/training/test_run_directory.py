@@ -23,13 +23,15 @@ OVERRIDES = (
 )  # fmt: skip
 SETTINGS = load_recipe("vit_b_clip_b", OVERRIDES)
 JSON = load_deepspeed_json("laptop")
+DATA = {"data.shards": "0" * 64, "eval.shards": "1" * 64}
 PATHS = sorted(flatten(tomllib.loads(to_toml(SETTINGS))))
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     directory = RunDirectory(tmp_path / "run")
-    directory.record(SETTINGS, JSON)
+    directory.begin(SETTINGS)
+    directory.record(SETTINGS, JSON, DATA)
     return directory
 
 
@@ -83,7 +85,7 @@ def test_a_change_passes_if_it_is_in_the_table_and_is_told_otherwise(path: str, 
 
 
 def test_what_decides_the_result_is_not_in_the_table() -> None:
-    for path in ("seed", "data.global_batch", "data.shards", "optim.lr", "loss.beta", "student.name", "teacher.name"):
+    for path in ("seed", "data.global_batch", "optim.lr", "loss.beta", "student.name", "teacher.name"):
         assert path in PATHS
         assert path not in MAY_CHANGE
 
@@ -94,16 +96,19 @@ def test_the_same_run_goes_on(run: RunDirectory) -> None:
 
 def test_epochs_only_grow(run: RunDirectory) -> None:
     run.check(SETTINGS.model_copy(update={"epochs": SETTINGS.epochs + 1}), JSON)
-    told = refusal(run, SETTINGS.model_copy(update={"epochs": SETTINGS.epochs - 1}))
+    fewer = SETTINGS.model_copy(update={"epochs": SETTINGS.epochs - 1})
+    run.check(fewer, JSON)  # nothing has been trained yet: a slip of the finger can be taken back
+    (run.checkpoints / "step_00000001").mkdir()
+    told = refusal(run, fewer)
     assert f"epochs: {SETTINGS.epochs} there, {SETTINGS.epochs - 1} now; it may only grow" in told
 
 
 def test_every_difference_is_told_at_once(run: RunDirectory) -> None:
     for path in ("seed", "optim.lr", "log.every"):
         change_before(run, path)
-    told = refusal(run, deepspeed_json={**JSON, "wall_clock_breakdown": True})
+    told = refusal(run, deepspeed_json={**JSON, "prescale_gradients": True})
     lines = [line.split(":")[0].strip() for line in told.splitlines()[1:-1]]
-    assert lines == ["optim.lr", "seed", "wall_clock_breakdown"]
+    assert lines == ["optim.lr", "seed", "prescale_gradients"]
 
 
 def test_a_setting_that_appears_or_goes_is_a_difference(run: RunDirectory) -> None:
@@ -121,6 +126,35 @@ def test_another_deepspeed_json_is_refused(run: RunDirectory) -> None:
 
 def test_the_micro_batch_may_change(run: RunDirectory) -> None:
     run.check(SETTINGS, {**JSON, "train_micro_batch_size_per_gpu": 1})
+
+
+def test_what_is_logged_may_change(run: RunDirectory) -> None:
+    run.check(SETTINGS, {**JSON, "wall_clock_breakdown": True, "tensorboard": {"enabled": True}})
+
+
+def test_other_shards_are_refused_and_moved_ones_are_not(run: RunDirectory) -> None:
+    run.check_data(DATA)
+    with pytest.raises(UserError, match=r"began with other shards than data\.shards now holds"):
+        run.check_data({**DATA, "data.shards": "2" * 64})
+
+
+def test_a_folder_where_a_run_only_began_is_its_own(tmp_path: Path) -> None:
+    begun = RunDirectory(tmp_path / "run")
+    begun.begin(SETTINGS)
+    begun.check(SETTINGS, JSON)
+    begun.check_data(DATA)
+
+
+def test_recording_a_longer_run_takes_its_completion_back(run: RunDirectory) -> None:
+    run.mark_complete(625)
+    run.record(SETTINGS, JSON, DATA)
+    assert run.completed_steps() is None
+
+
+def test_changed_versions_are_named(run: RunDirectory) -> None:
+    assert run.changed_versions() == []
+    run.versions.write_text(json.dumps({**versions(), "torch": "1.0"}))
+    assert run.changed_versions() == [f"torch 1.0 -> {versions()['torch']}"]
 
 
 def test_a_new_or_an_empty_folder_is_welcome(tmp_path: Path) -> None:
