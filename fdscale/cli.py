@@ -13,13 +13,14 @@ import typer
 from rich.markup import escape
 
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
-from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.config.errors import UserError
 from fdscale.config.recipe import load_recipe
 from fdscale.config.settings import DistillSettings, FinetuneSettings
+from fdscale.config.shipped import shipped_files
 from fdscale.terminal import TerminalHandler, terminal
 
 USER_ERROR_EXIT_CODE = 2
+SMOKE_RANKS = 2  # --smoke's global batch of 32 is two ranks' micro batch of 16
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(
@@ -60,11 +61,11 @@ def check(
     ranks: Annotated[int, typer.Option(help="Ranks the run would have, over all nodes.")] = 1,
 ) -> None:
     """Validate a recipe, its DeepSpeed JSON and the batch arithmetic; nothing is started."""
-    from fdscale.planning.check import check as check_settings
+    from fdscale.planning.check import load_and_check
     from fdscale.planning.report import plan_table
 
     settings = settings_of(None, recipe, overrides, smoke)
-    plan = check_settings(settings, load_deepspeed_json(settings.deepspeed), ranks)
+    plan, _ = load_and_check(settings, ranks)
     terminal().print(plan_table(settings, plan))
 
 
@@ -95,20 +96,28 @@ def launch(
     recipe: Recipe,
     overrides: Overrides = None,
     smoke: Smoke = False,
-    ranks: Annotated[int | None, typer.Option(help="Ranks on this machine; default: GPUs, or 2.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Ranks; default: one per GPU, or 2; smoke: 2 at most.")] = None,
     hostfile: Annotated[str | None, typer.Option(help="Lines of `HOST slots=N`; starts over pdsh.")] = None,
 ) -> None:
     """Start a program's ranks: in a SLURM allocation, over a hostfile, or on this machine."""
     from fdscale.cluster.launch import launch as start
     from fdscale.cluster.launch import ranks_here
-    from fdscale.planning.check import check as check_settings
+    from fdscale.planning.check import load_and_check
 
+    at_most = SMOKE_RANKS if smoke else None
     settings = settings_of(program, recipe, overrides, smoke)
-    local_ranks = ranks_here(ranks, hostfile)
+    local_ranks = ranks_here(ranks, hostfile, at_most)
     if local_ranks is not None:  # the ranks check for themselves; here it is told once, before any starts
-        check_settings(settings, load_deepspeed_json(settings.deepspeed), local_ranks, local_ranks)
+        load_and_check(settings, local_ranks, local_ranks)
     arguments = [program, recipe, *(["--smoke"] if smoke else []), *(overrides or []), *context.args]
-    raise typer.Exit(start(arguments, ranks, hostfile))
+    raise typer.Exit(start(arguments, ranks, hostfile, at_most))
+
+
+@app.command()
+def where(name: Annotated[str, typer.Argument(help="A recipe's, DeepSpeed JSON's or launcher's name.")]) -> None:
+    """Print the paths of what is shipped under a name, e.g. for `sbatch $(fdscale where fd_swinv2g)`."""
+    for path in shipped_files(name):
+        print(path)
 
 
 @app.command()

@@ -4,6 +4,7 @@
 # The paper's DeiT case in miniature: a small supervised ViT learns the UCI digits and becomes the frozen teacher; a
 # SwinV2-G, shrunk by --smoke, learns its features; both are then fine-tuned on the same 200 labels.
 set -euo pipefail
+export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES='' # two CPU ranks, also where GPUs are
 demo=${1:-runs/demo}
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }

@@ -18,6 +18,7 @@ FLOORS = {
     "fdscale.config.errors": -1,  # everyone may tell a mistake
     "fdscale.config": 0,
     "fdscale.cluster": 0,
+    "fdscale.cluster.gpus": 0,
     "fdscale.cluster.ranks": 0,
     "fdscale.terminal": 0,
     "fdscale.tokens": 0,
@@ -120,6 +121,7 @@ def test_imports_go_down_only(module: str) -> None:
         ("fdscale.train", "from fdscale.downstream.classify import finetune", False),
         ("fdscale.cluster.launch", "from fdscale.cluster.supervise import supervise", True),
         ("fdscale.cluster.ranks", "from fdscale.cluster.launch import launch", False),
+        ("fdscale.planning.memory", "from fdscale.cluster.gpus import visible_gpus", True),
         ("fdscale.config.recipe", "from fdscale.cluster.ranks import Rank", False),
         ("fdscale.build.run", "import json", True),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,42 @@ def test_sbatch_reads_its_lines_before_the_first_command(launcher: Path) -> None
     lines = launcher.read_text().splitlines()
     first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     assert all(number < first_command for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+
+
+@pytest.mark.parametrize("launcher", DUAL, ids=lambda path: path.name)
+def test_a_task_gets_more_than_one_cpu(launcher: Path) -> None:
+    """SLURM's own default is one: data workers and the rank would share it."""
+    asked = re.search(r"^#SBATCH --cpus-per-task=(\d+)$", launcher.read_text(), re.MULTILINE)
+    assert asked is not None
+    assert int(asked[1]) > 1
+
+
+def test_the_demo_runs_on_the_cpu_wherever_it_runs(tmp_path: Path) -> None:
+    tell = '#!/bin/sh\necho "$DS_ACCELERATOR, ${CUDA_VISIBLE_DEVICES-unset}, $*" >> told\n'
+    for name in ("fdscale", "deepspeed"):
+        (tmp_path / name).write_text(tell)
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    env.pop("DS_ACCELERATOR", None)
+    subprocess.run(["bash", LAUNCHERS / "demo.sh", "out"], cwd=tmp_path, env=env, check=True, capture_output=True)
+    commands = (tmp_path / "told").read_text().splitlines()
+    assert any("--num_gpus 2" in command for command in commands)
+    assert all(command.startswith("cpu, , ") for command in commands)
+
+
+def test_smoke_fits_a_machine_with_many_gpus(tmp_path: Path) -> None:
+    """Told by the arithmetic of a batch that does not divide: two ranks, not eight."""
+    rows = "\n".join(f"143771, GPU-{number}, Disabled" for number in range(8))
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<END\n{rows}\nEND\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_", "SLURM_", "CUDA_VISIBLE_DEVICES")
+    env = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
+    env["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    for smoke, ranks in (["--smoke"], 2), (["deepspeed=laptop", "data.shards=digits"], 8):
+        command = [sys.executable, "-m", "fdscale", "launch", "distill", "swinv2_g", *smoke, "data.global_batch=33"]
+        answer = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert answer.returncode == 2
+        assert f"33 does not divide: {ranks} ranks" in answer.stderr
 
 
 def test_arguments_and_folder_reach_the_program_as_typed(tmp_path: Path, fake_python: Path) -> None:

@@ -68,6 +68,18 @@ def test_the_installed_wheel_checks_a_recipe_in_an_empty_folder(installed: dict[
     assert not list(tmp_path.iterdir())
 
 
+def test_the_installed_wheel_knows_where_its_launchers_are(installed: dict[str, str], tmp_path: Path) -> None:
+    where = python(["-m", "fdscale", "where", "fd_swinv2g"], installed, tmp_path)
+    assert where.returncode == 0, where.stdout + where.stderr
+    assert where.stdout == f"{installed['PYTHONPATH']}/fdscale/launchers/fd_swinv2g.sh\n"
+    both = python(["-m", "fdscale", "where", "swinv2_g"], installed, tmp_path)
+    assert [Path(line).name for line in both.stdout.splitlines()] == ["swinv2_g.toml", "swinv2_g.json"]
+    assert all(Path(line).is_file() for line in both.stdout.splitlines())
+    unknown = python(["-m", "fdscale", "where", "fd_swin2g"], installed, tmp_path)
+    assert unknown.returncode == 2
+    assert "did you mean 'fd_swinv2g'" in unknown.stderr
+
+
 def test_the_constraints_name_what_is_tested() -> None:
     pins = dict(line.split("==") for line in constraint_lines())
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]

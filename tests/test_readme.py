@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fdscale.config.recipe import load_recipe
+from fdscale.config.shipped import shipped_files
 from fdscale.planning.smoke import smoke_patch
 
 REPOSITORY = Path(__file__).parent.parent
@@ -60,6 +61,9 @@ def test_every_other_command_exists_and_its_settings_are_valid(words: list[str])
         return
     launchers = [word for word in words if word.startswith("launchers/")]
     assert all((REPOSITORY / launcher).is_file() for launcher in launchers)
+    if "where" in words:
+        assert shipped_files(words[words.index("where") + 1].rstrip(")"))
+        launchers = words
     recipe = "swinv2_g" if launchers else words[words.index("distill") + 1]
     overrides = [word for word in words if re.fullmatch(r"[a-z_.]+=.+", word)]
     load_recipe(recipe, overrides, smoke_patch if "--smoke" in words else None)

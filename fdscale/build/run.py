@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 
 from fdscale.cluster.ranks import StopSignals, rank_from_environment
-from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.data.index import INDEX_FILE, Index, load_index
 from fdscale.data.order import GlobalOrder
 from fdscale.data.pack import pack_digits
-from fdscale.planning.check import check
+from fdscale.planning.check import load_and_check
 from fdscale.planning.data_check import DIGITS
 from fdscale.training.engine import Connection, connect
 from fdscale.training.run_directory import RunDirectory
@@ -88,8 +87,7 @@ def open_run(settings: DistillSettings | FinetuneSettings, samples: int | None =
     """
     assert settings.run_dir, "the command line names a run directory"
     rank = rank_from_environment(os.environ)
-    deepspeed_json = load_deepspeed_json(settings.deepspeed)
-    checked = check(settings, deepspeed_json, rank.world_size, rank.local_world_size)
+    checked, deepspeed_json = load_and_check(settings, rank.world_size, rank.local_world_size)
     directory = RunDirectory(Path(settings.run_dir))
     directory.check(settings, deepspeed_json)
     stop = StopSignals()

@@ -5,6 +5,7 @@ Torch-free: it starts in a second on a login node. It decides where the ranks ru
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -13,40 +14,49 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from itertools import takewhile
 from pathlib import Path
 
-from fdscale.cluster.ranks import free_port, in_srun_step
+from fdscale.cluster.gpus import visible_gpus
+from fdscale.cluster.ranks import REQUEUE_EXIT_CODE, free_port, in_srun_step
 from fdscale.cluster.supervise import supervise
 from fdscale.config.errors import UserError
 
 CPU_RANKS = 2
 """How many ranks a machine without a GPU gets when nobody says."""
 
+STEP_GRACE_SECONDS = 60
+"""How long SLURM lets the other ranks go on after the first one has ended."""
 
-def launch(arguments: list[str], ranks: int | None = None, hostfile: str | None = None) -> int:
+log = logging.getLogger(__name__)
+
+
+def launch(
+    arguments: list[str], ranks: int | None = None, hostfile: str | None = None, at_most: int | None = None
+) -> int:
     """Run `fdscale ARGUMENTS` on every rank and return one exit code: 0 only when every rank returned 0.
 
     Inside a SLURM allocation srun starts the ranks; with a `hostfile` (lines of `HOST slots=N`) deepspeed
-    does, over pdsh; else this machine runs `ranks` of them, by default one per GPU. 85 means: requeue me.
-    Raises UserError for a hostfile that cannot be read, a contradicting option, and a launch in a launch.
+    does, over pdsh; else this machine runs `ranks` of them, by default one per GPU but `at_most` so many.
+    85 means: requeue me; a batch job has then been requeued. Raises UserError for a hostfile that cannot be
+    read, a contradicting option, and a launch in a launch.
     """
     command = [sys.executable, "-u", "-m", "fdscale", *arguments]
     _refuse_nesting(os.environ)
     if _in_allocation(os.environ):
         _refuse_with("--hostfile", hostfile, "a SLURM allocation, which names the hosts itself")
+        _warn_of_more_than(at_most, ranks, os.environ)
         return _start_with_srun(command, ranks)
     if hostfile is not None:
         _refuse_with("--ranks", ranks, "a hostfile, whose slots= say how many ranks each host runs")
         return _start_with_deepspeed(arguments, Path(hostfile))
-    return start_ranks(command, _default_ranks(os.environ) if ranks is None else ranks)
+    return start_ranks(command, _default_ranks(os.environ, at_most) if ranks is None else ranks)
 
 
-def ranks_here(ranks: int | None, hostfile: str | None) -> int | None:
+def ranks_here(ranks: int | None, hostfile: str | None, at_most: int | None = None) -> int | None:
     """How many ranks `launch` would start on this machine itself; None where srun or deepspeed does."""
     if _in_allocation(os.environ) or hostfile is not None:
         return None
-    return _default_ranks(os.environ) if ranks is None else _positive("--ranks", str(ranks))
+    return _default_ranks(os.environ, at_most) if ranks is None else _positive("--ranks", str(ranks))
 
 
 def start_ranks(command: list[str], ranks: int) -> int:
@@ -54,7 +64,7 @@ def start_ranks(command: list[str], ranks: int) -> int:
     _positive("--ranks", str(ranks))
     shared = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
-        **({} if gpu_count(os.environ) else {"DS_ACCELERATOR": "cpu"}),
+        **({} if visible_gpus(os.environ) else {"DS_ACCELERATOR": "cpu"}),
         **os.environ,
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
@@ -65,31 +75,11 @@ def start_ranks(command: list[str], ranks: int) -> int:
     return supervise(command, each)
 
 
-def gpu_count(env: Mapping[str, str]) -> int:
-    """The NVIDIA GPUs that a CUDA program started with `env` would see, found without CUDA."""
-    present = _gpus_of_this_machine()
-    if not present or "CUDA_VISIBLE_DEVICES" not in env:
-        return present
-    visible = [entry.strip() for entry in env["CUDA_VISIBLE_DEVICES"].split(",") if entry.strip()]
-    # CUDA stops at the first index that is not there; a UUID is taken at its word
-    usable = takewhile(lambda entry: not entry.lstrip("-").isdigit() or 0 <= int(entry) < present, visible)
-    return len(list(usable))
-
-
-def _gpus_of_this_machine() -> int:
-    tool = shutil.which("nvidia-smi")
-    listing = subprocess.run([tool, "-L"], capture_output=True, text=True) if tool else None
-    if listing is not None and listing.returncode == 0:
-        return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
-    driver = Path("/proc/driver/nvidia/gpus")
-    return len(list(driver.iterdir())) if driver.is_dir() else 0
-
-
-def _default_ranks(env: Mapping[str, str]) -> int:
-    if gpus := gpu_count(env):
-        return gpus
+def _default_ranks(env: Mapping[str, str], at_most: int | None) -> int:
+    gpus = len(visible_gpus(env))
     # LOCAL_SIZE: what DeepSpeed's CPU accelerator reads
-    return _positive("LOCAL_SIZE", env.get("LOCAL_SIZE", str(CPU_RANKS)))
+    ranks = gpus or _positive("LOCAL_SIZE", env.get("LOCAL_SIZE", str(CPU_RANKS)))
+    return ranks if at_most is None else min(ranks, at_most)
 
 
 def _positive(name: str, ranks: str) -> int:
@@ -103,11 +93,27 @@ def _in_allocation(env: Mapping[str, str]) -> bool:
     return "SLURM_JOB_ID" in env and not in_srun_step(env)
 
 
+def _in_batch_script(env: Mapping[str, str]) -> bool:
+    """Whether this is a batch script's process: it carries task 0's variables, an salloc shell none."""
+    return _in_allocation(env) and "SLURM_PROCID" in env
+
+
+def _warn_of_more_than(at_most: int | None, ranks: int | None, env: Mapping[str, str]) -> None:
+    tasks = str(ranks or env.get("SLURM_NTASKS", ""))
+    if at_most is not None and tasks.isdigit() and int(tasks) > at_most:
+        log.warning(
+            "this run is made for %d ranks at most, and the allocation starts %s: should its batch not divide, "
+            "add --ranks %d, or a data.global_batch that does",
+            *(at_most, tasks, at_most),
+        )
+
+
 def _start_with_srun(command: list[str], ranks: int | None) -> int:
     """One srun step over the allocation; without `ranks`, one task for each that sbatch allotted.
 
-    `--kill-on-bad-exit=0` lets the other ranks finish their checkpoint when one exits 85. srun passes USR1 to
-    its tasks but answers TERM by killing them, so TERM, and the launcher's own death, reach it as USR1.
+    The first rank to end, badly or with 85, leaves the others STEP_GRACE_SECONDS to finish their checkpoint:
+    those of a broken run wait in a collective. srun passes USR1 to its tasks but answers TERM by killing
+    them, so TERM, and the launcher's own death, reach it as USR1.
     """
     if shutil.which("srun") is None:
         raise UserError(
@@ -115,9 +121,38 @@ def _start_with_srun(command: list[str], ranks: int | None) -> int:
             "on the PATH: add it, or unset SLURM_JOB_ID to use this machine alone"
         )
     tasks = [] if ranks is None else [f"--ntasks={ranks}"]
-    srun = ["srun", "--kill-on-bad-exit=0", *tasks, *command]
+    srun = ["srun", "--kill-on-bad-exit=0", f"--wait={STEP_GRACE_SECONDS}", *tasks, *command]
     as_usr1 = {signal.SIGTERM: signal.SIGUSR1}
-    return supervise(srun, [os.environ], on_orphaned=signal.SIGUSR1, forward_as=as_usr1)
+    code = supervise(srun, [_for_srun(os.environ)], on_orphaned=signal.SIGUSR1, forward_as=as_usr1)
+    if code == REQUEUE_EXIT_CODE and _in_batch_script(os.environ):
+        _requeue_job(os.environ["SLURM_JOB_ID"])
+    return code
+
+
+def _for_srun(env: Mapping[str, str]) -> dict[str, str]:
+    """Since SLURM 22.05 srun does not inherit the CPUs per task of its job."""
+    cpus = {"SRUN_CPUS_PER_TASK": env["SLURM_CPUS_PER_TASK"]} if "SLURM_CPUS_PER_TASK" in env else {}
+    return {**cpus, **env}
+
+
+def _requeue_job(job: str) -> None:
+    """Put a running job back into the queue; one that is cancelled or preempted is left to SLURM.
+
+    A cancelled job would come back to life. A failure is told and no more: the checkpoint is committed.
+    """
+    try:
+        state = re.search(r"\bJobState=(\w+)", _scontrol("show", "job", job))
+        if state is None or state[1] != "RUNNING":
+            log.info("job %s is %s: SLURM decides whether it runs again", job, state[1] if state else "gone")
+            return
+        log.info("the ranks have committed and ask to go on: scontrol requeue %s", job)
+        _scontrol("requeue", job)
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.error("job %s is not requeued, submit it again to go on: %s", job, error)
+
+
+def _scontrol(*arguments: str) -> str:
+    return subprocess.run(["scontrol", *arguments], stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def _start_with_deepspeed(arguments: list[str], hostfile: Path) -> int:

@@ -20,6 +20,8 @@ Process: TypeAlias = subprocess.Popen[bytes]
 
 FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 GRACE_SECONDS = 30.0
+COMMIT_SECONDS = 600.0  # from a user's TERM or INT to the end: a checkpoint of billions of parameters takes minutes
+LAST_SECONDS = 2.0  # from a last TERM to KILL: srun and deepspeed pass the former on to their ranks, not the latter
 POLL_SECONDS = 0.05
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -32,19 +34,21 @@ def supervise(
     on_orphaned: signal.Signals = signal.SIGKILL,
     forward_as: Mapping[signal.Signals, signal.Signals] | None = None,
     grace: float = GRACE_SECONDS,
+    commit: float = COMMIT_SECONDS,
 ) -> int:
     """Run `command` once per environment and return one exit code for all of them.
 
     USR1, TERM and INT reach every process, changed by `forward_as`. When one fails, the others get SIGTERM
-    and, `grace` seconds later, SIGKILL. Should this process be killed, each child gets `on_orphaned` (Linux).
-    The code is that of the first to fail (128 + n for signal n), else 85 when one asks for it, else 0.
+    and are killed `grace` seconds later; `commit` seconds after the first TERM or INT all are, and at a second
+    INT at once. Should this process be killed, each child gets `on_orphaned` (Linux). The code is that of the
+    first to fail (128 + n for signal n), else 85 when one asks for it, else 0.
     """
     processes: list[Process] = []
     with _received_signals() as received:
         try:
             for environment in environments:
                 processes.append(_start(command, environment, on_orphaned))
-            return _wait(processes, received, forward_as or {}, grace)
+            return _wait(processes, received, forward_as or {}, grace, commit)
         finally:
             _kill([process for process in processes if process.returncode is None])
 
@@ -87,18 +91,22 @@ def _wait(
     received: list[signal.Signals],
     forward_as: Mapping[signal.Signals, signal.Signals],
     grace: float,
+    commit: float,
 ) -> int:
-    running, failure, deadline = list(processes), 0, float("inf")
+    running, failure, deadline, interrupts = list(processes), 0, float("inf"), 0
     while running := _still_running(running):
         while received:
             signum = received.pop(0)
             _send(running, forward_as.get(signum, signum))
+            interrupts += signum == signal.SIGINT
+            if signum in (signal.SIGTERM, signal.SIGINT):  # SLURM and deepspeed may send TERM twice, only people INT
+                deadline = min(deadline, time.monotonic() + (commit if interrupts < 2 else 0))
         if not failure and (failure := _failed(processes)):
             log.error("a rank ended with code %d: stopping the other %d", failure, len(running))
-            deadline = time.monotonic() + grace
+            deadline = min(deadline, time.monotonic() + grace)
             _send(running, signal.SIGTERM)
-        if time.monotonic() > deadline:
-            log.error("%d ranks are still there after %.0f s: killing them", len(running), grace)
+        if time.monotonic() >= deadline:
+            log.error("%d processes have not stopped in time: killing them", len(running))
             _kill(running)
         time.sleep(POLL_SECONDS)
     return failure or _failed(processes) or _requeue(processes)
@@ -118,6 +126,11 @@ def _send(processes: Sequence[Process], signum: signal.Signals) -> None:
 
 
 def _kill(processes: Sequence[Process]) -> None:
+    """End them and whatever they started, after one last TERM."""
+    _send(processes, signal.SIGTERM)
+    deadline = time.monotonic() + LAST_SECONDS
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
     for process in processes:
         _kill_session(process)
         process.wait()

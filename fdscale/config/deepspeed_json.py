@@ -64,6 +64,20 @@ ZERO = _words(
     """
 )
 PRECISIONS = ("bf16", "fp16", "torch_autocast")
+BLOCKS = {  # the keys of typed blocks: DeepSpeed refuses others as well, but on the GPUs
+    "bf16": _words(
+        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
+    ),
+    "fp16": _words(
+        """
+        enabled auto_cast loss_scale initial_scale_power loss_scale_window hysteresis consecutive_hysteresis
+        min_loss_scale fp16_master_weights_and_grads
+        """
+    ),
+    "torch_autocast": _words("enabled dtype lower_precision_safe_modules"),
+    "data_types": _words("grad_accum_dtype"),
+}
+COUNTS = ("_size", "_threshold", "_parameters", "_distance")  # endings of the keys whose value is a count
 
 
 def deepspeed_json_names() -> list[str]:
@@ -116,6 +130,7 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
         *_micro_batch_problems(config),
         *_zero_problems(config),
         *_precision_problems(config),
+        *_block_problems(config),
     ]
 
 
@@ -151,6 +166,8 @@ def _zero_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for key in zero:
         if key not in ZERO:
             yield f"unknown key 'zero_optimization.{key}'{nearest(key, ZERO)}"
+        elif key.endswith(COUNTS) and zero[key] != "auto" and not _is_count(zero[key]):
+            yield f"zero_optimization.{key}: got {zero[key]!r}, allowed: a whole number, at least 0"
 
 
 def _precision_problems(config: Mapping[str, Any]) -> Iterator[str]:
@@ -163,6 +180,22 @@ def _precision_problems(config: Mapping[str, Any]) -> Iterator[str]:
             enabled.append(key)
     if len(enabled) > 1:
         yield f"{' and '.join(enabled)} are both enabled; allowed: one of them, or none for fp32"
+    zero = config.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("stage") == 0 and {"bf16", "fp16"} & set(enabled):
+        yield f"{enabled[0]} under zero_optimization.stage 0 keeps no fp32 weights to save; allowed: stage 1, 2 or 3"
+
+
+def _block_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    for name, known in BLOCKS.items():
+        block = config.get(name, {})
+        for key in block if isinstance(block, dict) else ():
+            if key not in known:
+                yield f"unknown key '{name}.{key}'{nearest(key, known)}"
+
+
+def _is_count(value: object) -> bool:
+    """Whether a value is a whole number, at least 0; JSON writes large ones as 5e8, too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and value == int(value)
 
 
 def _is_whole(value: object) -> TypeGuard[int]:

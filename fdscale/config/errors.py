@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -19,6 +22,17 @@ class SettingsError(UserError):
         assert problems, "a SettingsError without a problem"
         self.problems = list(problems)
         super().__init__("\n".join(self.problems))
+
+
+def attempt(compute: Callable[[], T], problems: list[str]) -> T | None:
+    """The result, or None after adding the mistake's sentences to `problems`, so that it does not hide the next one."""
+    try:
+        return compute()
+    except SettingsError as error:
+        problems += error.problems
+    except UserError as error:
+        problems.append(str(error))
+    return None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 
 import tomli_w
 
-from fdscale.config.errors import SettingsError, UserError, nearest
+from fdscale.config.deepspeed_json import load_deepspeed_json
+from fdscale.config.errors import SettingsError, UserError, attempt, nearest
 from fdscale.config.problems import setting_problems
 from fdscale.config.settings import DistillSettings, FinetuneSettings, RunSettings
 from fdscale.config.shipped import find, shipped_names
@@ -45,6 +46,8 @@ def load_recipe(
     pairs, broken = _parse_all(overrides)
     chosen = _apply(recipe, pairs, broken)
     problems = broken + _problems(chosen)
+    if problems and isinstance(chosen.get("deepspeed"), str):  # the other file's problems are told along
+        attempt(lambda: load_deepspeed_json(chosen["deepspeed"]), problems)
     if problems:
         raise SettingsError([f"{path.name}: {problem}" for problem in problems])
     if smoke is None:

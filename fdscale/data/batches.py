@@ -24,8 +24,9 @@ class Batch:
     """One micro batch of B images, as a person sees them; nothing is normalised yet.
 
     `images` uint8 (B, 3, H, W); `labels` int64 (B,), -1 unknown, -2 padding (evaluation only); `keys` int64
-    (B,), the bit pattern of the uint64 sample key; `rows`: which rows of the step's global batch these are;
-    `bad`: names of the undecodable samples met here (in training each is replaced by the next decodable one,
+    (B,), the bit pattern of the uint64 sample key, always on the CPU, since they name samples and enter no
+    computation; `rows`: which rows of the step's global batch these are; `bad`: names of the undecodable samples
+    met here (in training each is replaced by the next decodable one,
     label and key included).
     """
 
@@ -42,19 +43,12 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by DataLoader)."""
-        return replace(
-            self,
-            images=self.images.pin_memory(),
-            labels=self.labels.pin_memory(),
-            keys=self.keys.pin_memory(),
-        )
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device; the copy overlaps with computation where the memory is pinned."""
-        images, labels, keys = (
-            tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels, self.keys)
-        )
-        return replace(self, images=images, labels=labels, keys=keys)
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels))
+        return replace(self, images=images, labels=labels)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from fdscale.config.errors import UserError
 from fdscale.data.index import Index
 
 OPEN_SHARDS = 128  # per process: a data set of thousands of shards must not run into the limit on open files
+# PIL alone would try each of its plugins on what a shard holds, whatever its name: EPS starts Ghostscript
+FORMATS = ("JPEG", "PNG", "WEBP")
 LONGEST_BAD_RUN = 1000  # bad samples in a row that are skipped in search of a replacement
 
 
@@ -42,7 +44,7 @@ class ImageReader:
         """The sample's RGB image; raises BadImage where it cannot be decoded."""
         data = self._read(sample)
         try:
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 return image.convert("RGB")
         except Exception as error:  # PIL's plugins raise anything on garbage; the caller counts and names it
             raise BadImage(f"{self.index.name(sample)} ({type(error).__name__}: {error})") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,30 @@ def load_index(folder: str | Path) -> Index:
     folder = Path(folder)
     on_disk = {path.name for path in _shard_paths(folder)}
     manifest = _read_manifest(folder)
-    shards = tuple(Shard(**shard) for shard in manifest["shards"])
-    _check_shards(folder, shards, on_disk)
-    samples = _read_samples(folder, manifest["samples"])
-    classes = manifest["classes"]
-    return Index(folder, shards, None if classes is None else tuple(classes), samples)
+    index = _described(folder, manifest)
+    _check_shards(folder, index.shards, on_disk)
+    _check_samples(index)
+    return index
+
+
+def _described(folder: Path, manifest: Mapping[str, Any]) -> Index:
+    try:
+        shards = tuple(Shard(**shard) for shard in manifest["shards"])
+        classes, samples = manifest["classes"], manifest["samples"]
+    except (KeyError, TypeError) as error:
+        path, again = folder / INDEX_FILE, _index_again(folder)
+        raise UserError(f"{path} is damaged (no {error} as it should be); make it again: {again}") from error
+    return Index(folder, shards, None if classes is None else tuple(classes), _read_samples(folder, samples))
+
+
+def _check_samples(index: Index) -> None:
+    """Every row lies inside a shard: a damaged row must not have gigabytes read elsewhere."""
+    rows, sizes = index.samples, np.array([shard.bytes for shard in index.shards])
+    inside = (rows["shard"] >= 0) & (rows["shard"] < len(sizes)) & (rows["offset"] >= 0) & (rows["size"] > 0)
+    inside[inside] = (rows["offset"] + rows["size"])[inside] <= sizes[rows["shard"][inside]]
+    if not inside.all():
+        first, path = int(np.flatnonzero(~inside)[0]), index.folder / SAMPLES_FILE
+        raise UserError(f"{path}: row {first} lies outside its shard; make it again: {_index_again(index.folder)}")
 
 
 def _shard_paths(folder: Path) -> list[Path]:

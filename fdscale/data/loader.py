@@ -35,8 +35,7 @@ class TrainLoader:
     """Training micro batches of one rank: it takes rows r*G/W .. (r+1)*G/W of each global batch, in order.
 
     The same bytes for any number of workers, and the same global batch for any world size.
-    `data_wait_seconds` (time spent waiting for micro batches) and `bad_samples` count upwards over the
-    loader's life, on this rank.
+    `data_wait_seconds`, the time spent waiting for micro batches, counts upwards over the loader's life, on this rank.
     """
 
     def __init__(
@@ -55,7 +54,6 @@ class TrainLoader:
         assert order.n_samples == len(index), "the order belongs to another index"
         self.accumulation = accumulation_steps(order.global_batch, world_size, micro_batch)
         self.data_wait_seconds = 0.0
-        self.bad_samples = 0
         self._order = order
         self._rank = rank
         self._micro_batch = micro_batch
@@ -69,7 +67,6 @@ class TrainLoader:
             start = time.perf_counter()
             step = [next(batches) for _ in range(self.accumulation)]
             self.data_wait_seconds += time.perf_counter() - start
-            self.bad_samples += sum(len(batch.bad) for batch in step)
             yield step
 
     def _requests(self, first_step: int, last_step: int) -> Iterator[Request]:

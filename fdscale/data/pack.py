@@ -19,11 +19,13 @@ from PIL import Image
 from webdataset import TarWriter
 
 from fdscale.config.errors import UserError
+from fdscale.data.images import FORMATS
 from fdscale.data.index import INDEX_FILE, Index, build_index, load_index
 from fdscale.data.scan import CLASSES_FILE, IMAGE_SUFFIXES
 
 # These become PNG; IMAGE_SUFFIXES keep their bytes.
 REENCODED_SUFFIXES = ("bmp", "gif", "pgm", "ppm", "tif", "tiff")
+REENCODED_FORMATS = ("BMP", "GIF", "PPM", "TIFF")
 DIGIT_SHARDS = 4
 DIGIT_SIZE = 32
 
@@ -133,7 +135,7 @@ def _read_sample(file: Path, key: str, source: Path, classes: Sequence[str] | No
     if _suffix(file) in IMAGE_SUFFIXES:
         return Sample(key, _suffix(file), file.read_bytes(), label)
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS + REENCODED_FORMATS) as image:
             return Sample(key, "png", _png(image), label)
     except Exception as error:  # PIL's plugins raise anything on garbage
         raise UserError(f"{file} cannot be decoded ({error}); repair or remove it") from error

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from fdscale.config.errors import SettingsError, UserError
+from fdscale.config.deepspeed_json import load_deepspeed_json
+from fdscale.config.errors import SettingsError, UserError, attempt
 from fdscale.config.settings import DistillSettings, StudentSettings, TeacherSettings
 from fdscale.data.order import accumulation_steps
 from fdscale.distill.layout import TokenLayout, layout_problems
@@ -16,10 +17,7 @@ from fdscale.planning.memory import RankMemory, machine_memory, memory_per_rank,
 from fdscale.students.geometry import Geometry, file_geometry, student_geometry
 from fdscale.teachers.table import STUDENT_FILE, TeacherSpec, UnbuiltTeacher, teacher_geometry
 
-T = TypeVar("T")
 TeacherGeometry = TeacherSpec | UnbuiltTeacher | Geometry  # the last: a student file that teaches
-FRACTIONAL = ("mlp_ratio", "init_values")  # the only geometry numbers that need not be whole
-MAY_BE_ZERO = ("extra_norm_period",)
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,17 @@ class Plan:
     notes: tuple[str, ...]
 
 
+def load_and_check(settings: AnySettings, ranks: int, local_ranks: int | None = None) -> tuple[Plan, dict[str, Any]]:
+    """`check` with the DeepSpeed JSON that the settings name, whose problems are told along; returns the JSON, too."""
+    problems: list[str] = []
+    deepspeed_json = attempt(lambda: load_deepspeed_json(settings.deepspeed), problems)
+    if deepspeed_json is None:  # what else is wrong is found as if it were the least demanding one
+        stand_in = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        attempt(lambda: check(settings, stand_in, ranks), problems)
+        raise SettingsError(problems)
+    return check(settings, deepspeed_json, ranks, local_ranks), deepspeed_json
+
+
 def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, local_ranks: int | None = None) -> Plan:
     """The plan of a run on `ranks` ranks; with `local_ranks` of them on this machine, whose memory must suffice.
 
@@ -50,16 +59,21 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
     problems: list[str] = []
     micro_batch = deepspeed_json["train_micro_batch_size_per_gpu"]
     global_batch = settings.data.global_batch
-    accumulation = _attempt(lambda: accumulation_steps(global_batch, ranks, micro_batch), problems)
-    student = _attempt(lambda: _student(settings.student), problems)
+    if settings.student.name.startswith("timm:swinv2") and deepspeed_json.get("bf16", {}).get("enabled"):
+        problems.append(
+            f"student.name: {settings.student.name} fails under bf16.enabled, which leaves its fp32 coordinates beside "
+            "bf16 weights; use torch_autocast in the JSON, or a swinv2_* of our own"
+        )
+    accumulation = attempt(lambda: accumulation_steps(global_batch, ranks, micro_batch), problems)
+    student = attempt(lambda: _student(settings.student), problems)
     teacher = None
     if isinstance(settings, DistillSettings):
-        teacher = _attempt(lambda: _teacher(settings.teacher), problems)
+        teacher = attempt(lambda: _teacher(settings.teacher), problems)
         problems += _layout_problems(settings, student, teacher)
     memory = None if student is None else _memory(student, teacher, ranks, deepspeed_json)
     if memory is not None and local_ranks is not None:
-        _attempt(lambda: refuse_if_it_cannot_fit(memory, ranks, local_ranks, machine_memory()), problems)
-    facts = _attempt(lambda: data_facts(settings), problems)
+        attempt(lambda: refuse_if_it_cannot_fit(memory, ranks, local_ranks, machine_memory()), problems)
+    facts = attempt(lambda: data_facts(settings), problems)
     problems += data_problems(settings, facts)
     if problems:
         raise SettingsError(problems)
@@ -81,39 +95,13 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
     )
 
 
-def _attempt(compute: Callable[[], T], problems: list[str]) -> T | None:
-    """The result, or None after putting the mistake down, so that it does not hide the next one."""
-    try:
-        return compute()
-    except UserError as error:
-        problems.append(str(error))
-        return None
-
-
 def _student(table: StudentSettings) -> Geometry:
-    problems = [
-        problem
-        for key, value in table.geometry.items()
-        for problem in _number_problems(f"student.geometry.{key}", key, value)
-    ]
-    if problems:
-        raise UserError("\n".join(problems))
     if table.weights is not None:
         _refuse_no_file("student.weights", table.weights)
     geometry = student_geometry(table.name, table.image_size, table.geometry, table.weights)
     if table.weights is not None:
         _refuse_another_geometry(table.weights, geometry)
     return geometry
-
-
-def _number_problems(where: str, key: str, value: int | float | list[int]) -> Iterator[str]:
-    numbers = value if isinstance(value, list) else [value]
-    lowest = 0 if key in MAY_BE_ZERO else 1
-    if key in FRACTIONAL:
-        if min(numbers, default=0) <= 0:
-            yield f"{where}: got {value}, allowed: a number above 0"
-    elif not numbers or min(numbers) < lowest or any(isinstance(number, float) for number in numbers):
-        yield f"{where}: got {value}, allowed: whole numbers, at least {lowest}"
 
 
 def _refuse_another_geometry(weights: str, wanted: Geometry) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fdscale.cluster.gpus import visible_gpus
 from fdscale.config.errors import UserError
 
 GIB = 2**30
@@ -96,7 +95,9 @@ def _device(config: Mapping[str, Any], what: str) -> str:
 
 def machine_memory(root: Path = Path("/")) -> MachineMemory:
     """What this machine has, asked without torch: nvidia-smi, /proc/meminfo and the control groups."""
-    return MachineMemory(_gpu_bytes(), min([_total_memory(root), *_cgroup_limits(root)]))
+    host = min([_total_memory(root), *_cgroup_limits(root)])
+    gpus = visible_gpus(os.environ)
+    return MachineMemory(tuple(host if size is None else size for size in gpus), host)  # untold: it shares the host's
 
 
 def refuse_if_it_cannot_fit(needed: RankMemory, ranks: int, local_ranks: int, machine: MachineMemory) -> None:
@@ -133,25 +134,6 @@ def _gib(size: int) -> str:
 
 def _gib_down(size: int) -> str:
     return f"{size // GIB}" if size >= 10 * GIB else f"{size * 10 // GIB / 10:.1f}"
-
-
-def _gpu_bytes() -> tuple[int, ...]:
-    """The memory of each GPU that CUDA_VISIBLE_DEVICES leaves to this process."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return ()
-    query = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    lines = answer.stdout.split() if answer.returncode == 0 else []
-    sizes = [int(size) * 2**20 for size in lines if size.isdigit()]
-    every = ",".join(map(str, range(len(sizes))))
-    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")]
-    return tuple(_gpu_size(name, sizes) for name in names if sizes and name not in ("", "-1"))
-
-
-def _gpu_size(name: str, sizes: Sequence[int]) -> int:
-    """Size of a GPU by its number; the smallest where it is named otherwise (by UUID)."""
-    return sizes[int(name)] if name.isdigit() and int(name) < len(sizes) else min(sizes)
 
 
 def _total_memory(root: Path) -> int:

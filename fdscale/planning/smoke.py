@@ -48,7 +48,7 @@ def smoke_patch(recipe: Mapping[str, Any]) -> Tree:
     """
     original = _student(recipe["student"])
     keeps_its_size = recipe["student"]["name"] in (STUDENT_FILE, OWN)
-    student = {} if keeps_its_size else _small_student(original)
+    student = {"image_size": None, "geometry": None} if keeps_its_size else _small_student(original)
     patch = {**RUN, "optim": OPTIM, "student": student}
     if recipe["program"] == "finetune":
         return {**patch, "classes": DIGITS_CLASSES}

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fdscale.config.errors import UserError, nearest
+from fdscale.config.errors import SettingsError, UserError, nearest
 
 OWN = "own"  # as student.name: the network is given by a Python call
 STUDENT_FILE = "student_file"  # as student.name: the geometry is the weights file's
 POSITION_BIAS_HIDDEN = 512  # hidden width of SwinV2's continuous position bias network
+FRACTIONAL = ("mlp_ratio", "init_values")  # the only numbers that need not be whole
+MAY_BE_ZERO = ("extra_norm_period",)
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,8 @@ def student_geometry(
 ) -> Geometry:
     """The geometry of a named student (`timm:NAME`, `student_file`) with single numbers replaced.
 
-    Raises UserError for an unknown student or geometry key, and for numbers that do not fit together.
+    Raises UserError for an unknown student, SettingsError with every unknown key, every number that cannot be, and
+    all that do not fit together.
     """
     if name == STUDENT_FILE:
         if not weights:
@@ -227,18 +230,28 @@ def student_geometry(
 
 def _replace(geometry: ViTGeometry | SwinV2Geometry, changes: Mapping[str, Any], name: str) -> Geometry:
     known = {field.name: getattr(geometry, field.name) for field in dataclasses.fields(geometry)}
-    for key, value in changes.items():
-        if key not in known:
-            raise UserError(
-                f"student.geometry.{key}: {name} has no such number{nearest(key, known)}; known: {', '.join(known)}"
-            )
-        if isinstance(known[key], tuple) != isinstance(value, list | tuple):
-            raise UserError(f"student.geometry.{key}: got {value!r}; {name} has {known[key]!r} there")
+    problems = [problem for key, value in changes.items() for problem in _number_problems(key, value, known, name)]
+    if problems:
+        raise SettingsError(problems)
     frozen: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
     changed = dataclasses.replace(geometry, **frozen)
     if found := changed.problems():
-        raise UserError(f"student.geometry of {name}: " + "; ".join(found))
+        raise SettingsError([f"student.geometry of {name}: {problem}" for problem in found])
     return changed
+
+
+def _number_problems(key: str, value: Any, known: Mapping[str, Any], name: str) -> Iterator[str]:
+    where, numbers = f"student.geometry.{key}", value if isinstance(value, list | tuple) else [value]
+    lowest = 0 if key in MAY_BE_ZERO else 1
+    if key not in known:
+        yield f"{where}: {name} has no such number{nearest(key, known)}; known: {', '.join(known)}"
+    elif isinstance(known[key], tuple) != isinstance(value, list | tuple):
+        yield f"{where}: got {value!r}; {name} has {known[key]!r} there"
+    elif key in FRACTIONAL:
+        if min(numbers) <= 0:
+            yield f"{where}: got {value}, allowed: a number above 0"
+    elif not numbers or min(numbers) < lowest or any(isinstance(number, float) for number in numbers):
+        yield f"{where}: got {value}, allowed: whole numbers, at least {lowest}"
 
 
 def geometry_to_json(geometry: Geometry) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
 from torch import Tensor, nn
@@ -94,15 +96,18 @@ def _build_swin_v2(geometry: SwinV2Geometry, drop_path: float, device: str) -> S
 
 
 def _build_timm(geometry: TimmGeometry, drop_path: float) -> Student:
-    size = {} if geometry.image_size is None else {"img_size": geometry.image_size}
+    known = timm.get_pretrained_cfg(geometry.name)
+    # networks of any size (ConvNets) take no img_size
+    sized = geometry.image_size is not None and known is not None and known.fixed_input_size
+    size: dict[str, Any] = {"img_size": geometry.image_size} if sized else {}
     try:
         backbone = timm.create_model(geometry.name, num_classes=0, global_pool="", drop_path_rate=drop_path, **size)
-    except (RuntimeError, TypeError) as error:
-        raise UserError(f"student.name: timm cannot build '{geometry.name}': {error}") from error
-    config = backbone.pretrained_cfg
-    prefix_tokens, width = getattr(backbone, "num_prefix_tokens", 0), backbone.num_features
-    image_size = geometry.image_size or config["input_size"][-1]
-    grid = _grid_of(backbone, image_size, width, prefix_tokens)
+        config: Any = backbone.pretrained_cfg
+        prefix_tokens, width = int(getattr(backbone, "num_prefix_tokens", 0)), int(backbone.num_features)
+        image_size = geometry.image_size or config["input_size"][-1]
+        grid = _grid_of(backbone, image_size, width, prefix_tokens)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise UserError(f"student.name: timm's '{geometry.name}' cannot be a student here: {error!r}") from error
     return Student(backbone, width, grid, prefix_tokens, image_size, geometry, config["mean"], config["std"])
 
 

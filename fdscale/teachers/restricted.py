@@ -136,8 +136,8 @@ class _Unpickler(pickle.Unpickler):
     """Builds records. Every global goes through `find_class`, every storage through `persistent_load`.
 
     The pickle machine may set the state of whatever it can name, classes included: that is why each type
-    above answers `__setstate__` itself (on a class the call fails). `dtypes` is the element type of each
-    storage, which the old format needs.
+    above answers `__setstate__` itself (called on the class, a placeholder's does nothing, the others' fails).
+    `dtypes` is the element type of each storage, which the old format needs.
     """
 
     def __init__(self, file: BinaryIO) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
-from fdscale.config.errors import UserError, nearest
+from fdscale.config.errors import SettingsError, UserError, attempt, nearest
 
 Value = int | float | list[int]
 
@@ -15,7 +16,6 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 TIMM_PREFIX, STUDENT_FILE, OWN = "timm:", "student_file", "own"
 VIT_KEYS = ("embed_dim", "depth", "num_heads", "patch_size", "image_size", "mlp_ratio")
 SWIN_KEYS = ("embed_dim", "depths", "num_heads", "patch_size", "image_size", "mlp_ratio", "window_size")
-LIST_KEYS = ("depths",)
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ def teacher_geometry(
 ) -> TeacherSpec | UnbuiltTeacher:
     """The teacher's source and shape, with the recipe's overrides applied.
 
-    Raises UserError for an unknown teacher or geometry key (naming the nearest), a value of the wrong kind,
-    and numbers that do not fit each other.
+    Raises UserError for an unknown teacher, SettingsError with every unknown geometry key (naming the nearest) and
+    every value of the wrong kind, or with all numbers that do not fit each other.
     """
     overrides = dict(overrides or {})
     image_size = _one_image_size(image_size, overrides.pop("image_size", None))
@@ -128,14 +128,16 @@ def teacher_geometry(
     if name == STUDENT_FILE:
         return _student_file(weights, image_size, overrides)
     if name.startswith(TIMM_PREFIX):
-        _refuse_unknown(name, overrides, sorted({*VIT_KEYS, *SWIN_KEYS}))
+        if unknown := _unknown_keys(name, overrides, sorted({*VIT_KEYS, *SWIN_KEYS})):
+            raise SettingsError(unknown)
         return UnbuiltTeacher("timm", name.removeprefix(TIMM_PREFIX), image_size, overrides)
     if name not in TEACHERS:
         known = [*TEACHERS, STUDENT_FILE, "timm:NAME", OWN]
         raise UserError(f"teacher.name: unknown teacher {name!r}{nearest(name, known)}; allowed: {', '.join(known)}")
     spec = _overridden(name, overrides)
     spec = spec if image_size is None else replace(spec, image_size=image_size)
-    _check(name, spec)
+    if problems := list(_problems(name, spec)):
+        raise SettingsError(problems)
     return spec
 
 
@@ -166,21 +168,24 @@ def _student_file(weights: str | None, image_size: int | None, overrides: Mappin
 def _overridden(name: str, overrides: Mapping[str, Value]) -> TeacherSpec:
     spec = TEACHERS[name]
     allowed = SWIN_KEYS if spec.family == "swin" else VIT_KEYS
-    _refuse_unknown(name, overrides, allowed)
+    problems = _unknown_keys(name, overrides, allowed)
     values: dict[str, Any] = {}
-    for key, value in overrides.items():
+    for key in [key for key in overrides if key in allowed]:
         per_stage = key == "depths" or (key == "num_heads" and spec.family == "swin")
-        values["depth" if key == "depths" else key] = _value(key, value, per_stage)
+        field = "depth" if key == "depths" else key
+        values[field] = attempt(partial(_value, key, overrides[key], per_stage), problems)
+    if problems:
+        raise SettingsError(problems)
     return replace(spec, **values)
 
 
-def _refuse_unknown(name: str, overrides: Mapping[str, Value], allowed: tuple[str, ...] | list[str]) -> None:
-    for key in overrides:
-        if key not in allowed:
-            raise UserError(
-                f"teacher.geometry: unknown key {key!r} for {name}{nearest(key, allowed)}; "
-                f"allowed: {', '.join(allowed)}"
-            )
+def _unknown_keys(name: str, overrides: Mapping[str, Value], allowed: Sequence[str]) -> list[str]:
+    known = ", ".join(allowed)
+    return [
+        f"teacher.geometry: unknown key {key!r} for {name}{nearest(key, allowed)}; allowed: {known}"
+        for key in overrides
+        if key not in allowed
+    ]
 
 
 def _value(key: str, value: Value, per_stage: bool) -> int | float | tuple[int, ...]:
@@ -201,18 +206,17 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _check(name: str, spec: TeacherSpec) -> None:
+def _problems(name: str, spec: TeacherSpec) -> Iterator[str]:
+    """What does not fit together, one sentence each."""
     heads = spec.num_heads if isinstance(spec.num_heads, tuple) else (spec.num_heads,)
     if len(heads) != spec.stages:
-        raise UserError(f"teacher.geometry of {name}: {spec.stages} depths but {len(heads)} num_heads")
+        yield f"teacher.geometry of {name}: {spec.stages} depths but {len(heads)} num_heads"
     for stage, count in enumerate(heads):
-        if spec.embed_dim * 2**stage % count:
-            raise UserError(
-                f"teacher.geometry of {name}: {count} attention heads do not divide "
-                f"{spec.embed_dim * 2**stage} channels"
-            )
+        width = spec.embed_dim * 2**stage
+        if width % count:
+            yield f"teacher.geometry of {name}: {count} attention heads do not divide {width} channels"
     if spec.image_size % spec.patch_size:
-        raise UserError(
+        yield (
             f"teacher.image_size of {name}: {spec.image_size} is not a multiple of its patch size "
             f"{spec.patch_size}; the next below is {spec.image_size // spec.patch_size * spec.patch_size}"
         )

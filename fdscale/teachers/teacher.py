@@ -63,7 +63,6 @@ class Teacher(nn.Module):
         self.register_buffer("scale", torch.empty(3, 1, 1), persistent=False)
         self.register_buffer("shift", torch.empty(3, 1, 1), persistent=False)
         self._fill_statistics()
-        self.parameter_count = sum(p.numel() for p in self.parameters())
         self.requires_grad_(False).eval()
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the student's backward pass
@@ -79,10 +78,13 @@ class Teacher(nn.Module):
         return tokens
 
     def prepare(self, pixels: Tensor) -> Tensor:
-        """The backbone's input: resized where the size differs, normalised in float32, then cast."""
+        """The backbone's input: resized where the size differs, normalised in float32, then cast.
+
+        Resized as officially: bilinear, not antialiased, corners not aligned.
+        """
         pixels, size = pixels.float(), (self.image_size, self.image_size)
         if tuple(pixels.shape[-2:]) != size:
-            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
+            pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False)
         images = torch.addcmul(self.shift, pixels, self.scale)
         weight = next(self.backbone.parameters(), None)
         return images if weight is None else images.to(weight.dtype)

@@ -111,8 +111,8 @@ def full_state(engine: DeepSpeedEngine, module: nn.Module, wanted: bool) -> dict
 
 def _whole(tensor: Tensor) -> Tensor:
     """One weight in full, gathered from all ranks where it is partitioned."""
-    from deepspeed.utils import safe_get_full_fp32_param
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
 
     master = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
     if master is not None:
@@ -126,4 +126,7 @@ def compute_dtype(deepspeed_json: Mapping[str, Any]) -> torch.dtype:
     for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if deepspeed_json.get(key, {}).get("enabled"):
             return dtype
+    autocast = deepspeed_json.get("torch_autocast", {})
+    if autocast.get("enabled"):
+        return torch.float16 if autocast.get("dtype") == "float16" else torch.bfloat16
     return torch.float32

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdscale.cluster.launch import _quoted_for_pdsh, gpu_count, launch, ranks_here, start_ranks
+from fdscale.cluster.launch import _quoted_for_pdsh, launch, ranks_here, start_ranks
 from fdscale.config.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -25,6 +25,10 @@ LAUNCHER_VARIABLES = (
     "WORLD_SIZE",
     "LOCAL_SIZE",
     "SLURM_JOB_ID",
+    "SLURM_PROCID",
+    "SLURM_NTASKS",
+    "SLURM_CPUS_PER_TASK",
+    "SRUN_CPUS_PER_TASK",
     "CUDA_VISIBLE_DEVICES",
 )
 TELL = """
@@ -33,6 +37,12 @@ with open("told." + os.environ.get("RANK", "srun"), "w") as file:
     json.dump({"argv": sys.argv[1:], **os.environ}, file)
 """
 Tool = Callable[[str, str], None]
+
+
+def gpus(count: int) -> str:
+    """The text of an nvidia-smi that lists so many GPUs."""
+    rows = "".join(f"143771, GPU-{number}, Disabled\n" for number in range(count))
+    return f"#!/bin/sh\ncat <<END\n{rows}END\n"
 
 
 @pytest.fixture(autouse=True)
@@ -83,22 +93,12 @@ def test_the_cpu_accelerator_is_chosen_without_a_gpu_only(
     folder: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    tool("nvidia-smi", "#!/bin/sh\nexit 9\n")
+    tool("nvidia-smi", gpus(0))
     start_ranks([sys.executable, "-c", TELL], 1)
     assert told(folder)[0]["DS_ACCELERATOR"] == "cpu"
-    tool("nvidia-smi", "#!/bin/sh\necho 'GPU 0: H200 (UUID: GPU-1)'\n")
+    tool("nvidia-smi", gpus(1))
     start_ranks([sys.executable, "-c", TELL], 1)
     assert "DS_ACCELERATOR" not in told(folder)[0]
-
-
-@pytest.mark.parametrize(
-    ("visible", "count"),
-    [(None, 2), ("0,1", 2), ("1", 1), ("", 0), ("-1", 0), ("0,-1,1", 1), ("1,2", 1), ("GPU-a,GPU-b", 2)],
-)
-def test_gpus_are_counted_as_cuda_counts_them(tool: Tool, visible: str | None, count: int) -> None:
-    listing = "GPU 0: H200 (UUID: GPU-a)\n  MIG 1g.18gb Device 0: (UUID: MIG-c)\nGPU 1: H200 (UUID: GPU-b)"
-    tool("nvidia-smi", f"#!/bin/sh\nprintf '{listing}\\n'\n")
-    assert gpu_count({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == count
 
 
 @pytest.mark.parametrize("ranks", [0, -1])
@@ -109,18 +109,36 @@ def test_a_run_has_a_rank(ranks: int) -> None:
 
 
 def test_this_machine_gets_the_ranks_stated_or_one_per_gpu_or_two(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool("nvidia-smi", "#!/bin/sh\nexit 9\n")
+    tool("nvidia-smi", gpus(0))
     assert (ranks_here(None, None), ranks_here(5, None), ranks_here(None, "hosts")) == (2, 5, None)
     monkeypatch.setenv("LOCAL_SIZE", "3")
     assert ranks_here(None, None) == 3
-    tool("nvidia-smi", "#!/bin/sh\nprintf 'GPU 0: a\\nGPU 1: b\\nGPU 2: c\\nGPU 3: d\\n'\n")
+    tool("nvidia-smi", gpus(4))
     assert ranks_here(None, None) == 4
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert ranks_here(None, None) is None
 
 
+@pytest.mark.parametrize(("present", "ranks", "expected"), [(1, None, 1), (8, None, 2), (0, None, 2), (8, 4, 4)])
+def test_a_small_run_takes_no_more_ranks_than_it_has_work_for(
+    tool: Tool, present: int, ranks: int | None, expected: int
+) -> None:
+    tool("nvidia-smi", gpus(present))
+    assert ranks_here(ranks, None, at_most=2) == expected
+
+
+def test_the_command_line_starts_as_many_ranks_as_it_has_checked(folder: Path, tool: Tool) -> None:
+    tool("nvidia-smi", gpus(4))
+    tool("rank", f"#!{sys.executable}\n{TELL}")
+    program = "import sys; from fdscale.cli import main; sys.executable = 'tools/rank'; sys.exit(main(sys.argv[1:]))"
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", program, "launch", "distill", "swinv2_g", "--smoke"]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True)
+    assert [env["WORLD_SIZE"] for env in told(folder)] == ["2", "2"]
+
+
 def test_a_garbled_local_size_is_named(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool("nvidia-smi", "#!/bin/sh\nexit 9\n")
+    tool("nvidia-smi", gpus(0))
     monkeypatch.setenv("LOCAL_SIZE", "two")
     with pytest.raises(UserError, match="LOCAL_SIZE two"):
         launch(["distill", "x"])
@@ -134,7 +152,97 @@ def test_an_allocation_is_given_to_srun(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert launch(["distill", "swinv2_g", "x=$(id)"], ranks=ranks) == 85
     program = [sys.executable, "-u", "-m", "fdscale", "distill", "swinv2_g", "x=$(id)"]
-    assert told(folder)[0]["argv"] == ["--kill-on-bad-exit=0", *tasks, *program]
+    assert told(folder)[0]["argv"] == ["--kill-on-bad-exit=0", "--wait=60", *tasks, *program]
+
+
+def test_srun_is_told_the_cpus_per_task(folder: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool("srun", f"#!{sys.executable}\n{TELL}\n")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    launch(["distill", "x"])
+    assert "SRUN_CPUS_PER_TASK" not in told(folder)[0]
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
+    launch(["distill", "x"])
+    assert told(folder)[0]["SRUN_CPUS_PER_TASK"] == "8"
+    monkeypatch.setenv("SRUN_CPUS_PER_TASK", "4")
+    launch(["distill", "x"])
+    assert told(folder)[0]["SRUN_CPUS_PER_TASK"] == "4"
+
+
+@pytest.fixture
+def scontrol(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int, int], None]:
+    """Stand-ins: a batch job in that state, whose step ends with `code` and whose requeueing with `requeued`."""
+
+    def write(state: str, code: int, requeued: int) -> None:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_PROCID", "0")
+        tool("srun", f"#!/bin/sh\nexit {code}\n")
+        show = f'[ "$1" = show ] && {{ echo "JobId=7 Name=x\n   JobState={state} Reason=None"; exit; }}'
+        tool("scontrol", f'#!/bin/sh\n{show}\necho "$@" >> requeued\nexit {requeued}\n')
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "requeued"),
+    [("RUNNING", 85, True), ("RUNNING", 0, False), ("RUNNING", 1, False), ("COMPLETING", 85, False)],
+    ids=["asked", "done", "failed", "cancelled or preempted"],
+)
+def test_a_running_batch_job_that_asks_for_it_is_requeued(
+    folder: Path, scontrol: Callable[[str, int, int], None], state: str, code: int, requeued: bool
+) -> None:
+    scontrol(state, code, 0)
+    assert launch(["distill", "x"]) == code
+    assert (folder / "requeued").exists() == requeued
+    if requeued:
+        assert (folder / "requeued").read_text() == "requeue 7\n"
+
+
+def test_an_salloc_shell_is_not_requeued(
+    folder: Path, scontrol: Callable[[str, int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol("RUNNING", 85, 0)
+    monkeypatch.delenv("SLURM_PROCID")
+    assert launch(["distill", "x"]) == 85
+    assert not (folder / "requeued").exists()
+
+
+def test_a_requeueing_that_fails_is_told(
+    folder: Path, scontrol: Callable[[str, int, int], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    scontrol("RUNNING", 85, 1)
+    assert launch(["distill", "x"]) == 85
+    assert "job 7 is not requeued, submit it again" in caplog.text
+
+
+def test_a_missing_scontrol_is_told(
+    folder: Path,
+    scontrol: Callable[[str, int, int], None],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scontrol("RUNNING", 85, 0)
+    (folder / "tools" / "scontrol").unlink()
+    monkeypatch.setenv("PATH", str(folder / "tools"))
+    assert launch(["distill", "x"]) == 85
+    assert "job 7 is not requeued, submit it again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tasks", "warned"), [(None, "32", True), (4, "32", True), (2, "32", False), (None, "2", False)]
+)
+def test_a_small_run_on_a_big_allocation_is_told_what_to_say(
+    tool: Tool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ranks: int | None,
+    tasks: str,
+    warned: bool,
+) -> None:
+    tool("srun", "#!/bin/sh\n")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_NTASKS", tasks)
+    assert launch(["distill", "x", "--smoke"], ranks=ranks, at_most=2) == 0
+    assert ("add --ranks 2" in caplog.text) == warned
 
 
 def test_srun_would_kill_its_tasks_at_term_so_it_gets_usr1(folder: Path, tool: Tool) -> None:

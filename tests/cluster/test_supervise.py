@@ -18,8 +18,8 @@ REPOSITORY = Path(__file__).parents[2]
 SUPERVISOR = """
 import os, signal, sys
 from fdscale.cluster.supervise import supervise
-codes = supervise([sys.executable, "-c", sys.argv[1]], [{**os.environ, "RANK": str(r)} for r in range(2)])
-sys.exit(codes)
+ranks = [{**os.environ, "RANK": str(r)} for r in range(2)]
+sys.exit(supervise([sys.executable, "-c", sys.argv[1]], ranks, commit=float(sys.argv[2])))
 """
 CHILD = """
 import os, signal, sys, time
@@ -43,6 +43,20 @@ sys.exit(85)
 )
 
 
+DEAF = (
+    CHILD
+    + """
+for wanted in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(wanted, lambda got, _: say(signal.Signals(got).name))
+Path(rank + ".pid").write_text(str(os.getpid()))
+say("ready")
+while True:
+    time.sleep(0.02)
+"""
+)
+Start = Callable[..., subprocess.Popen[bytes]]
+
+
 def run(program: str, ranks: int = 2, grace: float = 30.0) -> int:
     environments = [{**os.environ, "RANK": str(rank)} for rank in range(ranks)]
     return supervise([sys.executable, "-c", CHILD + program], environments, grace=grace)
@@ -62,12 +76,12 @@ def gone(pid: int) -> bool:
 
 
 @pytest.fixture
-def supervisor(tmp_path: Path) -> Callable[[str], subprocess.Popen[bytes]]:
+def supervisor(tmp_path: Path) -> Start:
     """Starts a supervisor over two children in `tmp_path`; answers once both are ready."""
 
-    def start(program: str) -> subprocess.Popen[bytes]:
+    def start(program: str, commit: float = 600.0) -> subprocess.Popen[bytes]:
         path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, "-c", SUPERVISOR, program]
+        command = [sys.executable, "-c", SUPERVISOR, program, str(commit)]
         process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
         wait_for(lambda: (tmp_path / "0.ready").exists() and (tmp_path / "1.ready").exists())
         return process
@@ -118,9 +132,7 @@ sys.exit(7)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
-def test_stop_signals_reach_every_rank_even_twice(
-    supervisor: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path, signum: signal.Signals
-) -> None:
+def test_stop_signals_reach_every_rank_even_twice(supervisor: Start, tmp_path: Path, signum: signal.Signals) -> None:
     process = supervisor(UNTIL_ASKED)
     process.send_signal(signum)
     process.send_signal(signum)
@@ -131,16 +143,51 @@ def test_stop_signals_reach_every_rank_even_twice(
     }
 
 
-def test_an_interrupt_reaches_every_rank(supervisor: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path) -> None:
+def test_an_interrupt_reaches_every_rank(supervisor: Start, tmp_path: Path) -> None:
     program = CHILD + "signal.signal(signal.SIGINT, lambda *_: sys.exit(9)); say('ready'); time.sleep(60)"
     process = supervisor(program)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 9
 
 
-def test_a_killed_supervisor_leaves_nobody_behind(
-    supervisor: Callable[[str], subprocess.Popen[bytes]], tmp_path: Path
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_ranks_that_hang_are_killed_some_time_after_the_first_signal(
+    supervisor: Start, tmp_path: Path, signum: signal.Signals
 ) -> None:
+    process = supervisor(DEAF, commit=0.3)
+    process.send_signal(signum)
+    assert process.wait(30) == 128 + signal.SIGKILL
+    assert {f"0.{signum.name}", f"1.{signum.name}"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_second_interrupt_kills_at_once(supervisor: Start, tmp_path: Path) -> None:
+    process = supervisor(DEAF)
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: (tmp_path / "0.SIGINT").exists())
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 128 + signal.SIGKILL
+
+
+def test_a_second_term_waits_for_the_commit(supervisor: Start, tmp_path: Path) -> None:
+    commits = UNTIL_ASKED.replace("say(signal", "time.sleep(3); say(signal")
+    process = supervisor(commits)
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    assert process.wait(30) == 85
+    assert (tmp_path / "0.SIGTERM").exists()
+
+
+def test_whoever_is_killed_hears_a_last_term(supervisor: Start, tmp_path: Path) -> None:
+    """As srun and deepspeed need it, whose ranks live elsewhere."""
+    process = supervisor(DEAF, commit=0.3)
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
+    assert (tmp_path / "1.SIGTERM").exists()
+
+
+def test_a_killed_supervisor_leaves_nobody_behind(supervisor: Start, tmp_path: Path) -> None:
     process = supervisor(UNTIL_ASKED)
     pids = [int((tmp_path / f"{rank}.pid").read_text()) for rank in range(2)]
     assert not any(gone(pid) for pid in pids)

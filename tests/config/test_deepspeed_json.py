@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fdscale.config.deepspeed_json import HOMES, TOP_LEVEL, ZERO, load_deepspeed_json
+from fdscale.config.deepspeed_json import BLOCKS, HOMES, TOP_LEVEL, ZERO, load_deepspeed_json
 from fdscale.config.errors import SettingsError, UserError
 
 GOOD: dict[str, Any] = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}}
@@ -134,3 +134,26 @@ def test_our_key_lists_are_deepspeeds_own() -> None:
     fields = DeepSpeedZeroConfig.model_fields
     legacy = {name for name, field in fields.items() if (field.json_schema_extra or {}).get("deprecated")}
     assert {field.alias or name for name, field in fields.items()} - legacy == ZERO
+
+
+def test_sixteen_bit_without_fp32_masters_is_refused(path: Path) -> None:
+    (problem,) = problems(path, {**GOOD, "zero_optimization": {"stage": 0}, "bf16": {"enabled": True}})
+    assert "bf16 under zero_optimization.stage 0 keeps no fp32 weights to save" in problem
+
+
+def test_typed_blocks_are_checked_before_a_gpu_is_touched(path: Path) -> None:
+    wrong = {"bf16": {"enable": True}, "data_types": {"grad_accum_type": "fp32"}}
+    sizes = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "big", "sub_group_size": 1e9}}
+    told = problems(path, {**GOOD, **sizes, **wrong})
+    assert [problem.split("; ")[0].split(", allowed")[0] for problem in told] == [
+        "mine.json: zero_optimization.reduce_bucket_size: got 'big'",
+        "mine.json: unknown key 'bf16.enable'",
+        "mine.json: unknown key 'data_types.grad_accum_type'",
+    ]
+
+
+def test_the_keys_of_typed_blocks_are_deepspeeds_own() -> None:
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+
+    assert BLOCKS["bf16"] == set(DeepSpeedBF16Config.model_fields)
+    assert BLOCKS["fp16"] == set(DeepSpeedFP16Config.model_fields)

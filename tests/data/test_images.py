@@ -52,6 +52,17 @@ def test_bad_images_are_named_with_the_reason(write_shards, png, bomb):
     reader.close()
 
 
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(x) print\n%%EOF\n"
+
+
+def test_postscript_is_no_image_whatever_it_is_called(write_shards):
+    assert Image.open(io.BytesIO(POSTSCRIPT)).format == "EPS"  # PIL alone would hand it to Ghostscript
+    reader = ImageReader(build_index(write_shards([{"a.jpg": POSTSCRIPT}])))
+    with pytest.raises(BadImage, match=r"s0\.tar:a\.jpg \(UnidentifiedImageError"):
+        reader.decode(0)
+    reader.close()
+
+
 def test_a_bad_image_is_replaced_by_the_next_good_one_also_past_the_end(write_shards, png):
     members = {"a.png": png(0), "b.png": b"bad", "c.png": b"bad", "d.png": png(3), "e.png": b"bad"}
     reader = ImageReader(build_index(write_shards([members])))

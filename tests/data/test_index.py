@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fdscale.config.errors import UserError
@@ -147,6 +148,20 @@ def test_load_refuses_a_damaged_index(write_shards, png):
         load_index(folder)
     (folder / "index.json").write_text(text[:20])
     with pytest.raises(UserError, match="damaged"):
+        load_index(folder)
+    (folder / "index.json").write_text(json.dumps({"version": 1, "classes": None}))
+    with pytest.raises(UserError, match=r"damaged \(no 'shards' as it should be\)"):
+        load_index(folder)
+
+
+@pytest.mark.parametrize(("field", "value"), [("shard", 7), ("shard", -1), ("offset", -512), ("size", 2**31 - 1)])
+def test_a_row_outside_its_shard_is_refused_before_it_is_read(write_shards, png, field, value):
+    folder = write_shards([{"a.png": png(0), "b.png": png(1)}])
+    build_index(folder)
+    rows = np.load(folder / "samples.npy")
+    rows[field][1] = value
+    np.save(folder / "samples.npy", rows)
+    with pytest.raises(UserError, match=r"row 1 lies outside its shard; make it again"):
         load_index(folder)
 
 

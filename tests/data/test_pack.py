@@ -150,6 +150,12 @@ def test_a_failure_half_way_leaves_nothing_behind(class_folders, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
+def test_postscript_is_not_decoded_whatever_it_is_called(class_folders, tmp_path):
+    (class_folders / "dog/broken.bmp").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+    with pytest.raises(UserError, match=r"broken\.bmp cannot be decoded \(cannot identify image file"):
+        pack_folder(class_folders, tmp_path / "out", samples_per_shard=1)
+
+
 def test_digits(tmp_path):
     train, test = (pack_digits(tmp_path / split, split) for split in ("train", "test"))
     assert (len(train), len(test)) == (1348, 449)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fdscale.config.errors import SettingsError
 from fdscale.config.recipe import load_recipe
-from fdscale.planning.check import Plan, check
+from fdscale.planning.check import Plan, check, load_and_check
 from fdscale.students.geometry import geometry_to_json, student_geometry
 
 Shards = Callable[..., str]
@@ -110,8 +110,26 @@ def test_accumulation_always_makes_the_global_batch_or_is_refused(global_batch: 
     ],
 )
 def test_geometry_and_tokens_that_do_not_meet(overrides: list[str], told: str) -> None:
-    (problem,) = problems("swinv2_g", *overrides)
-    assert told in problem
+    assert any(told in problem for problem in problems("swinv2_g", *overrides))
+
+
+def test_every_wrong_geometry_key_is_told_at_once() -> None:
+    wrong = ["student.geometry.embed_dimm=64", "student.geometry.window=7", "teacher.geometry.depht=2"]
+    assert len(problems("swinv2_g", *wrong)) == 3
+
+
+def test_the_problems_of_the_json_are_told_along() -> None:
+    run = load_recipe("vit_b_dino", ["deepspeed=laptopp", "student.name=vit_b12", "data.shards=digits"])
+    with pytest.raises(SettingsError) as told:
+        load_and_check(run, ranks=8)
+    assert ["did you mean 'laptop'" in told.value.problems[0], "vit_b12" in told.value.problems[1]] == [True, True]
+
+
+def test_timms_swin_v2_under_bf16_is_refused_with_the_remedy() -> None:
+    run = load_recipe("vit_b_dino", ["student.name=timm:swinv2_tiny_window8_256", "data.shards=digits"])
+    with pytest.raises(SettingsError, match="torch_autocast"):
+        check(run, {**DEEPSPEED, "bf16": {"enabled": True}}, ranks=8)
+    check(run, {**DEEPSPEED, "torch_autocast": {"enabled": True}}, ranks=8)
 
 
 def test_interpolation_meets_any_grid() -> None:

@@ -116,16 +116,15 @@ def test_drop_path_of_timms_networks_reads_the_table() -> None:
     assert not torch.allclose(kept, dropped)
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "told"),
-    [
-        ("vit_tinny", None, "timm cannot build 'vit_tinny'"),
-        ("resnet10t", 64, "timm cannot build 'resnet10t'"),  # takes no img_size
-    ],
-)
-def test_what_timm_cannot_build_is_the_users_mistake(name: str, size: int | None, told: str) -> None:
-    with pytest.raises(UserError, match=told):
-        build_student(TimmGeometry(name, size))
+@pytest.mark.parametrize("name", ["vit_tinny", "deit_tiny_distilled_patch16_224"])  # unknown; two outputs
+def test_what_cannot_be_a_student_is_the_users_mistake(name: str) -> None:
+    with pytest.raises(UserError, match=f"timm's '{name}' cannot be a student here"):
+        build_student(TimmGeometry(name))
+
+
+def test_a_convolutional_network_takes_any_size() -> None:
+    student = build_student(TimmGeometry("resnet10t", 64))
+    assert (student.grid, student.prefix_tokens, student.width) == ((2, 2), 0, 512)
 
 
 def test_a_network_of_ones_own_cannot_be_built_from_a_name() -> None:

@@ -145,3 +145,5 @@ def test_the_true_depths_of_swin_v2_g_take_three_zero_3_steps(two_ranks: Any) ->
 def test_the_teachers_type_follows_the_json() -> None:
     assert compute_dtype({"bf16": {"enabled": True}}) is torch.bfloat16
     assert compute_dtype({"bf16": {"enabled": False}}) is torch.float32
+    assert compute_dtype({"torch_autocast": {"enabled": True, "dtype": "float16"}}) is torch.float16
+    assert compute_dtype({"torch_autocast": {"enabled": True}}) is torch.bfloat16

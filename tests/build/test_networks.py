@@ -1,0 +1,96 @@
+"""Students and teachers from settings: a student file that teaches, its precision, its norm; seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from fdscale.build.networks import as_pixels, prepare_student, prepare_teacher, seeded
+from fdscale.cluster.ranks import Rank
+from fdscale.config.errors import UserError
+from fdscale.config.settings import StudentSettings, TeacherSettings
+from fdscale.students.files import save_student
+from fdscale.students.geometry import SwinV2Geometry, TimmGeometry, ViTGeometry
+from fdscale.students.student import Student, build_student
+from fdscale.training.engine import Connection
+
+ALONE = Connection(Rank(0, 0, 1, 1, "127.0.0.1", 29500), torch.device("cpu"), None)
+SWIN = SwinV2Geometry(16, (1, 1), (2, 4), window_size=4, image_size=32)
+VIT = ViTGeometry(32, 2, 4, patch_size=8, image_size=32)
+BF16 = {"bf16": {"enabled": True}}
+
+
+def perturbed(geometry: SwinV2Geometry | ViTGeometry | TimmGeometry) -> Student:
+    student = build_student(geometry, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return student
+
+
+def student_file(folder: Path, student: Student) -> str:
+    return str(save_student(student, student.backbone.state_dict(), folder))
+
+
+@pytest.mark.parametrize("geometry", [SWIN, VIT], ids=["swin_v2", "vit"])
+def test_a_student_that_teaches_gives_its_own_tokens(geometry: SwinV2Geometry | ViTGeometry, tmp_path: Path) -> None:
+    student = perturbed(geometry).eval()
+    settings = TeacherSettings(name="student_file", weights=student_file(tmp_path, student))
+    teacher = prepare_teacher(settings, {}, ALONE)
+    pixels = torch.rand(2, 3, 32, 32)
+    assert (teacher.grid, teacher.width, teacher.prefix_tokens) == (student.grid, student.width, student.prefix_tokens)
+    torch.testing.assert_close(teacher(pixels), student(pixels).detach(), atol=2e-6, rtol=0)
+
+
+def test_its_final_norm_can_be_left_out(tmp_path: Path) -> None:
+    student = perturbed(VIT).eval()
+    settings = TeacherSettings(name="student_file", weights=student_file(tmp_path, student), after_norm=False)
+    raw = prepare_teacher(settings, {}, ALONE)(pixels := torch.rand(2, 3, 32, 32))
+    torch.testing.assert_close(student.backbone.norm(raw), student(pixels), atol=2e-6, rtol=0)
+
+
+def test_a_network_whose_norm_is_elsewhere_cannot_leave_it_out(tmp_path: Path) -> None:
+    weights = student_file(tmp_path, build_student(TimmGeometry("test_resnet", 32)))
+    settings = TeacherSettings(name="student_file", weights=weights, after_norm=False)
+    with pytest.raises(UserError, match=r"teacher\.after_norm=false"):
+        prepare_teacher(settings, {}, ALONE)
+
+
+def test_bf16_rounds_the_parameters_alone(tmp_path: Path) -> None:
+    settings = TeacherSettings(name="student_file", weights=student_file(tmp_path, perturbed(SWIN)))
+    exact, rounded = (prepare_teacher(settings, config, ALONE) for config in ({}, BF16))
+    table = "relative_coords_table"
+    for (name, buffer), (_, other) in zip(exact.named_buffers(), rounded.named_buffers(), strict=True):
+        assert torch.equal(buffer, other), name
+    assert any(table in name for name, _ in exact.named_buffers())
+    assert {p.dtype for p in rounded.backbone.parameters()} == {torch.bfloat16}
+    pixels = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(rounded(pixels), exact(pixels), atol=0.1, rtol=0)
+
+
+def test_a_student_starts_from_a_file_and_the_settings_name_what_they_want(tmp_path: Path) -> None:
+    weights = student_file(tmp_path, student := perturbed(SWIN))
+    loaded = prepare_student(StudentSettings(name="student_file", weights=weights, drop_path=0.1), seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), student.parameters(), strict=True))
+    assert loaded.drop_path_sites == 2  # the second block's two branches: the first block's rate is zero
+    another = dataclasses.replace(SWIN, window_size=2)
+    assert another != loaded.geometry
+
+
+def test_seeded_building_is_repeatable_and_leaves_the_generator_alone() -> None:
+    before = torch.get_rng_state()
+    with seeded(5):
+        first = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    with seeded(5):
+        assert torch.equal(torch.rand(3), first)
+
+
+def test_pixels_are_fp32_between_zero_and_one() -> None:
+    pixels = as_pixels(torch.tensor([[[[0, 128, 255]]]], dtype=torch.uint8))
+    assert pixels.dtype == torch.float32
+    assert pixels.flatten().tolist() == pytest.approx([0.0, 128 / 255, 1.0])
