@@ -57,7 +57,9 @@ def smoke_patch(recipe: Mapping[str, Any]) -> Tree:
 
 
 def _student(table: Mapping[str, Any]) -> Geometry:
-    return student_geometry(table["name"], table.get("image_size"), table.get("geometry", {}), table.get("weights"))
+    if table["name"] in (STUDENT_FILE, OWN):  # the size is the network's; what the recipe says of another goes
+        return student_geometry(table["name"], None, {}, table.get("weights"))
+    return student_geometry(table["name"], table.get("image_size"), table.get("geometry", {}))
 
 
 def _small_student(original: Geometry) -> Tree:
