@@ -17,6 +17,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, StringConstraints(min_length=1)]
 Geometry = dict[str, int | float | list[int]]
+Keywords = dict[str, int | float | bool | str | list[int]]  # of timm's, beside our own students' numbers
 
 
 def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
@@ -48,31 +49,45 @@ class Settings(BaseModel):
 
 
 class StudentSettings(Settings):
-    """The network that learns; `geometry` overrides single numbers of the named one."""
+    """The network that learns; `geometry` overrides single numbers of the named one.
+
+    `position_bias` None is the named network's; `per_block` gives every ViT block its own table, copied from a
+    shared one where the weights have that (official fine-tuning).
+    """
 
     name: Name
     image_size: Positive | None = None
+    position_bias: Literal["shared", "per_block"] | None = None
     drop_path: Rate = 0.0
     activation_checkpointing: Literal["none", "blocks"] = "none"
-    geometry: Geometry = {}
+    geometry: Keywords = {}
     weights: Name | None = None
 
 
 class TeacherSettings(Settings):
-    """The frozen network; `weights` None is the table's pretrained tag, `"random"`, or a local file."""
+    """The frozen network; `weights` None is what `fdscale fetch` brought, `"random"`, or a local file.
+
+    `revision` pins what is fetched. `layer` takes the tokens of an earlier stage (Swin) or block (ViT), from 0.
+    `checkpoint_key` chooses in a file that holds a student and a teacher. `rounded_norm` rounds the final norm to
+    the weights' half precision, as the official implementation does for CLIP.
+    """
 
     name: Name
     weights: Name | None = None
+    revision: Name | None = None
     image_size: Positive | None = None
     geometry: Geometry = {}
+    layer: Count | None = None
     after_norm: bool = True
+    rounded_norm: bool = False
+    checkpoint_key: Literal["student", "teacher"] | None = None
 
 
 class TargetSettings(Settings):
-    """How teacher tokens become the target: grids matched, prefix tokens (CLS) kept or dropped, whitened."""
+    """How teacher tokens become the target: grids matched, prefix tokens kept, CLS alone, or dropped; whitened."""
 
     grid: Literal["exact", "pool", "interpolate"] = "exact"
-    prefix_tokens: Literal["keep", "drop"] = "keep"
+    prefix_tokens: Literal["keep", "cls", "drop"] = "keep"
     whiten: bool = True
 
 
@@ -99,7 +114,9 @@ class OptimSettings(Settings):
     """AdamW under a linear warm-up and a cosine; the three rates are for `reference_batch` images.
 
     They scale linearly with the global batch (official implementation); `reference_batch = 0` or, in Python,
-    None takes them as they stand. `clip = 0` switches clipping off.
+    None takes them as they stand. `clip = 0` switches clipping off. `layer_decay` multiplies the rate once for
+    each layer below the head: its peak alone, officially, or `all` of the schedule. The official implementation
+    decays the ViT's position bias tables, and counts a shared one to the head's layer, not the stem's.
     """
 
     lr: Annotated[float, Field(gt=0)]
@@ -111,14 +128,22 @@ class OptimSettings(Settings):
     betas: Betas = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip: NonNegative = 3.0
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    layer_decay_scales: Literal["peak", "all"] = "peak"
+    decay_position_bias: bool = True
+    shared_position_bias_layer: Literal["head", "stem"] = "head"
 
 
 class EvalSettings(Settings):
-    """Held-out shards, steps between evaluations (0: only at the end), neighbours of the k-NN (0: off)."""
+    """Held-out shards, steps between evaluations (0: only at the end), neighbours of the k-NN (0: off).
+
+    `normalisation = "clip"` evaluates every fine-tuned network with CLIP's mean and std, as the official numbers were.
+    """
 
     shards: Name | None = None
     every: Count = 0
     knn: Count = 20
+    normalisation: Literal["training", "clip"] = "training"
 
 
 class CheckpointSettings(Settings):
@@ -162,6 +187,32 @@ class DistillSettings(RunSettings):
     loss: LossSettings = LossSettings()
 
 
+class AugmentSettings(Settings):
+    """What fine-tuning adds to crop and flip, in timm's words; everything is off by default.
+
+    `mixup` and `cutmix` are the alphas of their Beta distributions. One draw of the two serves `images_per_draw`
+    images: the official implementation draws once for the batch of a GPU.
+    """
+
+    randaugment: Name | None = None
+    erasing: Fraction = 0.0
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+    mix_probability: Fraction = 1.0
+    switch_probability: Fraction = 0.5
+    images_per_draw: Positive = 128
+
+
+class HeadSettings(Settings):
+    """The classifier: the mean of the patch tokens, a norm, a linear layer that starts at `init_scale` of its draw.
+
+    `norm` is the `student`'s own, before the mean, or a new one `after_pooling` that takes its place (official ViT).
+    """
+
+    norm: Literal["student", "after_pooling"] = "student"
+    init_scale: Annotated[float, Field(gt=0)] = 0.001
+
+
 class FinetuneSettings(RunSettings):
     """Supervised fine-tuning; `labelled` trains on the first samples of the order only."""
 
@@ -169,3 +220,5 @@ class FinetuneSettings(RunSettings):
     classes: Annotated[int, Field(ge=2)]
     label_smoothing: Rate = 0.0
     labelled: Positive | None = None
+    head: HeadSettings = HeadSettings()
+    augment: AugmentSettings = AugmentSettings()

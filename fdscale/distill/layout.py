@@ -28,9 +28,15 @@ def layout_problems(teacher: TokenLayout, student: TokenLayout, grid: str, prefi
         problems.append(
             f"target.grid: {th}x{tw} does not pool to {sh}x{sw} in whole cells; use target.grid=interpolate"
         )
-    if prefix_tokens == "keep" and teacher.prefix_tokens != student.prefix_tokens:
-        problems.append(
-            f"target.prefix_tokens: the teacher has {teacher.prefix_tokens} prefix tokens, the student "
-            f"{student.prefix_tokens}; target.prefix_tokens=drop leaves them out of the loss"
-        )
-    return problems
+    return problems + _prefix_problems(teacher.prefix_tokens, student.prefix_tokens, prefix_tokens)
+
+
+def _prefix_problems(teacher: int, student: int, prefix_tokens: str) -> list[str]:
+    counts = f"target.prefix_tokens: the teacher has {teacher} prefix tokens, the student {student}"
+    both = teacher > 0 and student > 0
+    if prefix_tokens == "keep" and teacher != student:
+        cls = "target.prefix_tokens=cls keeps the first of each, " if both else ""
+        return [f"{counts}; {cls}target.prefix_tokens=drop leaves them out of the loss"]
+    if prefix_tokens == "cls" and not both:
+        return [f"{counts}: there is no CLS token on both sides; target.prefix_tokens=drop leaves them out of the loss"]
+    return []

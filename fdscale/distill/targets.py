@@ -19,7 +19,8 @@ class TargetMaker:
     """Teacher tokens (B, N_t, C_t) -> targets (B, N_s, C_t), fp32, on the student's layout.
 
     `grid` is `exact`, `pool` (mean over whole cells) or `interpolate` (bilinear); `prefix_tokens` is `keep`
-    (both networks have as many) or `drop` (the loss sees patch tokens alone); `whiten` as in the paper, section 3.
+    (both networks have as many), `cls` (the first one of each: registers are left out) or `drop` (the loss sees
+    patch tokens alone); `whiten` as in the paper, section 3.
     """
 
     teacher: TokenLayout
@@ -36,8 +37,12 @@ class TargetMaker:
     def __call__(self, tokens: Tensor) -> Tensor:
         prefix, patches = tokens.float().split([self.teacher.prefix_tokens, self.teacher_patches], dim=1)
         patches = match_grid(patches, self.teacher.grid, self.student.grid, self.grid)
-        kept = patches if self.prefix_tokens == "drop" else torch.cat([prefix, patches], dim=1)
+        kept = torch.cat([prefix[:, : self.kept(self.teacher)], patches], dim=1)
         return whiten(kept) if self.whiten else kept
+
+    def kept(self, layout: TokenLayout) -> int:
+        """How many of a network's prefix tokens take part in the loss."""
+        return {"keep": layout.prefix_tokens, "cls": 1, "drop": 0}[self.prefix_tokens]
 
     @property
     def teacher_patches(self) -> int:
@@ -45,7 +50,10 @@ class TargetMaker:
 
     def of_student(self, tokens: Tensor) -> Tensor:
         """The student tokens (B, N, C) that have a target."""
-        return tokens[:, self.student.prefix_tokens :] if self.prefix_tokens == "drop" else tokens
+        prefix, kept = self.student.prefix_tokens, self.kept(self.student)
+        if kept == prefix:
+            return tokens
+        return torch.cat([tokens[:, :kept], tokens[:, prefix:]], dim=1) if kept else tokens[:, prefix:]
 
 
 def whiten(tokens: Tensor) -> Tensor:

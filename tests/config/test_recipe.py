@@ -96,7 +96,7 @@ def test_every_problem_is_told_at_once(distill: str) -> None:
         "data.workers=true",
         "optim.betas=[0.9,1.5]",
         "data.crop_scale=[0.5,0.1]",
-        "student.geometry={depth='three'}",
+        "teacher.geometry={depth='three'}",
     )
     assert sorted(found) == sorted(
         [
@@ -108,7 +108,7 @@ def test_every_problem_is_told_at_once(distill: str) -> None:
             "data.workers: got true, allowed: a whole number, at least 0",
             "optim.betas[1]: got 1.5, allowed: a number, at least 0, below 1",
             "data.crop_scale: got [0.5, 0.1], allowed: two ascending fractions above 0 and up to 1",
-            "student.geometry.depth: got 'three', allowed: a number or a list of whole numbers",
+            "teacher.geometry.depth: got 'three', allowed: a number or a list of whole numbers",
         ]
     )
 

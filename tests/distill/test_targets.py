@@ -78,13 +78,25 @@ def test_prefix_tokens_are_kept_or_dropped_on_both_sides() -> None:
     assert torch.equal(dropped.of_student(student), student[:, 5:])
 
 
+def test_cls_alone_leaves_the_registers_of_either_side_out() -> None:
+    teacher, student = TokenLayout((4, 4), 5), TokenLayout((4, 4), 1)
+    tokens = tokens_of(teacher)
+    targets = TargetMaker(teacher, student, prefix_tokens="cls")
+    assert torch.equal(targets(tokens), whiten(tokens[:, [0, *range(5, 21)]]))
+    assert torch.equal(targets.of_student(tokens_of(student)), tokens_of(student))
+    with_registers = TargetMaker(student, teacher, prefix_tokens="cls")
+    assert torch.equal(with_registers.of_student(tokens), tokens[:, [0, *range(5, 21)]])
+
+
 @settings(deadline=None)
-@given(SIDES, st.integers(1, 3), st.integers(0, 5), st.integers(0, 5), st.booleans())
-def test_every_target_has_its_student_token(side: int, times: int, theirs: int, ours: int, keep: bool) -> None:
-    ours = theirs if keep else ours
+@given(SIDES, st.integers(1, 3), st.integers(0, 5), st.integers(0, 5), st.sampled_from(["keep", "cls", "drop"]))
+def test_every_target_has_its_student_token(side: int, times: int, theirs: int, ours: int, prefix_tokens: str) -> None:
+    ours = theirs if prefix_tokens == "keep" else ours
+    if prefix_tokens == "cls":
+        theirs, ours = max(theirs, 1), max(ours, 1)
     teacher, student = TokenLayout((side * times, side * times), theirs), TokenLayout((side, side), ours)
     for grid in ("pool", "interpolate"):
-        targets = TargetMaker(teacher, student, grid, "keep" if keep else "drop")
+        targets = TargetMaker(teacher, student, grid, prefix_tokens)
         assert targets(tokens_of(teacher)).shape == targets.of_student(tokens_of(student)).shape
 
 
@@ -124,6 +136,9 @@ def test_targets_are_fp32_without_gradient(whitened: bool) -> None:
         (((8, 8), 1), ((8, 8), 0), "exact", "keep", ["the teacher has 1 prefix tokens, the student 0",
          "target.prefix_tokens=drop leaves them out of the loss"]),
         (((8, 8), 1), ((7, 7), 0), "exact", "keep", ["target.grid: ", "target.prefix_tokens: "]),
+        (((8, 8), 5), ((8, 8), 1), "exact", "keep", ["has 5 prefix tokens, the student 1",
+         "target.prefix_tokens=cls keeps the first of each"]),
+        (((8, 8), 5), ((8, 8), 0), "exact", "cls", ["no CLS token on both sides", "target.prefix_tokens=drop"]),
     ],
 )  # fmt: skip
 def test_layouts_that_do_not_meet_name_the_choices(
