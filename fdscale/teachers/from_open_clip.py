@@ -6,24 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
-from timm.layers.pos_embed import resample_abs_pos_embed
+import torch
 from torch import nn
 
 from fdscale.config.errors import UserError
-from fdscale.teachers.table import TeacherSpec
+from fdscale.teachers.layouts import to_open_clip
+from fdscale.teachers.spec import TeacherSpec
 from fdscale.teachers.teacher import Float32LayerNorm, Teacher
-from fdscale.teachers.weights import StateDict, clip_vision, load_strictly, read_state_dict
+from fdscale.teachers.weights import load_strictly, read_state_dict
 
 
-def open_clip_teacher(spec: TeacherSpec, weights: str | None, checkpoint_key: str, after_norm: bool) -> Teacher:
-    """A CLIP teacher of the table. Raises UserError where its weights cannot be had or do not fit."""
-    tower = _tower(spec, weights)
-    if weights not in (None, "random"):
-        path = Path(str(weights))
-        state = clip_vision(read_state_dict(path, checkpoint_key))
-        if spec.image_size != spec.pretrained_size:
-            state = _resampled(state, spec.grid)
-        load_strictly(tower, state, path, f"open_clip's {spec.model}")
+def open_clip_teacher(spec: TeacherSpec, weights: str, checkpoint_key: str) -> Teacher:
+    """A CLIP teacher of the table. Raises UserError where its weights do not fit."""
+    tower = _tower(spec)
+    if weights != "random":
+        grid = spec.grid if spec.image_size != spec.pretrained_size else None
+        state = to_open_clip(read_state_dict(Path(weights), checkpoint_key), grid)
+        load_strictly(tower, state, Path(weights), f"open_clip's {spec.model}")
+    if spec.layer is not None:
+        tower.transformer.resblocks = tower.transformer.resblocks[: spec.layer + 1]
     norm = Float32LayerNorm.of(tower.ln_post)
     tower.ln_post = nn.Identity()
     return Teacher(
@@ -35,21 +36,15 @@ def open_clip_teacher(spec: TeacherSpec, weights: str | None, checkpoint_key: st
         mean=spec.mean,
         std=spec.std,
         image_size=spec.image_size,
-        after_norm=after_norm,
     )
 
 
-def _tower(spec: TeacherSpec, weights: str | None) -> Any:
+def _tower(spec: TeacherSpec) -> Any:
     """The vision tower, whose own call gives all tokens, CLS first; the text tower is let go at once."""
-    pretrained = spec.pretrained if weights is None else None
+    device = torch.get_default_device()  # open_clip moves what it built to a device of its own choice
     try:
-        tower = open_clip.create_model(spec.model, pretrained=pretrained, vision_cfg=_vision(spec)).visual
-    except Exception as error:  # the hub's clients share no base class of their errors
-        if weights is None:
-            raise UserError(
-                f"teacher.weights: open_clip cannot fetch {spec.model} from the hub ({error}); "
-                "pass teacher.weights=FILE with a downloaded copy, or teacher.weights=random for a trial"
-            ) from error
+        tower = open_clip.create_model(spec.model, device=device, vision_cfg=_vision(spec)).visual
+    except Exception as error:  # open_clip's layers raise whatever torch does
         raise UserError(f"teacher.geometry: open_clip cannot build {spec.model} ({error})") from error
     tower.proj = None
     return tower
@@ -67,11 +62,3 @@ def _vision(spec: TeacherSpec) -> dict[str, Any]:
         "mlp_ratio": spec.mlp_ratio,
         "pool_type": "none",
     }
-
-
-def _resampled(state: StateDict, grid: tuple[int, int]) -> StateDict:
-    """Positions fitted to another image size by timm's bicubic resampling, as for the timm teachers."""
-    positions = state.get("positional_embedding")
-    if positions is None or len(positions) == grid[0] * grid[1] + 1:
-        return state
-    return {**state, "positional_embedding": resample_abs_pos_embed(positions[None], list(grid))[0]}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdscale.config.errors import UserError
-from fdscale.teachers.table import TEACHERS, TeacherSpec, UnbuiltTeacher, Value, teacher_geometry
+from fdscale.teachers.spec import TeacherSpec, UnbuiltTeacher
 from fdscale.tokens import as_tokens
 
 
@@ -35,9 +35,10 @@ class Teacher(nn.Module):
 
     `backbone` is any nn.Module that maps normalised images (B, 3, H, W) to tokens (B, N, C), or to maps
     (B, h, w, C) or (B, C, h, w), which become tokens row by row; N counts the prefix tokens, which come
-    first. `final_norm` is applied in float32 (the official implementation rounds it to half precision);
-    None where the backbone has it inside. `mean`, `std` are for pixels in [0, 1]; `image_size` is the side in
-    pixels. The module stays in eval mode, needs no gradient, and `.train()` does not wake it.
+    first. `final_norm` is applied in float32; None where the backbone has it inside. `rounded_norm` rounds its
+    output to the backbone's precision, as the official implementation does (method, section 1.4). `mean`, `std`
+    are for pixels in [0, 1]; `image_size` is the side in pixels. The module stays in eval mode, needs no
+    gradient, and `.train()` does not wake it.
     """
 
     scale: Tensor
@@ -55,9 +56,11 @@ class Teacher(nn.Module):
         image_size: int,
         final_norm: nn.Module | None = None,
         after_norm: bool = True,
+        rounded_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.backbone, self.final_norm, self.after_norm = backbone, final_norm, after_norm
+        self.backbone, self.final_norm = backbone, final_norm
+        self.after_norm, self.rounded_norm = after_norm, rounded_norm
         self.width, self.grid, self.prefix_tokens, self.image_size = width, grid, prefix_tokens, image_size
         self.mean, self.std = tuple(mean), tuple(std)
         self.register_buffer("scale", torch.empty(3, 1, 1), persistent=False)
@@ -72,10 +75,12 @@ class Teacher(nn.Module):
         with torch.autocast(pixels.device.type, enabled=False):
             images = self.prepare(pixels)
             # the backbone's own __call__: a partitioned teacher gathers its weights around calls only
-            tokens = as_tokens(self.backbone(images), self.width).float()
+            raw = as_tokens(self.backbone(images), self.width)
+            tokens = raw.float()
             if self.final_norm is not None and self.after_norm:
-                tokens = self.final_norm(tokens).float()
-        return tokens
+                tokens = self.final_norm(tokens)
+                tokens = tokens.to(raw.dtype) if self.rounded_norm else tokens
+        return tokens.float()
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """The backbone's input: resized where the size differs, normalised in float32, then cast.
@@ -107,54 +112,63 @@ class Teacher(nn.Module):
 
 
 def build_teacher(
-    name: str,
-    weights: str | None = None,
-    image_size: int | None = None,
-    geometry_overrides: Mapping[str, Value] | None = None,
+    spec: TeacherSpec | UnbuiltTeacher,
+    weights: str,
+    *,
     after_norm: bool = True,
+    rounded_norm: bool = False,
     dtype: torch.dtype = torch.float32,
     checkpoint_key: str | None = None,
+    device: str = "cpu",
 ) -> Teacher:
-    """The teacher `name`, on the CPU, its backbone in `dtype` and its final norm in float32.
+    """The teacher of `teacher_geometry`, its backbone in `dtype` and its final norm in float32; downloads nothing.
 
-    `weights`: None for the pretrained tag of the table, "random" (drawn from a fixed seed, so every rank and
-    every resumed run has the same), or a file in its original layout. `checkpoint_key` chooses "student" or
-    "teacher" in a file that holds both (None: the table's choice). The caller's random state is left alone.
-    Raises UserError as `teacher_geometry` does, when a hub or a file cannot be read, or keys do not fit.
+    `weights`: "random" (drawn from a fixed seed, so every rank and every resumed run has the same), or a file in
+    its original layout. `checkpoint_key` chooses "student" or "teacher" in a file that holds both (None: the
+    table's choice). On the device "meta" it has shapes only, and its weights must be "random". The caller's random
+    state is left alone. Raises UserError where a file cannot be read, its keys do not fit, or a setting does not.
     """
-    spec = teacher_geometry(name, weights, image_size, geometry_overrides)
-    if weights is None and _reshaped(name, spec):
-        raise UserError(
-            f"teacher.geometry: the pretrained weights of {name} do not fit another shape; "
-            "remove the overrides, or set teacher.weights to a file or to 'random'"
-        )
-    with torch.random.fork_rng(devices=[]):
+    assert device != "meta" or weights == "random", "a file's weights have values"
+    with torch.random.fork_rng(devices=[]), torch.device("meta") if device == "meta" else nullcontext():
         torch.manual_seed(0)
-        teacher = _build(spec, weights, checkpoint_key or spec.checkpoint_key, after_norm)
-    if not after_norm and teacher.final_norm is None:
-        raise UserError(f"teacher.after_norm=false: {name} has no final norm that can be left out")
-    teacher.backbone.to(dtype)
-    return teacher
+        teacher = _build(spec, weights, checkpoint_key or spec.checkpoint_key)
+    _refuse_no_norm(teacher, spec.model, after_norm, rounded_norm)
+    teacher.after_norm, teacher.rounded_norm = after_norm, rounded_norm
+    _cast(teacher.backbone, dtype)
+    return teacher.to(device)
 
 
-def _reshaped(name: str, spec: TeacherSpec | UnbuiltTeacher) -> bool:
-    if isinstance(spec, UnbuiltTeacher):
-        return bool(spec.overrides)
-    return spec != replace(TEACHERS[name], image_size=spec.image_size)
+def _refuse_no_norm(teacher: Teacher, model: str, after_norm: bool, rounded_norm: bool) -> None:
+    if teacher.final_norm is None and not after_norm:
+        raise UserError(f"teacher.after_norm=false: {model} has no final norm that can be left out")
+    if teacher.final_norm is None and rounded_norm:
+        raise UserError(f"teacher.rounded_norm=true: {model} has no final norm apart from it; leave it out")
+    if rounded_norm and not after_norm:
+        raise UserError("teacher.rounded_norm=true, but teacher.after_norm=false leaves that norm out; set one of them")
 
 
-def _build(spec: TeacherSpec | UnbuiltTeacher, weights: str | None, key: str, after_norm: bool) -> Teacher:
+def _cast(backbone: nn.Module, dtype: torch.dtype) -> None:
+    """The network to `dtype`, but for its rotary embedding: rounded angles would move the positions."""
+    rope = getattr(backbone, "rope", None)
+    if isinstance(rope, nn.Module):
+        backbone.register_module("rope", None)
+    backbone.to(dtype)
+    if isinstance(rope, nn.Module):
+        backbone.register_module("rope", rope)
+
+
+def _build(spec: TeacherSpec | UnbuiltTeacher, weights: str, key: str) -> Teacher:
     if isinstance(spec, UnbuiltTeacher):
         if spec.source == "own":
             raise UserError("teacher.name=own: give the network to fdscale.train.distill(settings, teacher=…)")
         assert spec.source == "timm", "fdscale.build makes a teacher of a student file"
         from fdscale.teachers.from_timm import any_timm_teacher
 
-        return any_timm_teacher(spec, weights, key, after_norm)
+        return any_timm_teacher(spec, weights, key)
     if spec.source == "open_clip":
         from fdscale.teachers.from_open_clip import open_clip_teacher
 
-        return open_clip_teacher(spec, weights, key, after_norm)
+        return open_clip_teacher(spec, weights, key)
     from fdscale.teachers.from_timm import timm_teacher
 
-    return timm_teacher(spec, weights, key, after_norm)
+    return timm_teacher(spec, weights, key)

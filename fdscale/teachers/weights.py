@@ -1,14 +1,14 @@
-"""Weight files of the teachers: from the layout that their authors published to the network's names."""
+"""Weight files of the teachers: read without running them, and loaded with nothing missing and nothing left over."""
 
 from __future__ import annotations
 
 import logging
 import pickle
-import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,26 +16,29 @@ from torch import Tensor, nn
 
 from fdscale.config.errors import UserError
 from fdscale.teachers.restricted import read_restricted
+from fdscale.teachers.table import TEACHERS
 
 log = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
-# Dropped where the network has no such key: classifiers, projection heads, Swin's index and mask buffers.
-DROPPED_PREFIXES = ("head.", "head_dense.", "head_dist.")
-DROPPED_SUFFIXES = (".relative_position_index", ".relative_coords_table", ".attn_mask")
-CLIP_TO_TIMM = (
-    ("conv1.", "patch_embed.proj."),
-    ("class_embedding", "cls_token"),
-    ("positional_embedding", "pos_embed"),
-    ("transformer.resblocks.", "blocks."),
-    ("ln_pre.", "norm_pre."),
-    ("ln_post.", "norm."),
-    (".ln_1.", ".norm1."),
-    (".ln_2.", ".norm2."),
-    (".in_proj_", ".qkv."),
-    (".out_proj.", ".proj."),
-    (".c_fc.", ".fc1."),
-    (".c_proj.", ".fc2."),
+# Dropped where the network has no such key: classifiers, projection and pooling heads; buffers that are computed.
+DROPPED_PREFIXES = ("head.", "head_dense.", "head_dist.", "dino_head.", "ibot_head.", "attn_pool.")
+DROPPED_SUFFIXES = (".relative_position_index", ".relative_coords_table", ".attn_mask", ".freqs_cos", ".freqs_sin")
+# What a file of each family has under timm's or open_clip's names: the first row that fits tells the family.
+SIGNS: tuple[tuple[tuple[str, ...], str, str | None], ...] = (
+    (("norm_pre.weight",), "CLIP", "clip"),
+    (("ln_pre.weight",), "CLIP", "clip"),
+    (("encoder.patch_embed.proj.weight",), "feature distillation or SimMIM", None),
+    (("layers.0.blocks.0.attn.logit_scale",), "Swin V2", None),
+    (("layers.0.blocks.0.attn.relative_position_bias_table",), "Swin v1", "swin"),
+    (("rel_pos_bias.relative_position_bias_table",), "BEiT", None),
+    (("blocks.0.attn.relative_position_bias_table",), "BEiT", None),
+    (("blocks.0.ls1.gamma",), "DINOv2", "dinov2"),
+    (("reg_token", "blocks.0.gamma_1"), "DINOv3", "dinov3"),
+    (("blocks.0.attn.q_bias",), "EVA-CLIP", "eva_clip"),
+    (("blocks.0.attn.q_proj.bias",), "EVA-CLIP", "eva_clip"),
+    (("blocks.0.attn.qkv.weight", "cls_token"), "a plain ViT", "vit"),
+    (("blocks.0.attn.qkv.weight",), "SigLIP 2, a ViT without cls_token", "siglip2"),
 )
 
 
@@ -59,15 +62,20 @@ def read_state_dict(path: Path, checkpoint_key: str) -> StateDict:
 
 
 def read_checkpoint(path: Path) -> object:
-    """Everything in a file: safetensors, a TorchScript archive, or a pickle, read without running it."""
+    """Everything in a file: safetensors, numpy's npz, a TorchScript archive, or a pickle, read without running it."""
     if not path.is_file():
-        raise UserError(f"teacher.weights: no such file: {path}; allowed: a file, 'random', or nothing for the hub's")
+        raise UserError(
+            f"teacher.weights: no such file: {path}; "
+            "allowed: a file, 'random', or nothing for what `fdscale fetch` brought"
+        )
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+    if path.suffix == ".npz":
+        return _read_npz(path)
     if _is_torchscript(path):
         return _read_torchscript(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         log.info("%s holds objects besides tensors; reading its tensors only", path)
     except Exception as error:  # torch's reader raises a dozen kinds for broken files
@@ -80,6 +88,21 @@ def _read_safetensors(path: Path) -> StateDict:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
+
+
+def _read_npz(path: Path) -> StateDict:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: _tensor(arrays[key]) for key in arrays.files}
+    except Exception as error:  # numpy's reader raises a dozen kinds for broken files, as torch's
+        raise _unreadable(path, error) from error
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """An array as it is; numpy has no bfloat16 and keeps Google's as two bytes without a type."""
+    if array.dtype == np.dtype("V2"):
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -109,38 +132,6 @@ def _without_prefix(state: StateDict, prefix: str) -> StateDict:
     return {key.removeprefix(prefix): value for key, value in state.items()}
 
 
-def to_timm_names(state: StateDict) -> StateDict:
-    """OpenAI CLIP and Swin v1 originals to timm's names; every other layout has them already."""
-    if any(key.startswith("visual.") for key in state):
-        return {_clip_to_timm(key): _clip_shape(key, value) for key, value in clip_vision(state).items()}
-    if "layers.0.downsample.reduction.weight" in state:  # originals merge at a stage's end, timm at its start
-        return {re.sub(r"^layers\.(\d+)\.downsample", _next_stage, k): value for k, value in state.items()}
-    return state
-
-
-def clip_vision(state: StateDict) -> StateDict:
-    """The vision tower of an OpenAI CLIP state dict, without its projection, under open_clip's names."""
-    tower = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
-    tower.pop("proj", None)  # the tokens are the target, not the pooled embedding
-    return tower
-
-
-def _clip_to_timm(key: str) -> str:
-    for old, new in CLIP_TO_TIMM:
-        key = key.replace(old, new)
-    return key
-
-
-def _clip_shape(key: str, value: Tensor) -> Tensor:
-    if key == "class_embedding":
-        return value.reshape(1, 1, -1)
-    return value.unsqueeze(0) if key == "positional_embedding" else value
-
-
-def _next_stage(match: re.Match[str]) -> str:
-    return f"layers.{int(match[1]) + 1}.downsample"
-
-
 def load_strictly(model: nn.Module, state: StateDict, path: Path, network: str, classifier: Iterable[str] = ()) -> None:
     """Load `state` with nothing missing and nothing left over but heads and buffers; else UserError.
 
@@ -155,7 +146,9 @@ def load_strictly(model: nn.Module, state: StateDict, path: Path, network: str, 
         *_listed("of another shape", [_shapes(k, state, wanted) for k in state if _differs(k, state, wanted)]),
     ]
     if problems:
-        raise UserError(f"teacher.weights: {path} does not fit {network}: {'; '.join(problems)}. {_remedy(state)}")
+        raise UserError(
+            f"teacher.weights: {path} does not fit {network}: {'; '.join(problems)}; {_remedy(state, wanted)}"
+        )
     model.load_state_dict(state)
 
 
@@ -176,16 +169,27 @@ def _listed(what: str, keys: list[str], shown: int = 3) -> list[str]:
     return [f"{len(keys)} {what} ({', '.join(keys[:shown])}{more})"] if keys else []
 
 
-def _remedy(state: StateDict) -> str:
+def _remedy(state: StateDict, wanted: StateDict) -> str:
     """What the file looks like, and what to set for it."""
-    signs = (
-        ("norm_pre.weight", "CLIP", "clip_vit_b16 (768 wide) or clip_vit_l14 (1024)"),
-        ("ln_pre.weight", "CLIP", "clip_vit_b16_open_clip"),
-        ("layers.0.blocks.0.attn.relative_position_bias_table", "a Swin v1", "esvit_swin_b"),
-        ("encoder.patch_embed.proj.weight", "an official feature distillation checkpoint", "student_file"),
-        ("blocks.0.attn.qkv.weight", "a ViT in timm's names", "dino_vit_b16, deit_b16 or timm:NAME"),
-    )
-    for key, family, name in signs:
-        if key in state:
-            return f"It looks like {family}: set teacher.name to {name}, teacher.geometry to the file's shape"
-    return "It is none of CLIP, DINO, DeiT, EsViT or timm: convert its keys to timm's and set timm:NAME"
+    (words, family), (_, needed) = _family(state), _family(wanted)
+    if words is None:
+        return "the file is of no known family: rename its keys to timm's and set teacher.name to timm:NAME"
+    if family is None:
+        return f"the file is of {words}: run `fdscale import` on it and set teacher.name to student_file"
+    if family == needed and any(_differs(key, state, wanted) for key in state):
+        return f"the file is of {words}, as the network: set teacher.geometry to the file's shape"
+    if family == needed:
+        return f"the file is of {words}, as the network, but not the same keys: fetch it again, or choose another"
+    names = [name for name, spec in TEACHERS.items() if spec.family == family]
+    as_wide = [name for name in names if TEACHERS[name].embed_dim == _width(state)]
+    return f"the file is of {words}: set teacher.name to {' or '.join(as_wide or names)}"
+
+
+def _family(state: StateDict) -> tuple[str | None, str | None]:
+    """What a network's names tell: its family in words, and the table's word for it."""
+    return next(((words, name) for keys, words, name in SIGNS if all(key in state for key in keys)), (None, None))
+
+
+def _width(state: StateDict) -> int | None:
+    stem = state.get("patch_embed.proj.weight", state.get("conv1.weight"))
+    return None if stem is None or not stem.ndim else len(stem)

@@ -20,6 +20,7 @@ from fdscale.distill.layout import TokenLayout
 from fdscale.distill.targets import TargetMaker
 from fdscale.students.geometry import SwinV2Geometry, ViTGeometry
 from fdscale.students.student import Student, build_student
+from fdscale.teachers.table import teacher_geometry
 from fdscale.teachers.teacher import Teacher, build_teacher
 from fdscale.training.engine import Connection, start_engine
 from fdscale.training.loop import train_step
@@ -67,7 +68,7 @@ def golden_teacher(name: str, recorded: dict[str, Tensor], folder: Path) -> Teac
     geometry, teacher, overrides = PAIRS[name]
     path = folder / f"{name}.teacher.safetensors"
     save_file({key: value.contiguous() for key, value in part(recorded, "teacher.").items()}, path)
-    return build_teacher(teacher, str(path), geometry.image_size, overrides)
+    return build_teacher(teacher_geometry(teacher, str(path), geometry.image_size, overrides), str(path))
 
 
 def golden_pair(name: str, folder: Path) -> tuple[Distiller, Student, Teacher, dict[str, Tensor]]:
@@ -166,7 +167,7 @@ def golden_on_a_rank(connection: Connection, name: str, folder: str) -> dict[str
     engine = start_engine(distiller, optimizer_of(distiller, student), ZERO_3, accumulation_steps=1, clip=3.0)
     losses, norms = [], []
     for step in range(8):
-        loss = train_step(engine, terms, [batch], step, rate=1e-3)["loss"]
+        loss = train_step(engine, terms, [batch], step)["loss"]
         torch.distributed.all_reduce(loss)
         losses.append(float(loss) / 2)
         norms.append(float(engine.get_global_grad_norm()))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -19,6 +21,36 @@ class Golden(NamedTuple):
     geometry: dict[str, int | list[int]]
     pixels: Tensor
     target: Tensor
+
+
+def _beside(name: str) -> ModuleType:
+    """A module beside this file: test modules cannot import each other."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+FILES, REFERENCES = _beside("original_files"), _beside("references")
+
+
+@pytest.fixture
+def files() -> ModuleType:
+    return FILES
+
+
+@pytest.fixture
+def references() -> ModuleType:
+    return REFERENCES
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes a `row` runs for every original file."""
+    if "row" in metafunc.fixturenames:
+        names = [f"{row.teacher} from {row.file}" for row in FILES.ROWS]
+        metafunc.parametrize("row", FILES.ROWS, ids=names)
 
 
 def _golden(file: str, geometry: dict[str, int | list[int]]) -> Golden:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from pathlib import Path
+import socket
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fdscale.config.errors import UserError
+from fdscale.teachers.table import teacher_geometry
 from fdscale.teachers.teacher import Float32LayerNorm, Teacher, build_teacher
 
-TINY_VIT = {"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 8, "image_size": 32}
+TINY_VIT = teacher_geometry(
+    "dino_vit_b16", overrides={"embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 8, "image_size": 32}
+)
 
 
 class Patches(nn.Module):
@@ -113,9 +117,9 @@ def test_after_norm_false_leaves_the_final_norm_out() -> None:
 
 def test_half_precision_weights_keep_the_statistics_and_the_final_norm_in_float32() -> None:
     pixels = torch.rand(2, 3, 32, 32)
-    full = build_teacher("dino_vit_b16", "random", geometry_overrides=TINY_VIT)
-    half = build_teacher("dino_vit_b16", "random", geometry_overrides=TINY_VIT, dtype=torch.bfloat16)
-    raw = build_teacher("dino_vit_b16", "random", geometry_overrides=TINY_VIT, dtype=torch.bfloat16, after_norm=False)
+    full = build_teacher(TINY_VIT, "random")
+    half = build_teacher(TINY_VIT, "random", dtype=torch.bfloat16)
+    raw = build_teacher(TINY_VIT, "random", dtype=torch.bfloat16, after_norm=False)
     assert half.backbone.patch_embed.proj.weight.dtype == torch.bfloat16
     assert half.final_norm is not None
     assert half.final_norm.weight.dtype == torch.float32
@@ -144,20 +148,59 @@ def test_the_students_autocast_does_not_reach_the_teacher() -> None:
 
 def test_random_teachers_are_equal_and_leave_the_random_state_alone() -> None:
     torch.manual_seed(5)
-    one = build_teacher("dino_vit_b16", "random", geometry_overrides=TINY_VIT)
+    one = build_teacher(TINY_VIT, "random")
     drawn = torch.rand(3)
     torch.manual_seed(5)
     assert torch.equal(torch.rand(3), drawn)
-    two = build_teacher("dino_vit_b16", "random", geometry_overrides=TINY_VIT)
+    two = build_teacher(TINY_VIT, "random")
     pixels = torch.rand(1, 3, 32, 32)
     assert torch.equal(one(pixels), two(pixels))
 
 
-def test_pretrained_weights_do_not_take_another_shape() -> None:
-    with pytest.raises(UserError, match="do not fit another shape"):
-        build_teacher("dino_vit_b16", geometry_overrides={"depth": 2})
+def test_a_rounded_norm_is_the_official_half_precision_form() -> None:
+    """Method, section 1.4: the norm computes in fp32 and its output is rounded before the whitening."""
+    pixels = torch.rand(2, 3, 32, 32)
+    exact, rounded = (
+        build_teacher(TINY_VIT, "random", dtype=torch.float16, rounded_norm=rounded) for rounded in (False, True)
+    )
+    assert rounded(pixels).dtype == torch.float32
+    assert torch.equal(rounded(pixels), exact(pixels).half().float())
+    assert not torch.equal(rounded(pixels), exact(pixels))
+    whole = build_teacher(TINY_VIT, "random", rounded_norm=True)
+    assert torch.equal(whole(pixels), build_teacher(TINY_VIT, "random")(pixels))
 
 
-def test_a_norm_that_cannot_be_left_out_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="after_norm"):
-        build_teacher("timm:test_resnet", "random", after_norm=False)
+@pytest.mark.parametrize(
+    ("name", "settings", "told"),
+    [
+        ("timm:test_resnet", {"after_norm": False}, r"after_norm=false: test_resnet has no final norm"),
+        ("timm:test_resnet", {"rounded_norm": True}, r"rounded_norm=true: test_resnet has no final norm"),
+        ("timm:test_vit", {"rounded_norm": True, "after_norm": False}, r"set one of them"),
+        ("own", {}, r"fdscale\.train\.distill\(settings, teacher=…\)"),
+    ],
+)
+def test_settings_that_the_network_cannot_follow_are_told(name: str, settings: dict[str, bool], told: str) -> None:
+    with pytest.raises(UserError, match=rf"teacher\..*{told}"):
+        build_teacher(teacher_geometry(name), "random", **settings)
+
+
+def test_on_the_meta_device_there_are_shapes_and_no_values() -> None:
+    teacher = build_teacher(TINY_VIT, "random", dtype=torch.bfloat16, device="meta")
+    assert {value.device.type for value in [*teacher.parameters(), *teacher.buffers()]} == {"meta"}
+    assert teacher.backbone.cls_token.dtype == torch.bfloat16
+    huge = replace(TINY_VIT, embed_dim=2**20)  # no machine has the memory
+    assert build_teacher(huge, "random", device="meta").width == 2**20
+    here = build_teacher(TINY_VIT, "random")
+    assert {k: v.shape for k, v in teacher.state_dict().items()} == {k: v.shape for k, v in here.state_dict().items()}
+
+
+def test_nothing_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a teacher was about to be downloaded")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    for name in ("timm:test_vit.r160_in1k", "clip_vit_b16_open_clip", "dinov3_vit_s16"):
+        assert build_teacher(teacher_geometry(name), "random", device="meta").backbone is not None
+    with pytest.raises(UserError, match=r"no such file: missing\.safetensors"):
+        build_teacher(TINY_VIT, "missing.safetensors")
