@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +19,8 @@ from torch import nn
 from fdscale.config.errors import UserError
 from fdscale.export.model_card import OWN_ARCHITECTURE, model_card
 from fdscale.students import swin_v2
+from fdscale.students.files import new_folder, refuse_taken
+from fdscale.students.from_timm import timm_arguments
 from fdscale.students.geometry import (
     Geometry,
     SwinV2Geometry,
@@ -64,18 +64,14 @@ def export_timm(source: Path, output: Path) -> Path:
     complete, for weights whose keys or shapes are not the network's, and for an `output` that is not empty.
     """
     weights = _weights_file(source)
-    _check_output(output)
-    output = output.resolve()  # '.' has no name
+    refuse_taken(output)
     model = timm_model(file_geometry(weights))
     network = model.build()
     _check_keys(weights, network)
     config = _config(model, network, weights)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-        folder = Path(scratch) / output.name
-        _write(folder, weights, config, model_card(config, _recipe(weights), output.name))
-        os.replace(folder, output)
-    return output
+    with new_folder(output) as folder:
+        _write(folder, weights, config, model_card(config, _recipe(weights), folder.name))
+    return output.resolve()
 
 
 def timm_model(geometry: Geometry) -> TimmModel:
@@ -100,8 +96,8 @@ def _vit(geometry: ViTGeometry) -> TimmModel:
         "mlp_ratio": geometry.mlp_ratio,
         "init_values": geometry.init_values,
         "use_abs_pos_emb": False,
-        "use_rel_pos_bias": False,
-        "use_shared_rel_pos_bias": True,
+        "use_rel_pos_bias": geometry.position_bias == "per_block",
+        "use_shared_rel_pos_bias": geometry.position_bias == "shared",
         "global_pool": "token",  # timm moves the final norm behind the pooling when it averages
     }
     return TimmModel("beit_base_patch16_224", arguments, _layout(geometry, classifier="head"))
@@ -116,6 +112,7 @@ def _swin_v2(geometry: SwinV2Geometry) -> TimmModel:
         "num_heads": list(geometry.num_heads),
         "window_size": geometry.window_size,
         "mlp_ratio": geometry.mlp_ratio,
+        "pretrained_window_sizes": list(geometry.pretrained_window_sizes) or [0] * len(geometry.depths),
     }
     layout = _layout(geometry, classifier="head.fc")
     if 0 < geometry.extra_norm_period <= max(geometry.depths):
@@ -132,11 +129,9 @@ def _timm(geometry: TimmGeometry) -> TimmModel:
     registered = found.to_dict(remove_source=True)
     kept = ("input_size", "fixed_input_size", "pool_size", "first_conv", "classifier")
     layout = {key: registered[key] for key in kept if key in registered}
-    arguments: dict[str, Any] = {"global_pool": ""}
     if geometry.image_size is not None:
-        arguments["img_size"] = geometry.image_size
         layout["input_size"] = [3, geometry.image_size, geometry.image_size]
-    return TimmModel(geometry.name.partition(".")[0], arguments, layout)
+    return TimmModel(geometry.name.partition(".")[0], timm_arguments(geometry), layout)
 
 
 def _layout(geometry: ViTGeometry | SwinV2Geometry, classifier: str) -> dict[str, Any]:
@@ -174,7 +169,6 @@ def _shortest(value: float) -> float:
 
 
 def _write(folder: Path, weights: Path, config: Mapping[str, Any], card: str) -> None:
-    folder.mkdir()
     shutil.copyfile(weights, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "README.md").write_text(card)
@@ -194,11 +188,6 @@ def _weights_file(source: Path) -> Path:
             "step is done; start the same command again to finish it, or name a student file"
         )
     return run.student
-
-
-def _check_output(output: Path) -> None:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: exists and is not an empty folder; name another output, nothing was written")
 
 
 def _check_keys(weights: Path, network: nn.Module) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,14 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fdscale.config.errors import UserError
-from fdscale.students.geometry import geometry_to_json
+from fdscale.students.geometry import ViTGeometry, file_description, geometry_to_json
 from fdscale.students.student import Student
 
+SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
-def save_student(student: Student, state: dict[str, Tensor], folder: Path) -> Path:
+
+def save_student(
+    student: Student, state: dict[str, Tensor], folder: Path, source: dict[str, str] | None = None
+) -> Path:
     """Write a student from its backbone's full state dict; returns the path of the weights.
 
-    A network of one's own has no geometry that we could describe: its weights alone are written.
+    A network of one's own has no geometry that we could describe: its weights alone are written. `source` says
+    where weights came from that were not trained here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "student.safetensors"
@@ -37,15 +45,22 @@ def save_student(student: Student, state: dict[str, Tensor], folder: Path) -> Pa
         "geometry": geometry_to_json(student.geometry),
         "mean": student.mean.flatten().tolist(),
         "std": student.std.flatten().tolist(),
+        **({} if source is None else {"source": source}),
     }
     path.with_suffix(".json").write_text(json.dumps(description, indent=2) + "\n")
     return path
 
 
 def load_weights(student: Student, weights: Path) -> None:
-    """Fill a student from a student file; raises UserError unless the keys and shapes are exactly the student's."""
-    state = _read(weights)
+    """Fill a student from a student file, its input normalisation included.
+
+    Raises UserError unless the keys and shapes are exactly the student's. One exception: a position bias table
+    that the file's blocks share is copied to every block of a student with one per block (official fine-tuning).
+    """
     expected = {name: tensor.shape for name, tensor in student.backbone.state_dict().items()}
+    state = _read(weights)
+    if isinstance(student.geometry, ViTGeometry) and student.geometry.position_bias == "per_block":
+        state = _table_per_block(state, student.geometry.depth)
     missing, unexpected = sorted(expected.keys() - state), sorted(state.keys() - expected)
     shapes = [n for n in expected.keys() & state.keys() if expected[n] != state[n].shape]
     if missing or unexpected or shapes:
@@ -55,6 +70,36 @@ def load_weights(student: Student, weights: Path) -> None:
         )
     with torch.no_grad():
         student.backbone.load_state_dict(state)
+    if weights.with_suffix(".json").is_file():
+        described = file_description(weights)
+        for buffer, values in ((student.mean, described["mean"]), (student.std, described["std"])):
+            buffer.copy_(torch.tensor(values).view_as(buffer))
+
+
+def _table_per_block(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    shared = state.pop(SHARED_TABLE, None)
+    if shared is None:
+        return state
+    return {**state, **{f"blocks.{index}.attn.relative_position_bias_table": shared for index in range(depth)}}
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `output` if nothing fails, and is gone otherwise."""
+    refuse_taken(output)
+    output = output.resolve()  # '.' has no name
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+        folder = Path(scratch) / output.name
+        folder.mkdir()
+        yield folder
+        os.replace(folder, output)
+
+
+def refuse_taken(output: Path) -> None:
+    """Raises UserError for an output that is there and is not an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: exists and is not an empty folder; name another output, nothing was written")
 
 
 def _read(weights: Path) -> dict[str, Tensor]:

@@ -1,182 +1,40 @@
-"""The students' geometries: names, widths, grids and parameter counts, without torch."""
+"""The students by name, and their geometries from settings and student files, without torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from fdscale.config.errors import SettingsError, UserError, nearest
+from fdscale.students.swin_geometry import SwinV2Geometry
+from fdscale.students.unbuilt_geometry import OWN, OwnGeometry, TimmGeometry
+from fdscale.students.vit_geometry import ViTGeometry
 
-OWN = "own"  # as student.name: the network is given by a Python call
+__all__ = [
+    "FAMILIES",
+    "OWN",
+    "STUDENTS",
+    "STUDENT_FILE",
+    "Geometry",
+    "OwnGeometry",
+    "SwinV2Geometry",
+    "TimmGeometry",
+    "ViTGeometry",
+    "file_description",
+    "file_geometry",
+    "geometry_to_json",
+    "student_geometry",
+]
+
 STUDENT_FILE = "student_file"  # as student.name: the geometry is the weights file's
-POSITION_BIAS_HIDDEN = 512  # hidden width of SwinV2's continuous position bias network
 FRACTIONAL = ("mlp_ratio", "init_values")  # the only numbers that need not be whole
-MAY_BE_ZERO = ("extra_norm_period",)
-
-
-@dataclass(frozen=True)
-class ViTGeometry:
-    """A BEiT-like ViT with one relative position bias shared by all blocks (method: table 7, official `vit.py`)."""
-
-    embed_dim: int
-    depth: int
-    num_heads: int
-    patch_size: int
-    image_size: int = 224
-    init_values: float = 0.1
-    mlp_ratio: float = 4.0
-
-    family: ClassVar[str] = "vit"
-    prefix_tokens: ClassVar[int] = 1
-    undecayed: ClassVar[tuple[str, ...]] = ("cls_token", "pos_embed")  # the bias table *is* decayed, officially
-
-    @property
-    def width(self) -> int:
-        return self.embed_dim
-
-    @property
-    def stride(self) -> int:
-        return self.patch_size
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        side = self.image_size // self.patch_size
-        return side, side
-
-    @property
-    def blocks(self) -> int:
-        return self.depth
-
-    def parameters(self) -> int:
-        """Trainable parameters of the backbone, projector and head not counted."""
-        c, hidden = self.embed_dim, int(self.embed_dim * self.mlp_ratio)
-        attention = 4 * c * c + 3 * c
-        block = attention + 2 * c * hidden + hidden + c + 6 * c  # two norms, two LayerScale vectors
-        stem = 3 * self.patch_size**2 * c + 2 * c  # with the CLS token
-        bias_table = ((2 * self.grid[0] - 1) * (2 * self.grid[1] - 1) + 3) * self.num_heads
-        return stem + bias_table + self.depth * block + 2 * c
-
-    def problems(self) -> list[str]:
-        """What does not fit together, one sentence each."""
-        found = []
-        if self.embed_dim % self.num_heads:
-            found.append(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
-        if self.image_size % self.patch_size:
-            found.append(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        return found
-
-
-@dataclass(frozen=True)
-class SwinV2Geometry:
-    """A SwinV2; `extra_norm_period` k > 0 adds a LayerNorm after every k-th block of a stage (SwinV2, section 3.5)."""
-
-    embed_dim: int
-    depths: tuple[int, ...]
-    num_heads: tuple[int, ...]
-    window_size: int
-    image_size: int = 256
-    patch_size: int = 4
-    extra_norm_period: int = 0
-    mlp_ratio: float = 4.0
-
-    family: ClassVar[str] = "swin_v2"
-    prefix_tokens: ClassVar[int] = 0
-    undecayed: ClassVar[tuple[str, ...]] = ("cpb_mlp", "logit_scale", "relative_position_bias_table")
-
-    @property
-    def width(self) -> int:
-        return self.stage_width(len(self.depths) - 1)
-
-    @property
-    def stride(self) -> int:
-        return self.patch_size * 2 ** (len(self.depths) - 1)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        side = self.image_size // self.stride
-        return side, side
-
-    @property
-    def blocks(self) -> int:
-        return sum(self.depths)
-
-    def stage_width(self, stage: int) -> int:
-        return self.embed_dim * 2**stage
-
-    def parameters(self) -> int:
-        """Trainable parameters of the backbone, projector and head not counted."""
-        c = self.embed_dim
-        stem = 3 * self.patch_size**2 * c + 3 * c
-        stages = sum(self._stage_parameters(stage) for stage in range(len(self.depths)))
-        return stem + stages + 2 * self.width
-
-    def _stage_parameters(self, stage: int) -> int:
-        c, heads, depth = self.stage_width(stage), self.num_heads[stage], self.depths[stage]
-        hidden = int(c * self.mlp_ratio)
-        attention = 4 * c * c + 3 * c + heads + POSITION_BIAS_HIDDEN * (3 + heads)
-        block = attention + 2 * c * hidden + hidden + c + 4 * c
-        merging = 2 * c * c + 2 * c if stage else 0  # 4(c/2) -> c, then a norm
-        extra_norms = depth // self.extra_norm_period if self.extra_norm_period else 0
-        return depth * block + merging + extra_norms * 2 * c
-
-    def problems(self) -> list[str]:
-        """What does not fit together, one sentence each."""
-        if len(self.depths) != len(self.num_heads):
-            return [f"depths {list(self.depths)} and num_heads {list(self.num_heads)} differ in length"]
-        found = []
-        if self.image_size % self.stride:
-            found.append(f"image_size {self.image_size} is not a multiple of the stride {self.stride}")
-        for stage, heads in enumerate(self.num_heads):
-            side = self.image_size // self.patch_size // 2**stage
-            if self.stage_width(stage) % heads:
-                found.append(f"stage {stage}: width {self.stage_width(stage)} is not a multiple of {heads} heads")
-            if side > self.window_size and side % self.window_size:
-                found.append(f"stage {stage}: window_size {self.window_size} does not divide its {side}x{side} map")
-        return found
-
-
-@dataclass(frozen=True)
-class TimmGeometry:
-    """Any network that timm builds by name; width and grid are known once it is built."""
-
-    name: str
-    image_size: int | None = None
-
-    family: ClassVar[str] = "timm"
-    width: ClassVar[None] = None
-    grid: ClassVar[None] = None
-    stride: ClassVar[None] = None
-    prefix_tokens: ClassVar[None] = None
-    blocks: ClassVar[None] = None
-
-    def parameters(self) -> None:
-        """Unknown without building the network."""
-        return None
-
-    def problems(self) -> list[str]:
-        """None that can be told without building the network."""
-        return []
-
-
-@dataclass(frozen=True)
-class OwnGeometry:
-    """A network of one's own, given by a Python call: nothing is known of it beforehand, nothing is stored."""
-
-    family: ClassVar[str] = OWN
-    image_size: ClassVar[None] = None
-    width: ClassVar[None] = None
-    grid: ClassVar[None] = None
-    stride: ClassVar[None] = None
-    prefix_tokens: ClassVar[None] = None
-
-    def parameters(self) -> None:
-        """Unknown."""
-        return None
-
+MAY_BE_ZERO = ("extra_norm_period", "pretrained_window_sizes")
+# timm's keywords that are settings of ours, and what a student has not got
+SETTINGS_OF_TIMM = {"img_size": "student.image_size", "drop_path_rate": "student.drop_path"}
+HEADS_OF_TIMM = ("num_classes", "global_pool")
 
 Geometry = ViTGeometry | SwinV2Geometry | TimmGeometry | OwnGeometry
 FAMILIES: dict[str, type[Geometry]] = {g.family: g for g in (ViTGeometry, SwinV2Geometry, TimmGeometry)}
@@ -185,56 +43,99 @@ STUDENTS: dict[str, ViTGeometry | SwinV2Geometry] = {
     "vit_s16": ViTGeometry(384, 12, 6, 16),
     "vit_b16": ViTGeometry(768, 12, 12, 16),
     "vit_l14": ViTGeometry(1024, 24, 16, 14),
+    "vit_l16": ViTGeometry(1024, 24, 16, 16),
+    "vit_h14": ViTGeometry(1280, 32, 16, 14),
+    "vit_g14": ViTGeometry(1408, 40, 16, 14, mlp_ratio=6144 / 1408),  # CLIP's and EVA's g
     "swinv2_t": SwinV2Geometry(96, (2, 2, 6, 2), (3, 6, 12, 24), window_size=8),
+    "swinv2_s": SwinV2Geometry(96, (2, 2, 18, 2), (3, 6, 12, 24), window_size=8),
     "swinv2_b": SwinV2Geometry(128, (2, 2, 18, 2), (4, 8, 16, 32), window_size=14, image_size=224),
-    # SwinV2, table 1: C 512, blocks 2/2/42/4, an extra norm every 6 blocks; heads of 32 channels
+    "swinv2_l": SwinV2Geometry(192, (2, 2, 18, 2), (6, 12, 24, 48), window_size=16),
+    # SwinV2, table 1: an extra norm every 6 blocks; heads of 32 channels, as in the smaller ones
+    "swinv2_h": SwinV2Geometry(352, (2, 2, 18, 2), (11, 22, 44, 88), window_size=16, extra_norm_period=6),
     "swinv2_g": SwinV2Geometry(512, (2, 2, 42, 4), (16, 32, 64, 128), window_size=16, extra_norm_period=6),
 }
 
 
 def student_geometry(
-    name: str, image_size: int | None, overrides: Mapping[str, Any], weights: str | None = None
+    name: str,
+    image_size: int | None,
+    overrides: Mapping[str, Any],
+    weights: str | None = None,
+    position_bias: str | None = None,
 ) -> Geometry:
     """The geometry of a named student (`timm:NAME`, `student_file`) with single numbers replaced.
 
+    `overrides` of a `timm:` student are timm's keywords. `position_bias` None: as named, or as the file has it.
     Raises UserError for an unknown student, SettingsError with every unknown key, every number that cannot be, and
     all that do not fit together.
     """
     if name == STUDENT_FILE:
-        if not weights:
-            raise UserError(f"student.name={STUDENT_FILE}: which file? name it with student.weights=FILE")
-        if overrides or image_size:
-            raise UserError(
-                f"student.name={STUDENT_FILE} takes everything from {weights}; "
-                "leave student.geometry and student.image_size out"
-            )
-        return file_geometry(Path(weights))
-    if name == OWN:
-        if overrides or image_size:
-            raise UserError(
-                f"student.name={OWN} brings its own size; leave student.geometry and student.image_size out"
-            )
-        return OwnGeometry()
-    if name.startswith("timm:"):
-        if overrides:
-            raise UserError("student.geometry: 'timm:' students take only student.image_size")
-        return TimmGeometry(name.removeprefix("timm:"), image_size)
-    if name not in STUDENTS:
+        geometry = _of_file(weights, image_size, overrides)
+    elif name == OWN:
+        geometry = _own(image_size, overrides)
+    elif name.startswith("timm:"):
+        geometry = _timm(name.removeprefix("timm:"), image_size, overrides)
+    elif name in STUDENTS:
+        changes = dict(overrides) if image_size is None else {**overrides, "image_size": image_size}
+        geometry = _replace(STUDENTS[name], changes, name)
+    else:
         raise UserError(
             f"student.name: unknown student '{name}'{nearest(name, STUDENTS)}; "
             f"known: {', '.join(STUDENTS)}, {STUDENT_FILE}, timm:NAME, or {OWN} (from Python)"
         )
-    changes = dict(overrides) if image_size is None else {**overrides, "image_size": image_size}
-    return _replace(STUDENTS[name], changes, name)
+    return geometry if position_bias is None else _with_position_bias(geometry, position_bias, name, weights)
+
+
+def _of_file(weights: str | None, image_size: int | None, overrides: Mapping[str, Any]) -> Geometry:
+    if not weights:
+        raise UserError(f"student.name={STUDENT_FILE}: which file? name it with student.weights=FILE")
+    if overrides or image_size:
+        raise UserError(
+            f"student.name={STUDENT_FILE} takes everything from {weights}; "
+            "leave student.geometry and student.image_size out"
+        )
+    return file_geometry(Path(weights))
+
+
+def _own(image_size: int | None, overrides: Mapping[str, Any]) -> OwnGeometry:
+    if overrides or image_size:
+        raise UserError(f"student.name={OWN} brings its own size; leave student.geometry and student.image_size out")
+    return OwnGeometry()
+
+
+def _timm(name: str, image_size: int | None, overrides: Mapping[str, Any]) -> TimmGeometry:
+    problems = [
+        f"student.geometry.{key}: this is {SETTINGS_OF_TIMM[key]}; set that"
+        for key in overrides.keys() & SETTINGS_OF_TIMM
+    ] + [f"student.geometry.{key}: a student has no head; leave it out" for key in HEADS_OF_TIMM if key in overrides]
+    if problems:
+        raise SettingsError(sorted(problems))
+    return TimmGeometry(name, image_size, _frozen(overrides))
+
+
+def _with_position_bias(geometry: Geometry, position_bias: str, name: str, weights: str | None) -> ViTGeometry:
+    where = f"student.position_bias={position_bias}"
+    if isinstance(geometry, TimmGeometry):
+        raise UserError(
+            f"{where}: leave it out for {geometry.name}; timm's Beit has use_rel_pos_bias in student.geometry"
+        )
+    if not isinstance(geometry, ViTGeometry):
+        raise UserError(f"{where}: {name} is no ViT, whose position biases come from tables; leave it out")
+    if name == STUDENT_FILE and (geometry.position_bias, position_bias) == ("per_block", "shared"):
+        raise UserError(f"{where}: {weights} has a table per block, and no single one to share; leave it out")
+    changed = dataclasses.replace(geometry, position_bias=position_bias)
+    if found := changed.problems():
+        raise SettingsError([f"student.position_bias: {problem}" for problem in found])
+    return changed
 
 
 def _replace(geometry: ViTGeometry | SwinV2Geometry, changes: Mapping[str, Any], name: str) -> Geometry:
     known = {field.name: getattr(geometry, field.name) for field in dataclasses.fields(geometry)}
+    known.pop("position_bias", None)  # has a setting of its own
     problems = [problem for key, value in changes.items() for problem in _number_problems(key, value, known, name)]
     if problems:
         raise SettingsError(problems)
-    frozen: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
-    changed = dataclasses.replace(geometry, **frozen)
+    changed = dataclasses.replace(geometry, **_frozen(changes))
     if found := changed.problems():
         raise SettingsError([f"student.geometry of {name}: {problem}" for problem in found])
     return changed
@@ -243,14 +144,18 @@ def _replace(geometry: ViTGeometry | SwinV2Geometry, changes: Mapping[str, Any],
 def _number_problems(key: str, value: Any, known: Mapping[str, Any], name: str) -> Iterator[str]:
     where, numbers = f"student.geometry.{key}", value if isinstance(value, list | tuple) else [value]
     lowest = 0 if key in MAY_BE_ZERO else 1
-    if key not in known:
+    if key == "position_bias":
+        yield f"{where}: this is student.position_bias; set that"
+    elif key not in known:
         yield f"{where}: {name} has no such number{nearest(key, known)}; known: {', '.join(known)}"
     elif isinstance(known[key], tuple) != isinstance(value, list | tuple):
         yield f"{where}: got {value!r}; {name} has {known[key]!r} there"
+    elif not numbers or any(isinstance(number, bool | str) for number in numbers):
+        yield f"{where}: got {value!r}, allowed: numbers"
     elif key in FRACTIONAL:
         if min(numbers) <= 0:
             yield f"{where}: got {value}, allowed: a number above 0"
-    elif not numbers or min(numbers) < lowest or any(isinstance(number, float) for number in numbers):
+    elif min(numbers) < lowest or any(isinstance(number, float) for number in numbers):
         yield f"{where}: got {value}, allowed: whole numbers, at least {lowest}"
 
 
@@ -275,11 +180,22 @@ def file_description(weights: Path) -> dict[str, Any]:
 
 
 def _from_json(stored: Mapping[str, Any], source: Path) -> Geometry:
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in stored.items()}
+    values = _frozen(stored)
     family = values.pop("family", None)
     if family not in FAMILIES:
         raise UserError(f"{source}: unknown student family {family!r}; known: {', '.join(FAMILIES)}")
     try:
-        return FAMILIES[family](**values)
+        geometry = FAMILIES[family](**values)
+        found = [] if isinstance(geometry, OwnGeometry) else geometry.problems()
     except TypeError as error:
         raise UserError(f"{source}: not a geometry of family '{family}': {error}") from error
+    if found:
+        raise UserError(f"{source}: {'; '.join(found)}")
+    return geometry
+
+
+def _frozen(values: Any) -> Any:
+    """Sequences as tuples, in dicts too: JSON and TOML know lists alone."""
+    if isinstance(values, Mapping):
+        return {key: _frozen(value) for key, value in values.items()}
+    return tuple(_frozen(value) for value in values) if isinstance(values, list | tuple) else values

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from fdscale.config.errors import UserError
 from fdscale.students.drop_path import use_table
+from fdscale.students.from_timm import TIMM_ERRORS, build_timm
 from fdscale.students.geometry import Geometry, OwnGeometry, SwinV2Geometry, TimmGeometry, ViTGeometry
+from fdscale.students.layers import swin_v2_layer, timm_layers, vit_layer
 from fdscale.students.swin_v2 import SwinV2
 from fdscale.students.vit import build_vit
 from fdscale.tokens import as_tokens
@@ -63,6 +64,30 @@ class Student(nn.Module):
         rule = getattr(self.backbone, "no_weight_decay", None)
         return set(rule()) if rule else set()
 
+    def position_bias_parameters(self) -> set[str]:
+        """Names of the backbone's relative position bias tables: a shared one, or one per block; SwinV2 has none."""
+        return {name for name, _ in self.backbone.named_parameters() if name.endswith("relative_position_bias_table")}
+
+    @property
+    def layers(self) -> int:
+        """The last layer, that of the head: under layer decay, layer i learns at the rate * decay ** (layers - i)."""
+        if isinstance(self.geometry, ViTGeometry | SwinV2Geometry):
+            return self.geometry.blocks + 1
+        return timm_layers(self.backbone)[1]
+
+    def layer_ids(self) -> dict[str, int]:
+        """The backbone's parameter names to their layers, from 0 (the stem) to `layers` (method, section 3).
+
+        timm's networks follow timm's grouping. Raises UserError for a network of one's own that tells no layers.
+        """
+        names = [name for name, _ in self.backbone.named_parameters()]
+        match self.geometry:
+            case ViTGeometry() as vit:
+                return {name: vit_layer(name, vit.depth) for name in names}
+            case SwinV2Geometry() as swin:
+                return {name: swin_v2_layer(name, swin.depths) for name in names}
+        return timm_layers(self.backbone)[0]
+
 
 def build_student(geometry: Geometry, drop_path: float = 0.0, seed: int = 0, device: str = "cpu") -> Student:
     """A student from random weights drawn by `seed` alone: equal on every rank."""
@@ -74,7 +99,7 @@ def build_student(geometry: Geometry, drop_path: float = 0.0, seed: int = 0, dev
             case SwinV2Geometry():
                 backbone = _build_swin_v2(geometry, drop_path, device)
             case TimmGeometry():
-                return _build_timm(geometry, drop_path)
+                return _build_timm(geometry, drop_path, device)
             case OwnGeometry():
                 raise UserError("student.name=own: give the network to fdscale.train.distill(settings, student=…)")
     return Student(backbone, geometry.width, geometry.grid, geometry.prefix_tokens, geometry.image_size, geometry)
@@ -91,31 +116,29 @@ def _build_swin_v2(geometry: SwinV2Geometry, drop_path: float, device: str) -> S
         geometry.extra_norm_period,
         geometry.mlp_ratio,
         drop_path,
+        geometry.pretrained_window_sizes,
         device,
     )
 
 
-def _build_timm(geometry: TimmGeometry, drop_path: float) -> Student:
-    known = timm.get_pretrained_cfg(geometry.name)
-    # networks of any size (ConvNets) take no img_size
-    sized = geometry.image_size is not None and known is not None and known.fixed_input_size
-    size: dict[str, Any] = {"img_size": geometry.image_size} if sized else {}
+def _build_timm(geometry: TimmGeometry, drop_path: float, device: str) -> Student:
     try:
-        backbone = timm.create_model(geometry.name, num_classes=0, global_pool="", drop_path_rate=drop_path, **size)
-        config: Any = backbone.pretrained_cfg
+        with torch.device(device):
+            backbone: Any = build_timm(geometry, drop_path)
+        config = backbone.pretrained_cfg
         prefix_tokens, width = int(getattr(backbone, "num_prefix_tokens", 0)), int(backbone.num_features)
         image_size = geometry.image_size or config["input_size"][-1]
-        grid = _grid_of(backbone, image_size, width, prefix_tokens)
-    except (RuntimeError, TypeError, AssertionError) as error:
+        grid = _grid_of(backbone, image_size, width, prefix_tokens, device)
+    except TIMM_ERRORS as error:
         raise UserError(f"student.name: timm's '{geometry.name}' cannot be a student here: {error!r}") from error
     return Student(backbone, width, grid, prefix_tokens, image_size, geometry, config["mean"], config["std"])
 
 
 @torch.no_grad()
-def _grid_of(backbone: nn.Module, image_size: int, width: int, prefix_tokens: int) -> tuple[int, int]:
+def _grid_of(backbone: nn.Module, image_size: int, width: int, prefix_tokens: int, device: str) -> tuple[int, int]:
     """The token grid, found by one forward of a blank image: timm does not name it for every family."""
     training = backbone.training
-    tokens = as_tokens(backbone.eval()(torch.zeros(1, 3, image_size, image_size)), width)
+    tokens = as_tokens(backbone.eval()(torch.zeros(1, 3, image_size, image_size, device=device)), width)
     backbone.train(training)
     side = round((tokens.shape[1] - prefix_tokens) ** 0.5)
     if side * side + prefix_tokens != tokens.shape[1]:

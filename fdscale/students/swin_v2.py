@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -20,11 +21,16 @@ MAX_LOGIT_SCALE = math.log(100.0)  # SwinV2 clamps the temperature at 0.01
 RESIDUAL_NORM_WEIGHT = 1e-5  # blocks start as (almost) the identity; timm starts at 0, which has no gradient path
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """The meta device, on which shapes and operations are counted, has no autocast to leave."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 class Linear32(nn.Linear):
     """A linear layer that computes in fp32 whatever its weights' type and the surrounding autocast."""
 
     def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):
+        with _without_autocast(input.device):
             bias = None if self.bias is None else self.bias.float()
             return F.linear(input.float(), self.weight.float(), bias)
 
@@ -33,11 +39,14 @@ class CosineWindowAttention(WindowAttention):
     """timm's SwinV2 window attention with logits, position bias and softmax in fp32.
 
     Under `bf16.enabled` the engine casts parameters alone: the log-spaced coordinates stay fp32, so the
-    position bias network must compute in fp32 too.
+    position bias network must compute in fp32 too. `pretrained_window` (h, w) normalises the coordinates where
+    it is not 0.
     """
 
-    def __init__(self, dim: int, window_size: tuple[int, int], num_heads: int) -> None:
-        super().__init__(dim, window_size, num_heads)
+    def __init__(
+        self, dim: int, window_size: tuple[int, int], num_heads: int, pretrained_window: tuple[int, int] = (0, 0)
+    ) -> None:
+        super().__init__(dim, window_size, num_heads, pretrained_window_size=pretrained_window)
         hidden = POSITION_BIAS_HIDDEN
         self.cpb_mlp = nn.Sequential(Linear32(2, hidden), nn.ReLU(), Linear32(hidden, num_heads, bias=False))
 
@@ -58,7 +67,7 @@ class CosineWindowAttention(WindowAttention):
         return self.proj((weights @ v).transpose(1, 2).reshape(rows, tokens, -1))
 
     def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
+        with _without_autocast(q.device):
             logits = F.normalize(q.float(), dim=-1) @ F.normalize(k.float(), dim=-1).transpose(-2, -1)
             logits = logits * self.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp() + self.position_bias()
             if mask is not None:
@@ -80,7 +89,9 @@ class SwinV2Block(SwinTransformerV2Block):
             mlp_ratio=like.mlp_ratio,
             drop_path=getattr(like.drop_path1, "drop_prob", 0.0),
         )
-        self.attn = CosineWindowAttention(like.dim, like.attn.window_size, like.num_heads)
+        self.attn = CosineWindowAttention(
+            like.dim, like.attn.window_size, like.num_heads, like.attn.pretrained_window_size
+        )
         self.enorm = nn.LayerNorm(like.dim) if extra_norm else nn.Identity()  # the official name
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,6 +117,7 @@ class SwinV2(SwinTransformerV2):
         extra_norm_period: int = 0,
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
+        pretrained_window_sizes: tuple[int, ...] = (),
         device: str | torch.device = "cpu",
     ) -> None:
         with torch.device("meta"):
@@ -120,6 +132,7 @@ class SwinV2(SwinTransformerV2):
                 window_size=window_size,
                 mlp_ratio=mlp_ratio,
                 drop_path_rate=drop_path_rate,
+                pretrained_window_sizes=tuple(pretrained_window_sizes) or (0,) * len(depths),
             )
             self._use_own_blocks(extra_norm_period)
         if torch.device(device).type != "meta":

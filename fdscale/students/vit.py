@@ -1,4 +1,4 @@
-"""The ViT student: timm's Beit with one relative position bias shared by all blocks, and the paper's initialisation."""
+"""The ViT student: timm's Beit with relative position biases, shared or per block, and the paper's initialisation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def build_vit(geometry: ViTGeometry, drop_path: float, device: str = "cpu") -> B
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             init_values=geometry.init_values,
             use_abs_pos_emb=False,
-            use_shared_rel_pos_bias=True,
+            use_rel_pos_bias=geometry.position_bias == "per_block",
+            use_shared_rel_pos_bias=geometry.position_bias == "shared",
         )
     if device != "meta":
         init_weights(backbone)

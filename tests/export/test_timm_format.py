@@ -25,7 +25,18 @@ GEOMETRIES = {
     "swin_v2_period_beyond_depth": SwinV2Geometry(
         16, (2, 2), (1, 2), window_size=4, image_size=32, extra_norm_period=6
     ),
+    "vit_per_block": ViTGeometry(32, 3, 4, patch_size=8, image_size=32, position_bias="per_block"),
+    "swin_v2_other_windows": SwinV2Geometry(16, (2, 2), (1, 2), 4, 64, pretrained_window_sizes=(3, 2)),
+    "swin_v2_extra_norms_and_windows": SwinV2Geometry(
+        16, (2, 2), (1, 2), 4, 64, extra_norm_period=2, pretrained_window_sizes=(3, 2)
+    ),
     "timm_vit": TimmGeometry("test_vit", image_size=64),
+    "timm_keywords": TimmGeometry(
+        "swin_tiny_patch4_window7_224",
+        64,
+        {"embed_dim": 16, "depths": (1, 2), "num_heads": (2, 4), "window_size": 4},
+    ),
+    "timm_convnet_of_another_size": TimmGeometry("test_convnext", image_size=64),
     "timm_convnext": TimmGeometry("test_convnext.r160_in1k"),
 }
 
@@ -87,7 +98,7 @@ def test_the_tokens_are_equal_where_fdscale_is_absent(exports, name):
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_only_extra_norms_bring_a_model_file(exports, name):
     files = {path.name for path in exports[name][0].iterdir()}
-    own_file = {"fd_swin_v2.py"} if name == "swin_v2_extra_norms" else set()
+    own_file = {"fd_swin_v2.py"} if name.startswith("swin_v2_extra_norms") else set()
     assert files == {"model.safetensors", "config.json", "README.md"} | own_file
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -120,6 +122,41 @@ def test_drop_path_of_timms_networks_reads_the_table() -> None:
 def test_what_cannot_be_a_student_is_the_users_mistake(name: str) -> None:
     with pytest.raises(UserError, match=f"timm's '{name}' cannot be a student here"):
         build_student(TimmGeometry(name))
+
+
+def test_timms_network_takes_its_own_keywords() -> None:
+    arguments = {"embed_dim": 16, "depth": 3, "num_heads": 2, "use_abs_pos_emb": True, "use_rel_pos_bias": False}
+    student = build_student(TimmGeometry("beit_base_patch16_224", 32, arguments))
+    names = dict(student.backbone.named_parameters()).keys()
+    assert (student.width, student.grid, student.prefix_tokens) == (16, (2, 2), 1)
+    assert "pos_embed" in names
+    assert not any("relative_position_bias" in name for name in names)
+    assert {name.split(".")[1] for name in names if name.startswith("blocks")} == {"0", "1", "2"}
+    swin = {"embed_dim": 16, "depths": (1, 2), "num_heads": (2, 4), "window_size": 4}
+    assert build_student(TimmGeometry("swinv2_tiny_window8_256", 64, swin)).grid == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "told"),
+    [
+        ("beit_base_patch16_224", {"depht": 3}, "timm's beit_base_patch16_224, has no depht; did you mean 'depth'?"),
+        ("beit_base_patch16_224", {"a": 1, "depth": 2, "b": 1}, "has no a, b; it has patch_size, in_chans, embed_dim"),
+        ("resnet10t", {"pretrained": True}, "ResNet, timm's resnet10t, has no pretrained"),  # it would download
+        ("resnet10t", {"features_only": True}, "has no features_only"),
+        ("beit_base_patch16_224", {"num_heads": 0}, "cannot be a student here: ZeroDivisionError"),
+        ("beit_base_patch16_224", {"embed_dim": "x"}, "cannot be a student here: TypeError"),
+    ],
+)  # fmt: skip
+def test_keywords_that_timms_network_has_not_are_named(name: str, arguments: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        build_student(TimmGeometry(name, None, arguments))
+    assert told in str(error.value)
+
+
+def test_timms_networks_are_built_on_the_meta_device_too() -> None:
+    student = build_student(TimmGeometry("swin_tiny_patch4_window7_224"), device="meta")
+    assert all(parameter.is_meta for parameter in student.backbone.parameters())
+    assert (student.grid, student.width) == ((7, 7), 768)
 
 
 def test_a_convolutional_network_takes_any_size() -> None:

@@ -18,6 +18,7 @@ from fdscale.students.swin_v2 import SwinV2
 Perturb = Callable[[nn.Module], None]
 # two stages, shifted windows of 4 on 16x16 and 8x8 maps
 TINY: dict[str, Any] = {"img_size": 64, "embed_dim": 16, "depths": (2, 4), "num_heads": (2, 4), "window_size": 4}
+OTHER_WINDOWS: dict[str, Any] = {"pretrained_window_sizes": (3, 2)}
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))
 
 
@@ -36,8 +37,8 @@ def stock(own: SwinV2, **changes: Any) -> SwinTransformerV2:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"window_size": 16}, {"window_size": 2}, {"patch_size": 8}, {"mlp_ratio": 2.0}],
-    ids=["shifted", "one window", "many windows", "patch 8", "narrow mlp"],
+    [{}, {"window_size": 16}, {"window_size": 2}, {"patch_size": 8}, {"mlp_ratio": 2.0}, OTHER_WINDOWS],
+    ids=["shifted", "one window", "many windows", "patch 8", "narrow mlp", "pretrained windows"],
 )
 @torch.no_grad()
 def test_tokens_equal_timms(changes: dict[str, Any], perturbed: Perturb) -> None:
@@ -133,6 +134,14 @@ def test_the_state_dict_holds_parameters_alone() -> None:
         "relative_coords_table", "relative_position_index", "k_bias", "attn_mask",
     }  # fmt: skip
     assert all(bool(buffer.float().isfinite().all()) for buffer in network.buffers())
+
+
+def test_pretrained_windows_normalise_the_coordinates() -> None:
+    network = tiny(pretrained_window_sizes=(3, 0))
+    first, last = (blocks_of(network)[index].attn.relative_coords_table for index in (0, -1))
+    assert float(first.max()) == pytest.approx(math.log2(8 * 3 / 2 + 1) / 3)
+    assert float(last.max()) == pytest.approx(math.log2(8 + 1) / 3)
+    assert torch.equal(last, blocks_of(tiny())[-1].attn.relative_coords_table)
 
 
 @pytest.mark.parametrize(("image", "window"), [(64, 4), (64, 16), (32, 8)])

@@ -67,6 +67,15 @@ def test_one_position_bias_table_serves_all_blocks(name: str, shape: tuple[int, 
     assert "pos_embed" not in parameters
 
 
+def test_each_block_can_have_a_table_of_its_own() -> None:
+    geometry = ViTGeometry(16, 2, 2, patch_size=8, image_size=32, position_bias="per_block")
+    parameters = dict(build_vit(geometry, 0.0).named_parameters())
+    tables = [key for key in parameters if "relative_position_bias_table" in key]
+    assert tables == [f"blocks.{block}.attn.relative_position_bias_table" for block in range(2)]
+    assert all(parameters[table].shape == (52, 2) for table in tables)
+    assert all(float(parameters[table].detach().abs().max()) == 0 for table in tables)
+
+
 def test_norms_have_the_official_epsilon(vit: Beit) -> None:
     assert {module.eps for module in vit.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-6}
 

@@ -1,0 +1,1 @@
+"""Checkpoints of the official implementations as student files."""
