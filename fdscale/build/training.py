@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from fdscale.build.run import Run
 from fdscale.config.errors import UserError
-from fdscale.data.augment import Augmentation
+from fdscale.config.settings import DistillSettings, FinetuneSettings, OptimSettings
+from fdscale.data.augment import FILTERS, Augmentation
 from fdscale.data.loader import EvalLoader, TrainLoader
 from fdscale.data.order import accumulation_steps
+from fdscale.data.randaugment import RandAugment
 from fdscale.students.files import save_student
 from fdscale.students.student import Student
 from fdscale.terminal import terminal
@@ -22,13 +26,17 @@ from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import full_state, start_engine
 from fdscale.training.evaluate import SampleTerms, evaluate
 from fdscale.training.loop import BatchTerms, Plan, Progress, fit
-from fdscale.training.optim import Schedule, adamw, parameter_groups
+from fdscale.training.metrics import Sinks
+from fdscale.training.optim import Schedule, adamw, layer_scales, parameter_groups
 from fdscale.training.sinks import open_sinks
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 logger = logging.getLogger(__name__)
+
+BACKBONE = "student.backbone."  # what a trained module calls the student's network
+Save = Callable[[dict[str, Tensor], Path], object]  # writes what a run leaves, from the module's full state dict
 
 
 def train(
@@ -37,10 +45,14 @@ def train(
     student: Student,
     batch_terms: BatchTerms,
     sample_terms: SampleTerms,
+    save: Save | None = None,
 ) -> bool:
-    """Train `module` (which holds `student`) to the run's last step and save the student; False when stopped."""
-    settings, log = run.settings, run.settings.log
-    schedule = _schedule(run)
+    """Train `module` (whose `student` this is) to the run's last step and save it; False when stopped.
+
+    `save` None writes the student alone: a projector is dropped.
+    """
+    settings = run.settings
+    loader, schedule = _train_loader(run, student), _schedule(run)
     torch.manual_seed(settings.seed + run.connection.rank.rank)  # a network's own dropout; nothing of ours draws
     engine = _engine(run, module, student, schedule)
     checkpoints = Checkpoints(run.directory.checkpoints, run.connection, settings.checkpoint.keep)
@@ -48,18 +60,8 @@ def train(
     progress = Progress.resumed(state)
     _record(run, progress, fresh=state is None)
     held_out = _held_out(run, engine, student.image_size, sample_terms)
-    sinks = open_sinks(
-        run.connection.rank,
-        run.directory.folder,
-        settings.program,
-        run.last_step,
-        progress.step if state else None,
-        log.prometheus_host,
-        log.prometheus_port,
-        terminal(),
-    )
+    sinks = _sinks(run, progress.step if state else None)
     try:
-        loader = _train_loader(run, student.image_size)
         done = fit(
             engine,
             batch_terms,
@@ -74,12 +76,26 @@ def train(
             held_out,
         )
         if done:
-            save_result(run, engine, student, progress.step)
+            _save_result(run, engine, module, save or partial(_save_backbone, student), progress.step)
             sinks.say(f"complete: {run.directory.student}")
     finally:
         sinks.close()
         run.stop.restore()
     return done
+
+
+def _sinks(run: Run, resumed_step: int | None) -> Sinks:
+    log = run.settings.log
+    return open_sinks(
+        run.connection.rank,
+        run.directory.folder,
+        run.settings.program,
+        run.last_step,
+        resumed_step,
+        log.prometheus_host,
+        log.prometheus_port,
+        terminal(),
+    )
 
 
 def _record(run: Run, progress: Progress, fresh: bool) -> None:
@@ -100,21 +116,37 @@ def _record(run: Run, progress: Progress, fresh: bool) -> None:
 
 def _engine(run: Run, module: nn.Module, student: Student, schedule: Schedule) -> DeepSpeedEngine:
     optim = run.settings.optim
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    wanted = student.undecayed_parameters()
-    undecayed = {names[id(p)] for name, p in student.backbone.named_parameters() if name in wanted}
     module.to(run.device)
-    groups = parameter_groups(module, optim.weight_decay, undecayed)
-    optimizer = adamw(groups, schedule.for_step(0), optim.betas, optim.eps)
+    optimizer = adamw(optimizer_groups(module, student, optim), schedule.for_step(0), optim.betas, optim.eps)
     accumulation = accumulation_steps(run.settings.data.global_batch, run.connection.rank.world_size, run.micro_batch)
     return start_engine(module, optimizer, run.deepspeed_json, accumulation, optim.clip)
+
+
+def optimizer_groups(module: nn.Module, student: Student, optim: OptimSettings) -> list[dict[str, Any]]:
+    """The parameter groups of a module with a `student`: its rules by name, everything else as the head's layer."""
+    undecayed = student.undecayed_parameters()
+    if not optim.decay_position_bias:
+        undecayed |= student.position_bias_parameters()
+    scales = {} if optim.layer_decay == 1 else layer_scales(_layers(student, optim), student.layers, optim.layer_decay)
+    full = {BACKBONE + name: scale for name, scale in scales.items()}
+    return parameter_groups(module, optim.weight_decay, {BACKBONE + name for name in undecayed}, full)
+
+
+def _layers(student: Student, optim: OptimSettings) -> dict[str, int]:
+    """Layer numbers by the backbone's names; the official implementation counts a shared bias table to the head's."""
+    layers = student.layer_ids()
+    if optim.shared_position_bias_layer == "stem":
+        shared = {name for name in student.position_bias_parameters() if layers[name] == student.layers}
+        layers |= dict.fromkeys(shared, 0)
+    return layers
 
 
 def _schedule(run: Run) -> Schedule:
     optim = run.settings.optim
     scale = run.settings.data.global_batch / optim.reference_batch if optim.reference_batch else 1.0
     warmup_steps = round(optim.warmup_epochs * run.order.steps_per_epoch)
-    return Schedule(run.total_steps, warmup_steps, optim.lr * scale, optim.warmup_lr * scale, optim.min_lr * scale)
+    rates = (optim.lr * scale, optim.warmup_lr * scale, optim.min_lr * scale)
+    return Schedule(run.total_steps, warmup_steps, *rates, scaled=optim.layer_decay_scales)
 
 
 def _plan(run: Run) -> Plan:
@@ -131,21 +163,29 @@ def _plan(run: Run) -> Plan:
     )
 
 
-def _train_loader(run: Run, image_size: int) -> TrainLoader:
+def _train_loader(run: Run, student: Student) -> TrainLoader:
     data, rank = run.settings.data, run.connection.rank
-    augmentation = Augmentation(data.crop_scale, data.crop_ratio, data.interpolation, data.flip)
     return TrainLoader(
         run.index,
         run.order,
         rank.rank,
         rank.world_size,
         run.micro_batch,
-        image_size,
-        augmentation,
+        student.image_size,
+        augmentation(run.settings, student),
         run.settings.seed,
         data.workers,
         run.device,
     )
+
+
+def augmentation(settings: DistillSettings | FinetuneSettings, student: Student) -> Augmentation:
+    """How one view of an image is made for this student; RandAugment is fine-tuning's."""
+    data = settings.data
+    policy = settings.augment.randaugment if isinstance(settings, FinetuneSettings) else None
+    mean = tuple(student.mean.flatten().tolist())
+    distorted = RandAugment(policy, student.image_size, mean, FILTERS[data.interpolation]) if policy else None
+    return Augmentation(data.crop_scale, data.crop_ratio, data.interpolation, data.flip, distorted)
 
 
 def _held_out(
@@ -167,11 +207,17 @@ def _held_out(
     return lambda: evaluate(engine, sample_terms, loader, run.settings.eval.knn)
 
 
-def save_result(run: Run, engine: DeepSpeedEngine, student: Student, step: int) -> None:
-    """Write the student file of a completed run from the gathered weights, then mark the run complete."""
+def _save_result(run: Run, engine: DeepSpeedEngine, module: nn.Module, save: Save, step: int) -> None:
+    """Write what a completed run leaves from the gathered weights, then mark the run complete."""
     main = run.connection.rank.is_main
-    state = full_state(engine, student.backbone, wanted=main)
+    state = full_state(engine, module, wanted=main)
     if main:
-        save_student(student, state, run.directory.folder)
+        save(state, run.directory.folder)
         run.directory.mark_complete(step)
     dist.barrier(group=run.connection.control)
+
+
+def _save_backbone(student: Student, state: dict[str, Tensor], folder: Path) -> None:
+    """The student file, from the full state dict of a module that holds the student."""
+    names = [name for name in state if name.startswith(BACKBONE)]
+    save_student(student, {name.removeprefix(BACKBONE): state[name] for name in names}, folder)

@@ -1,4 +1,4 @@
-"""Random resized crop and flip, drawn only from (seed, sample key, view): the same image on any rank."""
+"""Crop, flip and RandAugment, drawn only from (seed, sample key, view): the same image on any rank."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fdscale.data.draws import Purpose, generator
+from fdscale.data.randaugment import RandAugment
+
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 TRIES = 10
-WORD = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What one view of an image is drawn from: area share, width/height ratio, filter, chance of a flip."""
+    """What one view is drawn from: area share, width/height ratio, filter, chance of a flip, RandAugment or None."""
 
     crop_scale: tuple[float, float]
     crop_ratio: tuple[float, float]
     interpolation: Literal["bilinear", "bicubic"]
     flip: float
+    randaugment: RandAugment | None = None
 
 
 def augment(
@@ -30,14 +33,17 @@ def augment(
 ) -> NDArray[np.uint8]:
     """One random view of an RGB image, uint8 (3, size, size).
 
-    RandomResizedCrop and horizontal flip are all there is (official implementation, which distils without
-    colour jitter, RandAugment, mixup or erasing); nobody normalises here. `view` is the epoch.
+    RandomResizedCrop and horizontal flip, which is all that distillation has (official implementation), then
+    RandAugment where that is wanted; nobody normalises here. `view` is the epoch.
     """
-    draw = _generator(key, view, seed)
+    draw = generator(seed, key, view, Purpose.VIEW)
     flip = draw.random() < augmentation.flip
     box = _crop_box(image.width, image.height, augmentation.crop_scale, augmentation.crop_ratio, draw)
     crop = image.crop(box).resize((size, size), FILTERS[augmentation.interpolation])
-    return _channels_first(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop)
+    seen = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop
+    if augmentation.randaugment is not None:
+        seen = augmentation.randaugment(seen, generator(seed, key, view, Purpose.RANDAUGMENT))
+    return _channels_first(seen)
 
 
 def centre_crop(image: Image.Image, size: int, interpolation: Literal["bilinear", "bicubic"]) -> NDArray[np.uint8]:
@@ -50,13 +56,6 @@ def centre_crop(image: Image.Image, size: int, interpolation: Literal["bilinear"
     left, top = round((width - size) / 2), round((height - size) / 2)
     resized = image.resize((width, height), FILTERS[interpolation])
     return _channels_first(resized.crop((left, top, left + size, top + size)))
-
-
-def _generator(key: int, view: int, seed: int) -> np.random.Generator:
-    """Counter-based: (seed, key) is the Philox key, the view a word of its counter, so nothing overlaps."""
-    counter = np.array([0, 0, view, 0], dtype=np.uint64)
-    words = np.array([seed & WORD, key & WORD], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=words, counter=counter))
 
 
 def _crop_box(

@@ -1,11 +1,13 @@
-"""Supervised fine-tuning: a student, the mean of its patch tokens, one linear head, cross entropy."""
+"""Supervised fine-tuning: a student and a classifier, images disturbed and mixed, cross entropy."""
 
 from __future__ import annotations
 
+import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from fdscale.build.networks import as_pixels, prepare_student, seeded
 from fdscale.build.run import open_run
@@ -14,37 +16,16 @@ from fdscale.config.errors import UserError
 from fdscale.config.settings import FinetuneSettings
 from fdscale.data.batches import Batch
 from fdscale.data.index import Index
+from fdscale.downstream.classifier import Classifier, save_classifier
+from fdscale.downstream.erase import Erasing
+from fdscale.downstream.mix import Mixing
 from fdscale.students.drop_path import drop_path_rows
+from fdscale.teachers.table import CLIP_MEAN, CLIP_STD
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-
-class Classifier(nn.Module):
-    """Pixels (B, 3, H, W) and labels (B,) -> `loss` and `accuracy`: means in training, one row per image otherwise.
-
-    The head starts near zero (truncated normal 0.02 times 0.001, as officially), so that it does not disturb a
-    distilled student at first.
-    """
-
-    def __init__(
-        self, student: nn.Module, width: int, prefix_tokens: int, classes: int, label_smoothing: float
-    ) -> None:
-        super().__init__()
-        self.student, self.prefix_tokens, self.label_smoothing = student, prefix_tokens, label_smoothing
-        self.head = nn.Linear(width, classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, pixels: Tensor, labels: Tensor, drop_path: Tensor | None = None) -> dict[str, Tensor]:
-        features = self.student(pixels, drop_path)[:, self.prefix_tokens :].mean(dim=1)
-        logits = self.head(features).float()
-        correct = (logits.detach().argmax(dim=1) == labels).float()
-        if self.training:
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-            return {"loss": loss, "accuracy": correct.mean()}
-        known = labels.clamp(min=0)  # padding rows are left out by the caller
-        return {"loss": F.cross_entropy(logits, known, reduction="none"), "accuracy": correct}
+logger = logging.getLogger(__name__)
 
 
 def finetune(settings: FinetuneSettings) -> bool:
@@ -54,21 +35,54 @@ def finetune(settings: FinetuneSettings) -> bool:
         return True
     for name, index in (("data.shards", run.index), ("eval.shards", run.held_out)):
         _check_labels(name, index, settings.classes)
+    mix = mixing(settings)
     student = prepare_student(settings.student, settings.seed)
     with seeded(settings.seed):
-        classifier = Classifier(
-            student, student.width, student.prefix_tokens, settings.classes, settings.label_smoothing
-        )
+        head = settings.head
+        classifier = Classifier(student, settings.classes, settings.label_smoothing, head.norm, head.init_scale)
+    mean, std = student.mean.to(run.device), student.std.to(run.device)
+    erase = Erasing(settings.augment.erasing, mean, std, settings.seed)
     sites, global_batch = student.drop_path_sites, settings.data.global_batch
+    as_clip = settings.eval.normalisation == "clip"
+    if run.held_out is not None and run.connection.rank.is_main:
+        logger.info("held-out images are normalised %s", "with CLIP's mean and std" if as_clip else "as in training")
 
     def labelled_batch(engine: DeepSpeedEngine, batch: Batch, step: int) -> dict[str, Tensor]:
+        """One micro batch: images erased in part and mixed with their neighbours, and how well they are classified."""
+        pixels = erase(as_pixels(batch.images), batch.rows, step)
+        pixels, labels = mix(pixels, batch.labels, batch.rows, step)
         draws = drop_path_rows(settings.seed, step, sites, global_batch, batch.rows, run.device)
-        return engine(as_pixels(batch.images), batch.labels, draws)
+        return engine(pixels, labels, draws)
 
     def held_out_batch(engine: DeepSpeedEngine, batch: Batch) -> dict[str, Tensor]:
-        return engine(as_pixels(batch.images), batch.labels)
+        """The loss of each held-out image, and whether it is classified correctly."""
+        pixels = as_pixels(batch.images)
+        return engine(seen_as_clip(pixels, mean, std) if as_clip else pixels, batch.labels)
 
-    return train(run, classifier, student, labelled_batch, held_out_batch)
+    return train(run, classifier, student, labelled_batch, held_out_batch, partial(save_classifier, student))
+
+
+def mixing(settings: FinetuneSettings) -> Mixing:
+    """How images of one batch are mixed, as the settings say."""
+    augment = settings.augment
+    return Mixing(
+        augment.mixup,
+        augment.cutmix,
+        augment.mix_probability,
+        augment.switch_probability,
+        augment.images_per_draw,
+        settings.classes,
+        settings.seed,
+    )
+
+
+def seen_as_clip(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Pixels that a student, which normalises with `mean` and `std`, sees normalised with CLIP's.
+
+    The official implementation trains with ImageNet's statistics and evaluates with CLIP's.
+    """
+    clip_mean, clip_std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    return (pixels - clip_mean) / clip_std * std + mean
 
 
 def _check_labels(name: str, index: Index | None, classes: int) -> None:

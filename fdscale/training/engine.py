@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fdscale.cluster.ranks import Rank, export_rank
+from fdscale.training.optim import Schedule
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -88,10 +89,10 @@ def start_engine(
     return _quiet_deepspeed().initialize(model=module, optimizer=optimizer, config=config)[0]
 
 
-def set_learning_rate(engine: DeepSpeedEngine, rate: float) -> None:
-    """Give every parameter group `rate` times its own `lr_scale`."""
+def set_learning_rate(engine: DeepSpeedEngine, schedule: Schedule, step: int) -> None:
+    """Give every parameter group the rate that the schedule has for it in this step."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate * group["lr_scale"]
+        group["lr"] = schedule.of_group(group["lr_scale"]).for_step(step)
 
 
 def full_state(engine: DeepSpeedEngine, module: nn.Module, wanted: bool) -> dict[str, Tensor]:

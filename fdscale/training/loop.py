@@ -112,7 +112,8 @@ def fit(
     meter = Meter(progress.step, loader.data_wait_seconds)
     for micro_batches in loader.steps(progress.step, plan.last):
         rate = schedule.for_step(progress.step)
-        terms = train_step(engine, batch_terms, micro_batches, progress.step, rate)
+        set_learning_rate(engine, schedule, progress.step)
+        terms = train_step(engine, batch_terms, micro_batches, progress.step)
         progress.step += 1
         stopping = _agree(connection, stop.requested, micro_batches, progress, plan)
         reporting = progress.step == 1 or stopping or plan.due(progress.step, plan.log_every)
@@ -132,11 +133,10 @@ def fit(
 
 
 def train_step(
-    engine: DeepSpeedEngine, batch_terms: BatchTerms, micro_batches: Iterable[Batch], step: int, rate: float
+    engine: DeepSpeedEngine, batch_terms: BatchTerms, micro_batches: Iterable[Batch], step: int
 ) -> dict[str, Tensor]:
     """One optimizer step over this rank's micro batches; returns their mean terms, still on the device."""
     engine.train()
-    set_learning_rate(engine, rate)
     terms = []
     for batch in micro_batches:
         of_batch = batch_terms(engine, batch, step)

@@ -45,7 +45,7 @@ _ROWS = (
     Metric("target_variance", "gauge", "1", "Variance of the target tokens; 1 when they are whitened"),
     Metric("accuracy", "gauge", "ratio", "Correctly classified share of the global batch"),
     Metric("grad_norm", "gauge", "1", "Total gradient norm before clipping"),
-    Metric("lr", "gauge", "1", "Largest learning rate of the parameter groups"),
+    Metric("lr", "gauge", "1", "Learning rate of the head's or projector's group, which layer decay leaves whole"),
     Metric("images_per_second", "gauge", "images/second", "Training throughput of all ranks together"),
     Metric("step_seconds", "gauge", "seconds", "Time of one step, data wait included; mean since last row"),
     Metric("data_wait_seconds", "gauge", "seconds", "Time a step waited for its batch; mean since last row"),

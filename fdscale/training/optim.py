@@ -1,10 +1,11 @@
-"""The optimizer's parameter groups and the learning rate of each step, as in the official implementation."""
+"""The optimizer's parameter groups, and the learning rate of each in each step, as in the official implementation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,13 +13,23 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then a cosine, per optimizer step (method, section 3; timm's cosine with warm-up prefix)."""
+    """Linear warm-up, then a cosine, per optimizer step (method, section 3; timm's cosine with warm-up prefix).
+
+    `scaled` is what a parameter group's `lr_scale` multiplies: the peak alone (official: all groups start at the same
+    `start` and end at the same `end`), or all three rates.
+    """
 
     total_steps: int
     warmup_steps: int
     peak: float
     start: float = 0.0
     end: float = 0.0
+    scaled: Literal["peak", "all"] = "peak"
+
+    def of_group(self, lr_scale: float) -> Schedule:
+        """The schedule of a parameter group with this `lr_scale`."""
+        ends = lr_scale if self.scaled == "all" else 1.0
+        return replace(self, peak=self.peak * lr_scale, start=self.start * ends, end=self.end * ends)
 
     def at(self, index: int) -> float:
         """The rate at schedule index 0 .. total_steps."""
@@ -32,23 +43,30 @@ class Schedule:
         return self.at(max(step - 1, 0))
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, undecayed: Collection[str]) -> list[dict[str, object]]:
-    """Two groups: decayed, and not decayed (vectors, `*.bias`, and the full names in `undecayed`)."""
-    decayed_parameters: list[nn.Parameter] = []
-    other: list[nn.Parameter] = []
+def layer_scales(layers: Mapping[str, int], last: int, layer_decay: float) -> dict[str, float]:
+    """The `lr_scale` of each parameter, `layer_decay ** (last - layer)`; 1 for the head's layer, `last`."""
+    return {name: layer_decay ** (last - layer) for name, layer in layers.items()}
+
+
+def parameter_groups(
+    module: nn.Module, weight_decay: float, undecayed: Collection[str], lr_scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Decayed and not decayed (vectors, `*.bias`, full names in `undecayed`), apart for each `lr_scale`, stem first.
+
+    `lr_scales` is by full name, 1 where a name is absent: without it there are the two groups of distillation.
+    """
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         plain = parameter.ndim == 1 or name.endswith(".bias") or name in undecayed
-        (other if plain else decayed_parameters).append(parameter)
-    groups = [
-        {"params": decayed_parameters, "weight_decay": weight_decay, "lr_scale": 1.0},
-        {"params": other, "weight_decay": 0.0, "lr_scale": 1.0},
-    ]
-    return [group for group in groups if group["params"]]
+        scale = (lr_scales or {}).get(name, 1.0)
+        new = {"params": [], "weight_decay": 0.0 if plain else weight_decay, "lr_scale": scale}
+        groups.setdefault((scale, plain), new)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
 
 
-def adamw(groups: list[dict[str, object]], lr: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
+def adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
     """torch's AdamW; fused where the parameters are on a GPU."""
-    on_gpu = all(p.is_cuda for group in groups for p in group["params"])  # type: ignore[attr-defined]
+    on_gpu = all(p.is_cuda for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=on_gpu or None)

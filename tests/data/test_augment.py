@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
 
-from fdscale.data.augment import Augmentation, _centre_box, _crop_box, _generator, augment, centre_crop
+from fdscale.data.augment import Augmentation, _centre_box, _crop_box, augment, centre_crop
+from fdscale.data.draws import Purpose, generator
 
 PAPER = Augmentation(crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), interpolation="bilinear", flip=0.5)
 
@@ -34,7 +35,7 @@ def test_seed_key_and_view_each_change_the_view():
 
 
 def test_numpy_still_draws_the_recorded_crop():
-    box = _crop_box(500, 375, (0.08, 1.0), (3 / 4, 4 / 3), _generator(12345, 6, 7))
+    box = _crop_box(500, 375, (0.08, 1.0), (3 / 4, 4 / 3), generator(7, 12345, 6, Purpose.VIEW))
     assert box == (21, 6, 486, 362)
 
 
@@ -62,7 +63,7 @@ def test_crop_boxes_are_distributed_as_torchvisions(size):
     image = torch.empty(3, height, width)
     scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
     theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(4000)])
-    boxes = [_crop_box(width, height, scale, ratio, _generator(key, 0, 0)) for key in range(4000)]
+    boxes = [_crop_box(width, height, scale, ratio, generator(0, key, 0, Purpose.VIEW)) for key in range(4000)]
     ours = np.array([(top, left, bottom - top, right - left) for left, top, right, bottom in boxes])
     assert (ours[:, :2] >= 0).all()
     assert (ours[:, :2] + ours[:, 2:] <= (height, width)).all()
@@ -78,7 +79,7 @@ def test_the_fallback_is_torchvisions_centre_box(width, height):
     top, left, crop_height, crop_width = RandomResizedCrop.get_params(torch.empty(3, height, width), scale, ratio)
     if crop_width and crop_height:
         assert _centre_box(width, height, (3 / 4, 4 / 3)) == (left, top, left + crop_width, top + crop_height)
-    assert _crop_box(width, height, (1e9, 1e9), (3 / 4, 4 / 3), _generator(0, 0, 0)) == _centre_box(
+    assert _crop_box(width, height, (1e9, 1e9), (3 / 4, 4 / 3), generator(0, 0, 0, Purpose.VIEW)) == _centre_box(
         width, height, (3 / 4, 4 / 3)
     )
 

@@ -143,11 +143,12 @@ def test_an_error_in_a_worker_reads_like_any_other(write_shards, png, workers):
 
 
 def test_no_shard_stays_open(index):
+    training, evaluation = train_loader(index), EvalLoader(index, 0, 1, 26, 6, "bilinear", 0, CPU)
     before = len(os.listdir("/proc/self/fd"))
-    run = train_loader(index).steps(0, 9)
+    run = training.steps(0, 9)
     next(run)
     run.close()
-    list(EvalLoader(index, 0, 1, 26, 6, "bilinear", 0, CPU))
+    list(evaluation)
     assert len(os.listdir("/proc/self/fd")) == before
 
 

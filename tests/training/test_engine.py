@@ -16,9 +16,9 @@ from fdscale.distill.targets import TargetMaker
 from fdscale.students.drop_path import drop_path_rows
 from fdscale.students.geometry import STUDENTS, Geometry, SwinV2Geometry, ViTGeometry
 from fdscale.students.student import Student, build_student, set_activation_checkpointing
-from fdscale.training.engine import Connection, compute_dtype, full_state, start_engine
+from fdscale.training.engine import Connection, compute_dtype, full_state, set_learning_rate, start_engine
 from fdscale.training.loop import train_step
-from fdscale.training.optim import adamw, parameter_groups
+from fdscale.training.optim import Schedule, adamw, layer_scales, parameter_groups
 
 SWIN = SwinV2Geometry(16, (2, 2), (2, 4), window_size=4, image_size=64, extra_norm_period=2)
 VIT = ViTGeometry(32, 3, 4, patch_size=8, image_size=32)
@@ -71,10 +71,17 @@ def curve(
     steps: int,
     drop_path: float = 0.3,
     checkpointing: str = "none",
+    layer_decay: float = 1.0,
 ) -> dict[str, Any]:
-    """Losses over all ranks, the gradient norms, and the trained student's weights."""
+    """Losses over all ranks, the gradient norms, the first step's rates, and the trained student's weights."""
     distiller, student = distiller_of(geometry, drop_path, checkpointing)
-    groups = parameter_groups(distiller, 0.05, {f"student.backbone.{n}" for n in student.undecayed_parameters()})
+    scales = layer_scales(student.layer_ids(), student.layers, layer_decay)
+    groups = parameter_groups(
+        distiller,
+        0.05,
+        {f"student.backbone.{name}" for name in student.undecayed_parameters()},
+        {f"student.backbone.{name}": scale for name, scale in scales.items()},
+    )
     world, micro = connection.rank.world_size, config["train_micro_batch_size_per_gpu"]
     accumulation = GLOBAL_BATCH // (world * micro)
     engine = start_engine(distiller, adamw(groups, 1e-3, (0.9, 0.999), 1e-8), config, accumulation, clip=0.1)
@@ -88,14 +95,17 @@ def curve(
     unused = torch.zeros(micro)
     batches = [Batch(unused, unused, unused, slice(start, start + micro), []) for start in starts]
     losses, norms = [], []
+    schedule = Schedule(steps, 0, peak=1e-3, start=1e-3, end=1e-3)
     for step in range(steps):
-        loss = train_step(engine, terms, batches, step, rate=1e-3)["loss"].clone()
+        set_learning_rate(engine, schedule, step)
+        loss = train_step(engine, terms, batches, step)["loss"].clone()
         torch.distributed.all_reduce(loss)
         losses.append(float(loss) / world)
         norms.append(float(engine.get_global_grad_norm() or 0.0))  # stage 0 has none
     weights = full_state(engine, student.backbone, wanted=connection.rank.is_main)
+    rates = [(group["lr_scale"], group["lr"]) for group in engine.optimizer.param_groups]
     engine.destroy()
-    return {"losses": losses, "norms": norms, "weights": weights}
+    return {"losses": losses, "norms": norms, "weights": weights, "rates": rates}
 
 
 def largest_difference(a: list[float], b: list[float]) -> float:
@@ -118,6 +128,18 @@ def test_activation_checkpointing_is_bit_equal(geometry: Geometry, two_ranks: An
     assert kept["losses"] == recomputed["losses"]
     assert kept["norms"] == recomputed["norms"]
     assert all(torch.equal(kept["weights"][name], recomputed["weights"][name]) for name in kept["weights"])
+
+
+def test_under_layer_decay_every_zero_stage_moves_each_layer_at_its_rate(two_ranks: Any) -> None:
+    before = dict(perturbed_student(VIT, 0.0, "none").backbone.state_dict())
+    found = [two_ranks(curve, VIT, engine_config(stage, 4), 1, 0.0, "none", 0.5)[0] for stage in (0, 1, 2, 3)]
+    ids = perturbed_student(VIT, 0.0, "none").layer_ids()
+    for outcome in found:
+        assert dict(outcome["rates"]) == {0.5**power: pytest.approx(1e-3 * 0.5**power) for power in range(5)}
+        for name, layer in ids.items():
+            moved = (outcome["weights"][name] - before[name]).abs()
+            decayed = 0.05 * 1e-3 * 0.5 ** (4 - layer) * before[name].abs().max()
+            assert float(moved.max()) == pytest.approx(1e-3 * 0.5 ** (4 - layer), abs=float(decayed) + 1e-7), name
 
 
 def test_one_rank_with_accumulation_computes_what_two_ranks_do(one_rank: Any, two_ranks: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from fdscale.training.optim import Schedule, adamw, parameter_groups
+from fdscale.training.optim import Schedule, adamw, layer_scales, parameter_groups
 
 # CLIP-B, 300 epochs of 625 steps at a global batch of 2048: rates for 512 images, times four
 CLIP_B = Schedule(total_steps=187_500, warmup_steps=6_250, peak=1.2e-3, start=2e-6, end=2e-5)
@@ -57,6 +59,44 @@ def test_every_rate_lies_between_the_ends(total: int, warmup: int, step: int) ->
     assert 0.125 <= schedule.for_step(step) <= 1.0
 
 
+# as officially scaled: fine-tuning of CLIP-B at 0.65, its stem, a block in the middle, the head
+SCALES = (0.65**13, 0.65**6, 1.0)
+
+
+@pytest.mark.parametrize("index", [0, 6_250, 12_500, 37_500, 62_499])
+def test_layer_decay_scales_the_peak_alone_as_officially(index: int) -> None:
+    """The official scheduler is timm's over groups whose rates are scaled; start and end are the same for all."""
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": 5e-3 * scale} for scale in SCALES]
+    optimizer = torch.optim.SGD(groups, lr=5e-3)
+    timms = CosineLRScheduler(
+        optimizer,
+        t_initial=50_000,
+        lr_min=1e-6,
+        warmup_t=12_500,
+        warmup_lr_init=1e-6,
+        warmup_prefix=True,
+        t_in_epochs=False,
+        cycle_limit=1,
+    )
+    timms.step_update(index)
+    ours = Schedule(62_500, 12_500, peak=5e-3, start=1e-6, end=1e-6)
+    expected = [group["lr"] for group in optimizer.param_groups]
+    assert [ours.of_group(scale).at(index) for scale in SCALES] == pytest.approx(expected, rel=1e-9)
+
+
+def test_layer_decay_can_scale_all_of_the_schedule() -> None:
+    schedule = Schedule(40, 10, peak=1.0, start=0.1, end=0.2, scaled="all")
+    for index in range(41):
+        assert schedule.of_group(0.25).at(index) == pytest.approx(0.25 * schedule.at(index))
+    assert dataclasses.replace(schedule, scaled="peak").of_group(0.25).at(0) == 0.1
+
+
+def test_a_group_at_scale_1_has_the_schedule_itself() -> None:
+    for scaled in ("peak", "all"):
+        schedule = dataclasses.replace(CLIP_B, scaled=scaled)
+        assert schedule.of_group(1.0) == schedule
+
+
 def test_the_end_is_reached_and_kept() -> None:
     schedule = Schedule(10, 0, peak=1.0, end=0.25)
     assert schedule.at(0) == 1.0
@@ -82,9 +122,9 @@ class Network(nn.Module):
         self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
 
 
-def names_of(network: nn.Module, groups: list[dict[str, object]]) -> list[set[str]]:
+def names_of(network: nn.Module, groups: list[dict[str, Any]]) -> list[set[str]]:
     names = {id(parameter): name for name, parameter in network.named_parameters()}
-    return [{names[id(parameter)] for parameter in group["params"]} for group in groups]  # type: ignore[attr-defined]
+    return [{names[id(parameter)] for parameter in group["params"]} for group in groups]
 
 
 def test_vectors_biases_and_named_parameters_are_not_decayed() -> None:
@@ -95,6 +135,25 @@ def test_vectors_biases_and_named_parameters_are_not_decayed() -> None:
         {"linear.bias", "norm.weight", "norm.bias", "cls_token"},
     ]
     assert [(group["weight_decay"], group["lr_scale"]) for group in groups] == [(0.05, 1.0), (0.0, 1.0)]
+
+
+def test_each_scale_has_its_two_groups_stem_first() -> None:
+    network = Network()
+    scales = layer_scales({"linear.weight": 0, "linear.bias": 0, "cls_token": 0, "table": 2, "norm.bias": 3}, 3, 0.5)
+    assert scales == {"linear.weight": 0.125, "linear.bias": 0.125, "cls_token": 0.125, "table": 0.5, "norm.bias": 1.0}
+    groups = parameter_groups(network, 0.05, {"cls_token"}, scales)
+    assert names_of(network, groups) == [
+        {"linear.weight"},
+        {"linear.bias", "cls_token"},
+        {"table"},
+        {"norm.weight", "norm.bias"},  # the one that is not named learns with the head
+    ]
+    assert [(group["lr_scale"], group["weight_decay"]) for group in groups] == [
+        (0.125, 0.05),
+        (0.125, 0.0),
+        (0.5, 0.05),
+        (1.0, 0.0),
+    ]
 
 
 def test_names_are_compared_whole() -> None:

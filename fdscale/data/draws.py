@@ -1,0 +1,45 @@
+"""Where randomness in data comes from: one counter-based generator for each thing that is drawn, whatever the ranks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+
+import numpy as np
+
+WORD = 2**64 - 1
+
+
+class Purpose(IntEnum):
+    """What a draw is for: the same numbers are never drawn twice."""
+
+    VIEW = 0
+    RANDAUGMENT = 1
+    ERASING = 2
+    MIXING = 3
+
+
+def generator(seed: int, item: int, time: int, purpose: Purpose) -> np.random.Generator:
+    """The generator of an item (a sample key, or a row or block of the global batch) at a time (epoch or step).
+
+    Counter-based: (seed, item) is the Philox key, time and purpose are words of its counter, so nothing overlaps.
+    """
+    counter = np.array([0, 0, time, purpose], dtype=np.uint64)
+    words = np.array([seed & WORD, item & WORD], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=words, counter=counter))
+
+
+@contextmanager
+def global_generators(draw: np.random.Generator) -> Iterator[None]:
+    """Let code that draws from Python's and NumPy's global generators draw from `draw`; their state is given back."""
+    python, numpy = random.getstate(), np.random.get_state()
+    first, second = draw.integers(2**32, size=2).tolist()
+    random.seed(first)
+    np.random.seed(second)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
