@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ MAY_CHANGE = {
     "log.prometheus_port": "where metrics are served",
     "log.prometheus_host": "where metrics are served",
 }
+# Which bytes they name is compared, not how they name them; until something was trained they may be corrected.
+HELD_BY_HASH = {"teacher.weights": "teacher", "teacher.revision": "teacher", "student.weights": "student"}
 MAY_CHANGE_IN_JSON = {
     "train_micro_batch_size_per_gpu": "the global batch stays: accumulation changes with it",
     **dict.fromkeys(
@@ -65,6 +67,7 @@ class RunDirectory:
         self.student = folder / "student.safetensors"
         self.complete_marker = folder / "complete.json"
         self.versions, self.data = folder / "versions.json", folder / "data.json"
+        self.weights = folder / "weights.json"
 
     def completed_steps(self) -> int | None:
         """The step at which this run was completed, or None."""
@@ -77,10 +80,10 @@ class RunDirectory:
                 raise UserError(f"run_dir: {self.folder} is not empty and not a run; name a new folder with run_dir=…")
             return
         before, now = tomllib.loads(self.recipe.read_text()), tomllib.loads(to_toml(settings))
-        problems = differences(before, now, MAY_CHANGE)
+        problems = differences(before, now, {*MAY_CHANGE, *self._held_by_hash()})
         json_before = json.loads(self.deepspeed.read_text()) if self.deepspeed.exists() else deepspeed_json
         problems += differences(json_before, deepspeed_json, MAY_CHANGE_IN_JSON)
-        if now["epochs"] < before["epochs"] and any(self.checkpoints.glob("step_*")):
+        if now["epochs"] < before["epochs"] and self._has_trained():
             problems.append(f"epochs: {before['epochs']} there, {now['epochs']} now; it may only grow")
         if problems:
             listed = "\n  ".join(problems)
@@ -88,6 +91,18 @@ class RunDirectory:
                 f"run_dir: {self.folder} holds another run:\n  {listed}\nname a new folder with run_dir=…, "
                 "or take these changes back"
             )
+
+    def _held_by_hash(self) -> set[str]:
+        """Settings that need not be equal, since `check_weights` compares what they name with what is recorded."""
+        recorded = self._recorded_weights()
+        return {path for path, network in HELD_BY_HASH.items() if network in recorded or not self._has_trained()}
+
+    def _has_trained(self) -> bool:
+        """Whether there is something that another setting would contradict."""
+        return any(self.checkpoints.glob("step_*"))
+
+    def _recorded_weights(self) -> dict[str, dict[str, Any]]:
+        return json.loads(self.weights.read_text()) if self.weights.exists() else {}
 
     def begin(self, settings: RunSettings) -> None:
         """Make the folder this run's, before anything else is put there."""
@@ -104,6 +119,31 @@ class RunDirectory:
                 f"run_dir: {self.folder} began with other shards than {' and '.join(changed)} now holds: "
                 "its order of samples would change in the middle; bring the old ones back, or name a new run_dir=…"
             )
+
+    def check_weights(self, weights: Mapping[str, Mapping[str, str | None]]) -> None:
+        """Raise UserError when a network does not start from the bytes that this run began with.
+
+        `weights`: {"teacher" or "student": {"path", "sha256", "revision", …}}, `sha256` None for random ones.
+        """
+        before = self._recorded_weights() if self._has_trained() else {}
+        changed = [name for name in weights if name in before and before[name]["sha256"] != weights[name]["sha256"]]
+        if changed:
+            listed = "\n  ".join(
+                f"{name}.weights: {_described(before[name])} there, {_described(weights[name])} now" for name in changed
+            )
+            raise UserError(
+                f"run_dir: {self.folder} began with other weights:\n  {listed}\nbring the old ones back, or name a new "
+                "folder with run_dir=…"
+            )
+
+    def record_weights(self, weights: Mapping[str, Mapping[str, str | None]]) -> None:
+        """Write what the networks start from; of the same bytes it stays known from which revision they came."""
+        recorded = self._recorded_weights()
+        for name, now in weights.items():
+            before = recorded.get(name, now)
+            known = before if before["sha256"] == now["sha256"] else now
+            recorded[name] = {**known, **{key: value for key, value in now.items() if value is not None}}
+        write_text(self.weights, json.dumps(recorded, indent=2) + "\n")
 
     def record(self, settings: RunSettings, deepspeed_json: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
         """Write what runs, now that it has been built and resumed."""
@@ -124,7 +164,15 @@ class RunDirectory:
         write_text(self.complete_marker, json.dumps({"step": step}) + "\n")
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Mapping[str, str]) -> list[str]:
+def _described(weights: Mapping[str, str | None]) -> str:
+    """A file of weights by its bytes first: paths may lead elsewhere now."""
+    if weights["sha256"] is None:
+        return str(weights["path"])
+    revision = f", teacher.revision={weights['revision']}" if weights.get("revision") else ""
+    return f"SHA-256 {weights['sha256']} ({weights['path']}{revision})"
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
     """Settings whose values differ and may not: 'dotted.path: X there, Y now'."""
     old, new = flatten(before), flatten(now)
     changed = [path for path in sorted(old.keys() | new.keys()) if old.get(path) != new.get(path)]

@@ -9,18 +9,14 @@ import pytest
 import torch
 
 from fdscale.build.networks import as_pixels, prepare_student, prepare_teacher, seeded
-from fdscale.cluster.ranks import Rank
 from fdscale.config.errors import UserError
 from fdscale.config.settings import StudentSettings, TeacherSettings
 from fdscale.students.files import save_student
 from fdscale.students.geometry import SwinV2Geometry, TimmGeometry, ViTGeometry
 from fdscale.students.student import Student, build_student
-from fdscale.training.engine import Connection
 
-ALONE = Connection(Rank(0, 0, 1, 1, "127.0.0.1", 29500), torch.device("cpu"), None)
 SWIN = SwinV2Geometry(16, (1, 1), (2, 4), window_size=4, image_size=32)
 VIT = ViTGeometry(32, 2, 4, patch_size=8, image_size=32)
-BF16 = {"bf16": {"enabled": True}}
 
 
 def perturbed(geometry: SwinV2Geometry | ViTGeometry | TimmGeometry) -> Student:
@@ -39,8 +35,8 @@ def student_file(folder: Path, student: Student) -> str:
 @pytest.mark.parametrize("geometry", [SWIN, VIT], ids=["swin_v2", "vit"])
 def test_a_student_that_teaches_gives_its_own_tokens(geometry: SwinV2Geometry | ViTGeometry, tmp_path: Path) -> None:
     student = perturbed(geometry).eval()
-    settings = TeacherSettings(name="student_file", weights=student_file(tmp_path, student))
-    teacher = prepare_teacher(settings, {}, ALONE)
+    weights = student_file(tmp_path, student)
+    teacher = prepare_teacher(TeacherSettings(name="student_file", weights=weights), weights, torch.float32)
     pixels = torch.rand(2, 3, 32, 32)
     assert (teacher.grid, teacher.width, teacher.prefix_tokens) == (student.grid, student.width, student.prefix_tokens)
     torch.testing.assert_close(teacher(pixels), student(pixels).detach(), atol=2e-6, rtol=0)
@@ -48,8 +44,9 @@ def test_a_student_that_teaches_gives_its_own_tokens(geometry: SwinV2Geometry | 
 
 def test_its_final_norm_can_be_left_out(tmp_path: Path) -> None:
     student = perturbed(VIT).eval()
-    settings = TeacherSettings(name="student_file", weights=student_file(tmp_path, student), after_norm=False)
-    raw = prepare_teacher(settings, {}, ALONE)(pixels := torch.rand(2, 3, 32, 32))
+    weights = student_file(tmp_path, student)
+    settings = TeacherSettings(name="student_file", weights=weights, after_norm=False)
+    raw = prepare_teacher(settings, weights, torch.float32)(pixels := torch.rand(2, 3, 32, 32))
     torch.testing.assert_close(student.backbone.norm(raw), student(pixels), atol=2e-6, rtol=0)
 
 
@@ -57,12 +54,53 @@ def test_a_network_whose_norm_is_elsewhere_cannot_leave_it_out(tmp_path: Path) -
     weights = student_file(tmp_path, build_student(TimmGeometry("test_resnet", 32)))
     settings = TeacherSettings(name="student_file", weights=weights, after_norm=False)
     with pytest.raises(UserError, match=r"teacher\.after_norm=false"):
-        prepare_teacher(settings, {}, ALONE)
+        prepare_teacher(settings, weights, torch.float32)
+
+
+@pytest.mark.parametrize(("layer", "grid", "width"), [(0, (8, 8), 16), (1, (4, 4), 32)])
+def test_an_earlier_stage_of_a_swin_teaches_without_the_final_norm(
+    layer: int, grid: tuple[int, int], width: int, tmp_path: Path
+) -> None:
+    student, pixels = perturbed(SWIN).eval(), torch.rand(2, 3, 32, 32)
+    weights = student_file(tmp_path, student)
+    settings = TeacherSettings(name="student_file", weights=weights, layer=layer)
+    teacher = prepare_teacher(settings, weights, torch.float32)
+    images = (pixels - student.mean) / student.std
+    maps = student.backbone.forward_intermediates(images, [layer], intermediates_only=True)[0]
+    wanted = maps.flatten(2).transpose(1, 2)
+    if layer == 1:  # the last stage has a final norm
+        wanted = student.backbone.norm(wanted)
+    assert (teacher.grid, teacher.width) == (grid, width)
+    torch.testing.assert_close(teacher(pixels), wanted.detach(), atol=2e-6, rtol=0)
+
+
+def test_an_earlier_block_of_a_vit_teaches_through_the_final_norm(tmp_path: Path) -> None:
+    student, pixels, kept = perturbed(VIT).eval(), torch.rand(2, 3, 32, 32), []
+    weights = student_file(tmp_path, student)
+    student.backbone.blocks[0].register_forward_hook(lambda block, given, tokens: kept.append(tokens))
+    student(pixels)
+    settings = TeacherSettings(name="student_file", weights=weights, layer=0)
+    teacher = prepare_teacher(settings, weights, torch.float32)
+    assert len(teacher.backbone.blocks) == 1
+    torch.testing.assert_close(teacher(pixels), student.backbone.norm(kept[0]).detach(), atol=2e-6, rtol=0)
+
+
+def test_a_network_of_the_students_table_teaches_by_its_name(tmp_path: Path) -> None:
+    small = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
+    student = perturbed(SWIN).eval()
+    weights = student_file(tmp_path, student)
+    settings = TeacherSettings(name="swinv2_t", weights=weights, image_size=32, geometry=small)
+    teacher = prepare_teacher(settings, weights, torch.float32)
+    pixels = torch.rand(1, 3, 32, 32)
+    torch.testing.assert_close(teacher(pixels), student(pixels).detach(), atol=2e-6, rtol=0)
+    on_meta = prepare_teacher(TeacherSettings(name="swinv2_g"), "random", torch.bfloat16, "meta")
+    assert sum(p.numel() for p in on_meta.parameters()) == 2_997_843_680
 
 
 def test_bf16_rounds_the_parameters_alone(tmp_path: Path) -> None:
-    settings = TeacherSettings(name="student_file", weights=student_file(tmp_path, perturbed(SWIN)))
-    exact, rounded = (prepare_teacher(settings, config, ALONE) for config in ({}, BF16))
+    weights = student_file(tmp_path, perturbed(SWIN))
+    settings = TeacherSettings(name="student_file", weights=weights)
+    exact, rounded = (prepare_teacher(settings, weights, dtype) for dtype in (torch.float32, torch.bfloat16))
     table = "relative_coords_table"
     for (name, buffer), (_, other) in zip(exact.named_buffers(), rounded.named_buffers(), strict=True):
         assert torch.equal(buffer, other), name

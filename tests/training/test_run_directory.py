@@ -14,16 +14,20 @@ from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.config.errors import UserError
 from fdscale.config.recipe import load_recipe, to_toml
 from fdscale.config.settings import RunSettings
-from fdscale.training.run_directory import MAY_CHANGE, RunDirectory, differences, flatten, versions
+from fdscale.training.run_directory import HELD_BY_HASH, MAY_CHANGE, RunDirectory, differences, flatten, versions
 
 OVERRIDES = (
     "data.shards=shards", "eval.shards=held_out", "max_steps=100", "run_dir=runs/x", "log.prometheus_port=9000",
     "student.weights=w.safetensors", "student.geometry.depth=3", "teacher.weights=t.pt", "teacher.image_size=224",
-    "teacher.geometry.depth=2", "student.image_size=224",
+    "teacher.geometry.depth=2", "student.image_size=224", "teacher.revision=v1",
 )  # fmt: skip
 SETTINGS = load_recipe("vit_b_clip_b", OVERRIDES)
 JSON = load_deepspeed_json("laptop")
 DATA = {"data.shards": "0" * 64, "eval.shards": "1" * 64}
+WEIGHTS: dict[str, dict[str, str | None]] = {
+    "teacher": {"name": "clip_vit_b16", "path": "t.pt", "sha256": "a" * 64, "revision": "c" * 40},
+    "student": {"name": "vit_b16", "path": "random", "sha256": None, "revision": None},
+}
 PATHS = sorted(flatten(tomllib.loads(to_toml(SETTINGS))))
 
 
@@ -32,7 +36,18 @@ def run(tmp_path: Path) -> RunDirectory:
     directory = RunDirectory(tmp_path / "run")
     directory.begin(SETTINGS)
     directory.record(SETTINGS, JSON, DATA)
+    directory.record_weights(WEIGHTS)
     return directory
+
+
+def trained(run: RunDirectory) -> RunDirectory:
+    """The same run once it has something to lose."""
+    (run.checkpoints / "step_00000001").mkdir()
+    return run
+
+
+def with_teacher(**changes: str | None) -> dict[str, dict[str, str | None]]:
+    return {**WEIGHTS, "teacher": {**WEIGHTS["teacher"], **changes}}
 
 
 def other_value(value: Any) -> Any:
@@ -68,13 +83,14 @@ def refusal(run: RunDirectory, settings: RunSettings = SETTINGS, deepspeed_json:
 
 def test_every_setting_is_among_the_paths() -> None:
     assert len(PATHS) > 40
-    assert set(MAY_CHANGE) <= set(PATHS)
+    assert {*MAY_CHANGE, *HELD_BY_HASH} <= set(PATHS)
+    assert not set(MAY_CHANGE) & set(HELD_BY_HASH)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_change_passes_if_it_is_in_the_table_and_is_told_otherwise(path: str, run: RunDirectory) -> None:
     before = change_before(run, path)
-    if path in MAY_CHANGE:
+    if path in MAY_CHANGE or path in HELD_BY_HASH:
         run.check(SETTINGS, JSON)
     else:
         now = flatten(tomllib.loads(to_toml(SETTINGS)))[path]
@@ -98,8 +114,7 @@ def test_epochs_only_grow(run: RunDirectory) -> None:
     run.check(SETTINGS.model_copy(update={"epochs": SETTINGS.epochs + 1}), JSON)
     fewer = SETTINGS.model_copy(update={"epochs": SETTINGS.epochs - 1})
     run.check(fewer, JSON)  # nothing has been trained yet: a slip of the finger can be taken back
-    (run.checkpoints / "step_00000001").mkdir()
-    told = refusal(run, fewer)
+    told = refusal(trained(run), fewer)
     assert f"epochs: {SETTINGS.epochs} there, {SETTINGS.epochs - 1} now; it may only grow" in told
 
 
@@ -112,8 +127,8 @@ def test_every_difference_is_told_at_once(run: RunDirectory) -> None:
 
 
 def test_a_setting_that_appears_or_goes_is_a_difference(run: RunDirectory) -> None:
-    told = refusal(run, load_recipe("vit_b_clip_b", [o for o in OVERRIDES if not o.startswith("teacher.w")]))
-    assert "teacher.weights: 't.pt' there, 'unset' now" in told
+    told = refusal(run, load_recipe("vit_b_clip_b", [o for o in OVERRIDES if not o.startswith("teacher.i")]))
+    assert "teacher.image_size: 224 there, 'unset' now" in told
     assert differences({}, {"a": {"b": 1}}, {}) == ["a.b: 'unset' there, 1 now"]
 
 
@@ -136,6 +151,53 @@ def test_other_shards_are_refused_and_moved_ones_are_not(run: RunDirectory) -> N
     run.check_data(DATA)
     with pytest.raises(UserError, match=r"began with other shards than data\.shards now holds"):
         run.check_data({**DATA, "data.shards": "2" * 64})
+
+
+def test_weights_of_a_run_are_held_by_their_bytes(run: RunDirectory) -> None:
+    trained(run).check_weights(WEIGHTS)
+    run.check_weights(with_teacher(path="moved/t.pt", revision=None))
+    with pytest.raises(UserError) as error:
+        run.check_weights(with_teacher(path="other.pt", sha256="b" * 64, revision=None))
+    assert str(error.value) == (
+        f"run_dir: {run.folder} began with other weights:\n"
+        f"  teacher.weights: SHA-256 {'a' * 64} (t.pt, teacher.revision={'c' * 40}) there, "
+        f"SHA-256 {'b' * 64} (other.pt) now\n"
+        "bring the old ones back, or name a new folder with run_dir=…"
+    )
+
+
+def test_random_weights_are_no_file_and_no_file_is_random(run: RunDirectory) -> None:
+    with pytest.raises(UserError, match=r"\) there, random now"):
+        trained(run).check_weights(with_teacher(path="random", sha256=None, revision=None))
+    student: dict[str, str | None] = {"path": "s.safetensors", "sha256": "d" * 64}
+    with pytest.raises(UserError, match=f"student.weights: random there, SHA-256 {'d' * 64}"):
+        run.check_weights({**WEIGHTS, "student": student})
+
+
+def test_weights_may_be_corrected_until_something_was_trained(run: RunDirectory) -> None:
+    run.check_weights(with_teacher(sha256="b" * 64))
+    change_before(run, "teacher.weights")
+    run.check(SETTINGS, JSON)
+
+
+@pytest.mark.parametrize("path", HELD_BY_HASH)
+def test_a_trained_run_without_a_record_of_its_weights_goes_by_their_names(path: str, run: RunDirectory) -> None:
+    run.weights.unlink()
+    trained(run).check_weights(WEIGHTS)
+    run.check(SETTINGS, JSON)
+    change_before(run, path)
+    assert f"\n  {path}: " in refusal(run)
+    run.record_weights(WEIGHTS)
+    run.check(SETTINGS, JSON)
+
+
+def test_the_same_bytes_elsewhere_keep_their_revision(run: RunDirectory) -> None:
+    run.record_weights({"teacher": {"path": "elsewhere.pt", "sha256": "a" * 64, "revision": None}})
+    stored = json.loads((run.folder / "weights.json").read_text())
+    assert stored == {**WEIGHTS, "teacher": {**WEIGHTS["teacher"], "path": "elsewhere.pt"}}
+    other: dict[str, str | None] = {"path": "b.pt", "sha256": "b" * 64, "revision": None}
+    run.record_weights({"teacher": other})
+    assert json.loads((run.folder / "weights.json").read_text()) == {**WEIGHTS, "teacher": other}
 
 
 def test_a_folder_where_a_run_only_began_is_its_own(tmp_path: Path) -> None:
