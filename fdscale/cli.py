@@ -70,6 +70,41 @@ def check(
 
 
 @app.command()
+def models(
+    kind: Annotated[str, typer.Argument(help="teachers, students or all")] = "all",
+) -> None:
+    """List the teachers and students by name: parameters, width, tokens, FLOPs, licence."""
+    from fdscale.models import models_tables
+
+    for table in models_tables(kind):
+        terminal().print(table)
+
+
+@app.command()
+def fetch(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Download a recipe's teacher weights once, on a node with network; training itself never downloads."""
+    from fdscale.fetch import fetch as run
+
+    if found := run(settings_of(None, recipe, overrides, smoke=False)):
+        told = f"{escape(str(found.path))}\n{found.repository} at {found.revision}, sha256 {found.sha256}"
+        terminal().print(told, soft_wrap=True)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A checkpoint of the official code, SimMIM, Microsoft's Swin or BEiT.")],
+    output: Annotated[Path, typer.Option(help="A new folder.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="What the file does not tell, e.g. window_size=8.")
+    ] = None,
+) -> None:
+    """Turn a published checkpoint into a student file, which can be trained on, and can teach."""
+    from fdscale.importing.importer import import_checkpoint
+
+    terminal().print(escape(str(import_checkpoint(file, output, overrides or []))), soft_wrap=True)
+
+
+@app.command()
 def distill(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -> None:
     """Distil a teacher into a student on this rank (a launcher starts the ranks)."""
     settings = settings_of("distill", recipe, overrides, smoke)

@@ -9,6 +9,7 @@ from torch import Tensor
 from fdscale.build.networks import as_pixels, prepare_student, prepare_teacher, seeded
 from fdscale.build.run import open_run
 from fdscale.build.training import train
+from fdscale.config.errors import UserError
 from fdscale.config.settings import DistillSettings
 from fdscale.data.batches import Batch
 from fdscale.distill.distiller import Distiller
@@ -16,7 +17,9 @@ from fdscale.distill.layout import TokenLayout
 from fdscale.distill.targets import TargetMaker
 from fdscale.students.drop_path import drop_path_rows
 from fdscale.students.student import Student
+from fdscale.teachers.table import OWN
 from fdscale.teachers.teacher import Teacher
+from fdscale.training.engine import compute_dtype
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -28,10 +31,14 @@ def distill(settings: DistillSettings, student: Student | None = None, teacher: 
     The pair is built from the settings, or given: any two networks wrapped as `Student` and `Teacher`. Raises
     UserError for anything that does not fit together, before training starts.
     """
+    for name, given in ((settings.student.name, student), (settings.teacher.name, teacher)):
+        if (given is not None) != (name == OWN):
+            raise UserError(f"a network given in Python is named {OWN!r} in the settings, and only that; got {name!r}")
     run = open_run(settings)
     if run.is_complete():
         return True
-    frozen = (teacher or prepare_teacher(settings.teacher, run.deepspeed_json, run.connection)).to(run.device)
+    dtype = compute_dtype(run.deepspeed_json)
+    frozen = (teacher or prepare_teacher(settings.teacher, run.weights["teacher"].path, dtype)).to(run.device)
     trained = student or prepare_student(settings.student, settings.seed)
     targets = target_maker(settings, trained, frozen)
     with seeded(settings.seed):

@@ -34,6 +34,9 @@ FLOORS = {
     "fdscale.cluster.supervise": 4,
     "fdscale.downstream": 4,
     "fdscale.export": 4,
+    "fdscale.importing": 4,
+    "fdscale.fetch": 4,
+    "fdscale.models": 4,
     "fdscale.summary": 4,
     "fdscale.cli": 5,
     "fdscale.__main__": 6,
@@ -46,6 +49,7 @@ HEAVY = {
     "open_clip": ("fdscale.teachers.from_open_clip",),
     "transformers": ("fdscale.export.transformers_format",),
     "prometheus_client": ("fdscale.training.prometheus",),
+    "huggingface_hub": ("fdscale.fetch",),
     "matplotlib": ("fdscale.diagnostics.plots",),
     "fairscale": ("fdscale.training.sharding",),
 }

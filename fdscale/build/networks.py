@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fdscale.config.errors import UserError
 from fdscale.config.settings import StudentSettings, TeacherSettings
+from fdscale.planning.networks import up_to_layer
 from fdscale.students.files import load_weights
-from fdscale.students.geometry import file_geometry, student_geometry
+from fdscale.students.geometry import STUDENTS, file_geometry, student_geometry
 from fdscale.students.student import Student, build_student, set_activation_checkpointing
-from fdscale.teachers.table import STUDENT_FILE
+from fdscale.teachers.table import STUDENT_FILE, teacher_geometry
 from fdscale.teachers.teacher import Float32LayerNorm, Teacher, build_teacher
-from fdscale.training.engine import Connection, compute_dtype
 
 
 def prepare_student(settings: StudentSettings, seed: int) -> Student:
     """The student of the settings, from scratch or from a student file's weights (the log names which)."""
-    geometry = student_geometry(settings.name, settings.image_size, settings.geometry, settings.weights)
+    geometry = student_geometry(
+        settings.name, settings.image_size, settings.geometry, settings.weights, settings.position_bias
+    )
     student = build_student(geometry, settings.drop_path, seed)
     set_activation_checkpointing(student, settings.activation_checkpointing)
     if settings.weights:
@@ -31,50 +31,63 @@ def prepare_student(settings: StudentSettings, seed: int) -> Student:
     return student
 
 
-def prepare_teacher(settings: TeacherSettings, deepspeed_json: Mapping[str, Any], connection: Connection) -> Teacher:
-    """The frozen teacher of the settings, in the run's precision."""
-    dtype = compute_dtype(deepspeed_json)
+def prepare_teacher(settings: TeacherSettings, weights: str, dtype: torch.dtype, device: str = "cpu") -> Teacher:
+    """The frozen teacher of the settings, its weights `"random"` or a file, in the run's precision.
+
+    On the meta device it has shapes only, and its weights must be random.
+    """
+    if settings.name == STUDENT_FILE or settings.name in STUDENTS:
+        return _teacher_from_student(settings, weights, dtype, device)
+    spec = teacher_geometry(settings.name, weights, settings.image_size, settings.geometry, settings.layer)
+    return build_teacher(
+        spec,
+        weights,
+        after_norm=settings.after_norm,
+        rounded_norm=settings.rounded_norm,
+        dtype=dtype,
+        checkpoint_key=settings.checkpoint_key,
+        device=device,
+    )
+
+
+def _teacher_from_student(settings: TeacherSettings, weights: str, dtype: torch.dtype, device: str) -> Teacher:
+    """A network of the students' that teaches: SwinV2-G itself, or what an earlier run distilled."""
     if settings.name == STUDENT_FILE:
-        return _teacher_from_student(Path(str(settings.weights)), settings.after_norm, dtype)
-    with _one_rank_of_a_node_first(connection, wanted=settings.weights is None):
-        return build_teacher(
-            settings.name, settings.weights, settings.image_size, settings.geometry, settings.after_norm, dtype
-        )
-
-
-@contextmanager
-def _one_rank_of_a_node_first(connection: Connection, wanted: bool) -> Iterator[None]:
-    """Local rank 0 downloads into the node's cache, the others then find the file there."""
-    first = connection.rank.local_rank == 0
-    if wanted and not first:
-        dist.barrier(group=connection.control)
-    yield
-    if wanted and first:
-        dist.barrier(group=connection.control)
-
-
-def _teacher_from_student(weights: Path, after_norm: bool, dtype: torch.dtype) -> Teacher:
-    """A distilled or fine-tuned student as the next teacher."""
-    geometry = file_geometry(weights)
-    student = build_student(geometry)
-    load_weights(student, weights)
-    mean, std = (tuple(values.flatten().tolist()) for values in (student.mean, student.std))
-    final_norm = _take_norm(student.backbone)
-    if not after_norm and final_norm is None:
-        raise UserError(f"teacher.after_norm=false: the network in {weights} has no final norm that can be left out")
+        geometry = file_geometry(Path(weights))
+    else:
+        geometry = student_geometry(settings.name, settings.image_size, settings.geometry)
+    student = build_student(geometry, device=device)
+    if weights != "random":
+        load_weights(student, Path(weights))
+    taken = up_to_layer(geometry, settings.layer)
+    with torch.device(device):
+        final_norm = _cut(student.backbone, settings.layer, geometry.width == taken.width)
+    if not settings.after_norm and final_norm is None:
+        raise UserError(f"teacher.after_norm=false: {settings.name} has no final norm that can be left out")
     for parameter in student.backbone.parameters():  # parameters alone: rounded coordinates would move position biases
         parameter.data = parameter.data.to(dtype)
+    mean, std = (tuple(values.flatten().tolist()) for values in (student.mean, student.std))
     return Teacher(
         student.backbone,
-        width=student.width,
-        grid=student.grid,
+        width=taken.width or student.width,
+        grid=taken.grid or student.grid,
         prefix_tokens=student.prefix_tokens,
         mean=mean,
         std=std,
         image_size=student.image_size,
         final_norm=final_norm,
-        after_norm=after_norm,
+        after_norm=settings.after_norm,
+        rounded_norm=settings.rounded_norm,
     )
+
+
+def _cut(backbone: nn.Module, layer: int | None, norm_fits: bool) -> Float32LayerNorm | None:
+    """Let go of the layers above `layer`; returns the final norm, which no earlier stage of a Swin has."""
+    norm = _take_norm(backbone)
+    if layer is None:
+        return norm
+    backbone.prune_intermediate_layers([layer], prune_norm=False, prune_head=False)  # type: ignore[operator]
+    return norm if norm_fits else None
 
 
 def _take_norm(backbone: nn.Module) -> Float32LayerNorm | None:

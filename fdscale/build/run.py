@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from fdscale.build.weights import Network, WeightsRecord, hold_weights, student_weights, teacher_weights
 from fdscale.cluster.ranks import StopSignals, rank_from_environment
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.data.index import INDEX_FILE, Index, load_index
@@ -38,6 +39,7 @@ class Run:
     stop: StopSignals
     index: Index
     held_out: Index | None
+    weights: dict[Network, WeightsRecord]
 
     @property
     def device(self) -> torch.device:
@@ -93,16 +95,25 @@ def open_run(settings: DistillSettings | FinetuneSettings, samples: int | None =
     stop = StopSignals()
     stop.install()
     connection = connect(rank)
-    dist.barrier(group=connection.control)  # every rank has looked before the first one writes
+    weights = _weights(settings, connection)  # every rank has looked before the first one writes
     if rank.is_main:
         directory.begin(settings)
         for note in checked.notes:
             logger.info("note: %s", note)
+    hold_weights(directory, connection, weights)
     index = _open_shards(settings.data.shards, "train", directory, connection)
     held_out = settings.eval.shards and _open_shards(settings.eval.shards, "test", directory, connection)
-    run = Run(settings, deepspeed_json, connection, directory, stop, index, held_out or None)
+    run = Run(settings, deepspeed_json, connection, directory, stop, index, held_out or None, weights)
     directory.check_data(run.fingerprints())
     return run if samples is None else replace(run, index=_first(index, samples, settings.seed))
+
+
+def _weights(settings: DistillSettings | FinetuneSettings, connection: Connection) -> dict[Network, WeightsRecord]:
+    """What each network starts from, agreed on by all ranks."""
+    found: dict[Network, WeightsRecord] = {"student": student_weights(settings.student, connection)}
+    if isinstance(settings, DistillSettings):
+        found["teacher"] = teacher_weights(settings.teacher, connection)
+    return found
 
 
 def _open_shards(

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fdscale.config.errors import UserError
+from fdscale.config.errors import UserError, attempt
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.data.index import Index, load_index
+from fdscale.data.randaugment import refuse_unknown_policy
 
 AnySettings = DistillSettings | FinetuneSettings
 DIGITS = "digits"  # the embedded sample, packed on first use
@@ -45,6 +46,25 @@ def data_problems(settings: AnySettings, facts: DataFacts | None) -> Iterator[st
     yield from _size_problems(settings, facts)
     if isinstance(settings, FinetuneSettings):
         yield from _label_problems(settings, facts)
+
+
+def augment_problems(settings: AnySettings, micro_batch: int) -> list[str]:
+    """What cannot be done to the images as the settings ask, one sentence each."""
+    problems: list[str] = []
+    if not isinstance(settings, FinetuneSettings):
+        if settings.eval.normalisation != "training":
+            problems.append("eval.normalisation: it is fine-tuning that may be evaluated otherwise; leave it out")
+        return problems
+    augment = settings.augment
+    policy = augment.randaugment
+    if policy is not None:
+        attempt(lambda: refuse_unknown_policy(policy), problems)
+    if augment.mix_probability > 0 and max(augment.mixup, augment.cutmix) > 0 and micro_batch % 2:
+        problems.append(
+            f"augment.mixup, augment.cutmix: images are mixed in pairs, but train_micro_batch_size_per_gpu is "
+            f"{micro_batch}; allowed: even numbers, or set both to 0"
+        )
+    return problems
 
 
 def _named_index(where: str, folder: str) -> Index:

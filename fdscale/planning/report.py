@@ -5,8 +5,9 @@ from __future__ import annotations
 from rich.table import Table
 
 from fdscale.config.settings import DistillSettings, FinetuneSettings
-from fdscale.planning.check import Plan, TeacherGeometry, teacher_parameters
+from fdscale.planning.check import Plan
 from fdscale.planning.memory import GIB
+from fdscale.planning.networks import TeacherGeometry, teacher_parameters
 
 
 def plan_table(settings: DistillSettings | FinetuneSettings, plan: Plan) -> Table:

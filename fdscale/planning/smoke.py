@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fdscale.students.geometry import OWN, STUDENT_FILE, Geometry, SwinV2Geometry, ViTGeometry, student_geometry
+from fdscale.students.geometry import (
+    OWN,
+    STUDENT_FILE,
+    STUDENTS,
+    Geometry,
+    SwinV2Geometry,
+    ViTGeometry,
+    student_geometry,
+)
 from fdscale.teachers.table import TeacherSpec, teacher_geometry
 
 Tree = dict[str, Any]
@@ -75,10 +83,15 @@ def _small_student(original: Geometry) -> Tree:
 def _small_teacher(table: Mapping[str, Any], original: Geometry, small: Geometry) -> Tree:
     """The teacher's patch; its grid keeps the proportion to the student's (16x16 over 8x8: twice)."""
     size, overrides = table.get("image_size"), table.get("geometry", {})
-    spec = teacher_geometry(table["name"], table.get("weights"), size, overrides)
+    if table["name"] in STUDENTS:
+        return {**_small_student(student_geometry(table["name"], size, overrides)), "weights": "random"}
+    spec = teacher_geometry(table["name"], table.get("weights"), size, overrides, table.get("layer"))
     if not isinstance(spec, TeacherSpec):  # timm:NAME and student files are as large as they are
         return {}
-    patch: Tree = {"weights": "random", "geometry": TEACHER_SWIN if spec.family == "swin" else TEACHER_VIT}
+    swin = spec.family == "swin"
+    patch: Tree = {"weights": "random", "geometry": TEACHER_SWIN if swin else TEACHER_VIT}
+    if spec.layer is not None and not swin:
+        patch["layer"] = min(spec.layer, TEACHER_VIT["depth"] - 1)
     if original.grid is None or small.grid is None:
         return patch
     side = max(1, round(small.grid[0] * spec.grid[0] / original.grid[0]))

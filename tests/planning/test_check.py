@@ -33,7 +33,8 @@ def problems(name: str, *overrides: str, ranks: int = 2) -> list[str]:
 
 
 def test_the_plan_of_a_good_run(shards: Shards) -> None:
-    plan = plan_of("vit_b_clip_b", f"data.shards={shards(20)}", "data.workers=0", "epochs=30", "checkpoint.every=5")
+    cadence = ["data.workers=0", "epochs=30", "checkpoint.every=5"]
+    plan = plan_of("vit_b_clip_b", f"data.shards={shards(20)}", "teacher.weights=random", *cadence)
     assert (plan.ranks, plan.micro_batch, plan.accumulation, plan.global_batch) == (2, 2, 2, 8)
     assert (plan.samples, plan.steps_per_epoch, plan.steps) == (20, 2, 60)
     assert plan.notes == ()
@@ -151,7 +152,8 @@ def test_a_shard_folder_without_index_and_too_few_samples(shards: Shards, tmp_pa
 
 
 def test_fewer_shards_than_readers_is_a_note(shards: Shards) -> None:
-    plan = plan_of("vit_b_clip_b", f"data.shards={shards(8)}", "data.workers=3", "max_steps=400", "epochs=20")
+    cadence = ["data.workers=3", "max_steps=400", "epochs=20"]
+    plan = plan_of("vit_b_clip_b", f"data.shards={shards(8)}", "teacher.weights=random", *cadence)
     assert [note.split(":")[0] for note in plan.notes] == [
         "2 shards for 2 ranks x 3 workers = 6 readers",
         "max_steps 400 exceeds the 20 steps of the run",
@@ -196,6 +198,21 @@ def test_student_weights_of_another_geometry(tmp_path: Path) -> None:
     assert "embed_dim 384 (settings: 96), depth 5 (settings: 4), num_heads 6 (settings: 3)" in problem
     (problem,) = problems("vit_b_clip_b", f"student.weights={weights}", "student.name=swinv2_b")[:1]
     assert "holds a vit, student.name is a swin_v2" in problem
+
+
+def test_what_cannot_be_done_to_the_images_is_told_at_once(tmp_path: Path) -> None:
+    weights = f"student.weights={student_file(tmp_path)}"
+    asked = ["augment.cutmix=1.0", "augment.randaugment=rand-q9"]
+    odd = {**DEEPSPEED, "train_micro_batch_size_per_gpu": 1}
+    run = load_recipe("digits_finetune", ["data.shards=digits", "data.global_batch=8", weights, *asked])
+    with pytest.raises(SettingsError) as caught:
+        check(run, odd, 2)
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "augment.randaugment",
+        "augment.mixup, augment.cutmix",
+    ]
+    (problem,) = problems("vit_b_clip_b", "eval.normalisation=clip")
+    assert problem.startswith("eval.normalisation: ")
 
 
 def test_fine_tuning_needs_labels_and_enough_of_them(shards: Shards, tmp_path: Path) -> None:
