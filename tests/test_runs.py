@@ -85,7 +85,15 @@ def undisturbed(
 
 def test_a_run_leaves_what_ran_and_its_student(undisturbed: Path) -> None:
     left = {path.name for path in undisturbed.iterdir()}
-    kept = {"recipe.toml", "deepspeed.json", "versions.json", "data.json", "metrics.jsonl", "checkpoints"}
+    kept = {
+        "recipe.toml",
+        "deepspeed.json",
+        "versions.json",
+        "data.json",
+        "weights.json",
+        "metrics.jsonl",
+        "checkpoints",
+    }
     assert kept | {"student.safetensors", "student.json", "complete.json"} == left
     assert [step for step, _, _ in curve(undisturbed)] == [1, 2, 3, 4, 5, 6]
     assert len(list((undisturbed / "checkpoints").glob("step_*/manifest.json"))) == 2

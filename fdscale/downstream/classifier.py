@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fdscale.build.training import BACKBONE
 from fdscale.config.errors import UserError
-from fdscale.students.files import save_student
+from fdscale.students.files import save_student, write_weights
 from fdscale.students.student import Student
 from fdscale.students.swin_v2 import Linear32
 from fdscale.teachers.teacher import Float32LayerNorm
@@ -83,16 +80,5 @@ def save_classifier(student: Student, state: dict[str, Tensor], folder: Path) ->
     backbone = {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)}
     rest = {name: value for name, value in state.items() if not name.startswith(BACKBONE)}
     new_norm = {name.replace("fc_norm", "norm"): value for name, value in rest.items() if name.startswith(NEW_NORM)}
-    _write(rest, folder / "classifier.safetensors")
+    write_weights(rest, folder / "classifier.safetensors")
     save_student(student, backbone | new_norm, folder)
-
-
-def _write(state: dict[str, Tensor], path: Path) -> None:
-    beside = path.with_name(path.name + ".new")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, beside)
-        os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} could not be written: {error}; make room, then start the same command again"
-        ) from error

@@ -31,14 +31,7 @@ def save_student(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "student.safetensors"
-    beside = path.with_name(path.name + ".new")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, beside)
-        os.replace(beside, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} could not be written: {error}; make room, then start the same command again"
-        ) from error
+    write_weights(state, path)
     if student.geometry is None:
         return path
     description = {
@@ -49,6 +42,18 @@ def save_student(
     }
     path.with_suffix(".json").write_text(json.dumps(description, indent=2) + "\n")
     return path
+
+
+def write_weights(state: dict[str, Tensor], path: Path) -> None:
+    """Write a state dict as safetensors, whole or not at all; raises UserError where there is no room."""
+    beside = path.with_name(path.name + ".new")
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, beside)
+        os.replace(beside, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{path} could not be written: {error}; make room, then start the same command again"
+        ) from error
 
 
 def load_weights(student: Student, weights: Path) -> None:
