@@ -178,8 +178,10 @@ def teacher_geometry(
             raise SettingsError(unknown)
         return UnbuiltTeacher("timm", name.removeprefix(TIMM_PREFIX), image_size, overrides, layer=layer)
     if name not in TEACHERS:
-        known = [*TEACHERS, STUDENT_FILE, "timm:NAME", OWN]
-        raise UserError(f"teacher.name: unknown teacher {name!r}{nearest(name, known)}; allowed: {', '.join(known)}")
+        raise UserError(
+            f"teacher.name: unknown teacher {name!r}{nearest(name, [*TEACHERS, STUDENT_FILE])}; allowed: "
+            f"{len(TEACHERS)} names (`fdscale models` lists them), a student's name, {STUDENT_FILE}, timm:NAME, {OWN}"
+        )
     spec = replace(_overridden(name, overrides), layer=layer)
     spec = spec if image_size is None else replace(spec, image_size=image_size)
     if problems := list(_problems(name, spec)):
