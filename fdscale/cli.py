@@ -157,10 +157,10 @@ def where(name: Annotated[str, typer.Argument(help="A recipe's, DeepSpeed JSON's
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A completed run directory.")],
+    run: Annotated[Path, typer.Argument(help="A completed run directory, or an imported student's folder or file.")],
     output: Annotated[Path, typer.Option(help="A new folder.")],
 ) -> None:
-    """Write a completed run's student as a folder that timm loads without fdscale."""
+    """Write a student as a folder that timm loads without fdscale."""
     from fdscale.export.timm_format import export_timm
 
     terminal().print(f"exported to {escape(str(export_timm(run, output)))}")

@@ -16,7 +16,7 @@ from torch import nn
 from fdscale.build.networks import prepare_teacher
 from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.config.recipe import load_recipe, recipe_names
-from fdscale.config.settings import DistillSettings
+from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.config.shipped import shipped
 from fdscale.data.pack import pack_digits
 from fdscale.downstream.classify import finetune
@@ -133,12 +133,19 @@ def test_it_checks_builds_at_full_size_and_takes_two_steps_in_miniature(
     if isinstance(settings, DistillSettings):
         assert parameters_of(prepare_teacher(settings.teacher, "random", torch.bfloat16, "meta")) == teacher
     own = files[OF_ITS_USER][:1] if name == OF_ITS_USER else []
-    overrides = [f"data.shards={digits}", *own]
+    overrides = [f"data.shards={digits}", f"deepspeed={in_miniature(settings.deepspeed, tmp_path)}", *own]
     assert two_ranks(two_steps, name, str(tmp_path / "run"), overrides) == [True, True]
     rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 2
     assert all(math.isfinite(loss) and 0 < loss < 5 for loss in losses)
+
+
+def in_miniature(deepspeed: str, folder: Path) -> Path:
+    """The recipe's own JSON, its ZeRO stage and precision included, for micro batches of the smoke table."""
+    path = folder / "deepspeed.json"
+    path.write_text(json.dumps({**load_deepspeed_json(deepspeed), "train_micro_batch_size_per_gpu": 16}))
+    return path
 
 
 def parameters_of(network: nn.Module) -> int:
@@ -157,11 +164,67 @@ def test_it_shrinks_to_a_laptop(name: str, ranks: int, files: dict[str, list[str
         assert settings.teacher.weights == "random"
 
 
-def test_the_official_rates_at_the_official_batch() -> None:
-    optim = load_recipe("vit_b_clip_b").optim
-    scale = 2048 / (optim.reference_batch or 2048)
-    rates = [optim.lr * scale, optim.warmup_lr * scale, optim.min_lr * scale]
-    assert rates == pytest.approx([1.2e-3, 2e-6, 2e-5])
+# The released configurations: student, teacher, batch, epochs, warm-up; lr, warm-up and minimum rate at that batch;
+# drop path, smallest crop, clip, layer decay.
+OFFICIAL: dict[str, tuple[Any, ...]] = {
+    "vit_b_clip_b_100ep": ("vit_b16", "clip_vit_b16", 2048, 100, 10, 1.2e-3, 2e-6, 2e-5, 0.1, 0.67, 3.0, 1.0),
+    "vit_b_clip_b": ("vit_b16", "clip_vit_b16", 2048, 300, 10, 1.2e-3, 2e-6, 2e-5, 0.2, 0.08, 3.0, 1.0),
+    "vit_l_clip_l": ("vit_l14", "clip_vit_l14", 2048, 300, 10, 1.2e-3, 2e-6, 2e-5, 0.3, 0.08, 3.0, 1.0),
+    "vit_b_deit": ("vit_b16", "deit_b16", 2048, 300, 10, 1.2e-3, 2e-6, 2e-5, 0.3, 0.08, 3.0, 1.0),
+    "vit_b_dino": ("vit_b16", "dino_vit_b16", 2048, 300, 10, 1.2e-3, 2e-6, 2e-5, 0.3, 0.08, 3.0, 1.0),
+    "swinv2_b_esvit": ("swinv2_b", "esvit_swin_b", 2048, 300, 10, 8e-4, 4e-6, 4e-5, 0.3, 0.08, 3.0, 1.0),
+    "finetune_vit_b_clip_b_100ep": ("vit_b16", None, 2048, 100, 20, 5e-3, 1e-6, 1e-6, 0.1, 0.08, 5.0, 0.65),
+    "finetune_vit_b_clip_b": ("vit_b16", None, 2048, 100, 20, 5e-3, 1e-6, 1e-6, 0.3, 0.08, 5.0, 0.6),
+    "finetune_vit_l_clip_l": ("vit_l14", None, 2048, 50, 5, 1e-3, 2e-6, 2e-6, 0.4, 0.08, 5.0, 0.75),
+    "finetune_vit_b_deit": ("vit_b16", None, 2048, 100, 20, 5e-3, 1e-6, 1e-6, 0.3, 0.08, 5.0, 0.65),
+    "finetune_vit_b_dino": ("vit_b16", None, 2048, 100, 20, 6e-3, 1e-6, 1e-6, 0.2, 0.08, 5.0, 0.6),
+    "finetune_swinv2_b_esvit": ("swinv2_b", None, 1024, 100, 20, 2.5e-3, 5e-7, 5e-7, 0.4, 0.08, 5.0, 0.8),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_a_released_configuration_is_exact(name: str) -> None:
+    settings = load_recipe(name)
+    optim, data = settings.optim, settings.data
+    teacher = settings.teacher.name if isinstance(settings, DistillSettings) else None
+    assert optim.reference_batch
+    rates = [rate * data.global_batch / optim.reference_batch for rate in (optim.lr, optim.warmup_lr, optim.min_lr)]
+    found = (settings.student.name, teacher, data.global_batch, settings.epochs, optim.warmup_epochs, *rates)
+    found = (*found, settings.student.drop_path, data.crop_scale[0], optim.clip, optim.layer_decay)
+    assert found[:2] == OFFICIAL[name][:2]
+    assert found[2:] == pytest.approx(OFFICIAL[name][2:])
+    assert (optim.weight_decay, optim.betas, optim.eps) == (0.05, (0.9, 0.999), 1e-8)
+    assert (data.flip, data.crop_scale[1], data.crop_ratio) == (0.5, 1.0, (3 / 4, 4 / 3))
+    assert (settings.student.image_size, settings.seed) == (224, 0)
+
+
+@pytest.mark.parametrize("name", [name for name in OFFICIAL if not name.startswith("finetune_")])
+def test_a_released_distillation_has_the_papers_target_and_loss(name: str) -> None:
+    settings = load_recipe(name)
+    assert isinstance(settings, DistillSettings)
+    assert (settings.target.grid, settings.target.prefix_tokens, settings.target.whiten) == ("exact", "keep", True)
+    assert (settings.loss.beta, settings.teacher.after_norm, settings.data.interpolation) == (2.0, True, "bilinear")
+
+
+@pytest.mark.parametrize("name", [name for name in OFFICIAL if name.startswith("finetune_")])
+def test_a_released_fine_tuning_has_the_official_head_and_augmentation(name: str) -> None:
+    settings, swin = load_recipe(name), "swinv2" in name
+    assert isinstance(settings, FinetuneSettings)
+    augment = settings.augment
+    assert (augment.randaugment, augment.erasing, augment.mixup, augment.cutmix) == (
+        "rand-m9-mstd0.5-inc1",
+        0.25,
+        0.8,
+        1,
+    )
+    assert (augment.mix_probability, augment.switch_probability) == (1.0, 0.5)
+    assert augment.images_per_draw == settings.data.global_batch // 16  # one of sixteen GPUs
+    assert (settings.label_smoothing, settings.classes, settings.data.interpolation) == (0.1, 1000, "bicubic")
+    head = ("student", 1.0) if swin else ("after_pooling", 0.001)
+    assert (settings.head.norm, settings.head.init_scale) == head
+    assert settings.student.position_bias == (None if swin else "per_block")
+    assert settings.student.weights == f"runs/{name.removeprefix('finetune_')}/student.safetensors"
+    assert (settings.optim.layer_decay_scales, settings.optim.decay_position_bias) == ("peak", True)
 
 
 def test_swinv2_g_is_the_published_model() -> None:

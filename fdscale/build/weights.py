@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -10,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from fdscale.config.errors import UserError
 from fdscale.config.settings import StudentSettings, TeacherSettings
+from fdscale.students.geometry import file_description
 from fdscale.teachers.fetched import fetched, sha256_of, verify, weights_folder
 from fdscale.teachers.table import OWN
 from fdscale.training.engine import Connection, gather_lists
@@ -21,13 +24,17 @@ RANDOM = "random"
 
 @dataclass(frozen=True)
 class WeightsRecord:
-    """What a network starts from: `path` is its file, or `random` or `own` (given in Python), which have no hash."""
+    """What a network starts from: `path` is its file, or `random` or `own` (given in Python), which have no hash.
+
+    `description` is the hash of what stands beside a student file: its geometry, mean and std.
+    """
 
     name: str
     path: str
     sha256: str | None = None
     repository: str | None = None
     revision: str | None = None
+    description: str | None = None
 
 
 def teacher_weights(settings: TeacherSettings, connection: Connection) -> WeightsRecord:
@@ -76,9 +83,15 @@ def _student_record(settings: StudentSettings) -> WeightsRecord:
 
 def _file_record(network: str, name: str, path: str) -> WeightsRecord:
     try:
-        return WeightsRecord(name, path, sha256_of(Path(path)))
+        return WeightsRecord(name, path, sha256_of(Path(path)), description=_description(Path(path)))
     except UserError as error:
         raise UserError(f"{network}.weights: {error}") from error
+
+
+def _description(weights: Path) -> str | None:
+    if not weights.with_suffix(".json").is_file():
+        return None
+    return hashlib.sha256(json.dumps(file_description(weights), sort_keys=True).encode()).hexdigest()
 
 
 class _Outcome(NamedTuple):

@@ -214,7 +214,7 @@ class HeadSettings(Settings):
 
 
 class FinetuneSettings(RunSettings):
-    """Supervised fine-tuning; `labelled` trains on the first samples of the order only."""
+    """Supervised fine-tuning; `labelled` trains on so many samples only, drawn by the seed."""
 
     program: Literal["finetune"]
     classes: Annotated[int, Field(ge=2)]

@@ -40,12 +40,11 @@ _CARD = """\
 ---
 library_name: timm
 pipeline_tag: image-feature-extraction
-tags:
-- feature-distillation
+tags:{tags}
 ---
 # {folder}
 
-A backbone trained with fdscale. {origin}
+{origin}
 
 {loading}
 ## Input
@@ -68,13 +67,19 @@ Images are RGB in [0, 1]; subtract the mean, divide by the standard deviation.
 """
 
 
-def model_card(config: Mapping[str, Any], recipe: Mapping[str, Any], folder: str) -> str:
-    """README.md for the exported `config.json`; `recipe` is the run's, empty when it is not known."""
+def model_card(
+    config: Mapping[str, Any], recipe: Mapping[str, Any], source: Mapping[str, str] | None, folder: str
+) -> str:
+    """README.md for the exported `config.json`; `recipe` is the run's, empty when it is not known.
+
+    `source` (`file`, `sha256`) is the checkpoint that the weights were imported from, None where they were trained.
+    """
     preprocessing = config["pretrained_cfg"]
     input_size = ", ".join(str(n) for n in preprocessing["input_size"])
     return _CARD.format(
         folder=folder,
-        origin=_origin(recipe),
+        origin=_imported(source) if source else f"A backbone trained with fdscale. {_origin(recipe)}",
+        tags="" if source else "\n- feature-distillation",
         loading=_loading(config, folder, input_size),
         input_size=input_size,
         mean=preprocessing["mean"],
@@ -92,6 +97,13 @@ def _loading(config: Mapping[str, Any], folder: str, input_size: str) -> str:
     pooled = config["model_args"]["global_pool"] != ""
     call, pooling = ("model.forward_features", "") if pooled else ("model", ', global_pool="avg"')
     return _STOCK.format(folder=folder, input_size=input_size, call=call, pooling=pooling)
+
+
+def _imported(source: Mapping[str, str]) -> str:
+    return (
+        f"Weights of `{source['file']}` (SHA-256 `{source['sha256']}`), brought into timm's names by fdscale and "
+        "trained by others: their licence holds."
+    )
 
 
 def _origin(recipe: Mapping[str, Any]) -> str:

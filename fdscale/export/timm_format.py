@@ -28,6 +28,7 @@ from fdscale.students.geometry import (
     ViTGeometry,
     file_description,
     file_geometry,
+    file_source,
 )
 from fdscale.students.swin_v2 import SwinV2
 from fdscale.training.run_directory import RunDirectory
@@ -70,7 +71,7 @@ def export_timm(source: Path, output: Path) -> Path:
     _check_keys(weights, network)
     config = _config(model, network, weights)
     with new_folder(output) as folder:
-        _write(folder, weights, config, model_card(config, _recipe(weights), folder.name))
+        _write(folder, weights, config, model_card(config, _recipe(weights), file_source(weights), folder.name))
     return output.resolve()
 
 
@@ -182,6 +183,8 @@ def _weights_file(source: Path) -> Path:
     if not source.exists():
         raise UserError(f"{source}: no such run directory or student file")
     run = RunDirectory(source)
+    if not run.recipe.is_file() and run.student.is_file():
+        return run.student  # an imported student's folder
     if run.completed_steps() is None or not run.student.is_file():
         raise UserError(
             f"{source}: not a completed run: its student.safetensors is written and marked when the last "

@@ -99,7 +99,11 @@ def _student(source: Source, found: Found, overrides: Overrides) -> Student:
 def _checked(source: Source, found: Found, student: Student) -> StateDict:
     """The student's tensors, each with memory of its own, nothing missing and nothing over; else UserError."""
     wanted = {name: tuple(tensor.shape) for name, tensor in student.backbone.state_dict().items()}
-    if problems := list(_problems(wanted, {name: tuple(tensor.shape) for name, tensor in found.state.items()})):
+    problems = list(_problems(wanted, {name: tuple(tensor.shape) for name, tensor in found.state.items()}))
+    broken = [name for name, t in found.state.items() if not t.is_floating_point() or not bool(t.isfinite().all())]
+    if broken:
+        problems.append(f"{len(broken)} not of finite floating-point numbers ({first(broken)})")
+    if problems:
         raise UserError(
             f"{source.path} is not a whole checkpoint of the {found.family} that it looks like: {'; '.join(problems)}; "
             "nothing was written"

@@ -13,7 +13,15 @@ from fdscale.config.settings import DistillSettings, StudentSettings, TeacherSet
 from fdscale.distill.layout import TokenLayout, layout_problems
 from fdscale.students.geometry import STUDENTS, Geometry, SwinV2Geometry, ViTGeometry, file_geometry, student_geometry
 from fdscale.teachers.fetched import fetched
-from fdscale.teachers.table import STUDENT_FILE, TEACHERS, TeacherSpec, UnbuiltTeacher, teacher_geometry
+from fdscale.teachers.table import (
+    OWN,
+    STUDENT_FILE,
+    TEACHERS,
+    TIMM_PREFIX,
+    TeacherSpec,
+    UnbuiltTeacher,
+    teacher_geometry,
+)
 
 TeacherGeometry = TeacherSpec | UnbuiltTeacher | Geometry  # the last: a network of the students' teaches
 FREE_LICENCES = ("MIT", "Apache-2.0", "your own")
@@ -32,6 +40,7 @@ def planned_student(table: StudentSettings) -> Geometry:
 
 def planned_teacher(table: TeacherSettings) -> TeacherGeometry:
     """The teacher's shape up to the layer that is taken; raises UserError where its weights are known to be missing."""
+    _refuse_what_contradicts(table)
     if table.name == STUDENT_FILE:
         teacher_geometry(table.name, table.weights, table.image_size, table.geometry)  # refuses what cannot be set
         return up_to_layer(_file_geometry("teacher.weights", str(table.weights)), table.layer)
@@ -43,6 +52,21 @@ def planned_teacher(table: TeacherSettings) -> TeacherGeometry:
     elif table.weights is None and isinstance(teacher, TeacherSpec) and not teacher.pretrained:
         raise UserError(f'teacher.weights: no hub carries {table.name}: give the path of its file, or "random"')
     return teacher
+
+
+def _refuse_what_contradicts(table: TeacherSettings) -> None:
+    problems = []
+    if table.rounded_norm and not table.after_norm:
+        problems.append("teacher.rounded_norm: with teacher.after_norm=false there is no final norm to round")
+    of_ours = table.name == STUDENT_FILE or table.name in STUDENTS
+    if of_ours and table.checkpoint_key is not None:
+        problems.append(
+            f"teacher.checkpoint_key: {table.name} is a student file, which holds one network; leave it out"
+        )
+    if table.revision is not None and (of_ours or table.weights is not None):
+        problems.append("teacher.revision: it pins what `fdscale fetch` brings; these weights are not fetched")
+    if problems:
+        raise SettingsError(problems)
 
 
 def _student_as_teacher(table: TeacherSettings) -> Geometry:
@@ -91,7 +115,10 @@ def _refuse_another_geometry(who: str, weights: str, wanted: Geometry) -> None:
     different = [f"{key} {theirs[key]} (settings: {ours[key]})" for key in theirs if theirs[key] != ours[key]]
     if different:
         found = ", ".join(different)
-        raise UserError(f"{who}.weights: {weights} holds {found}; set {who}.geometry to match")
+        untied = theirs.get("position_bias") != ours.get("position_bias")
+        match = f"{who}.geometry to match" if not untied else f"{who}.position_bias={theirs['position_bias']}"
+        remedy = f"set {match}" if who == "student" else f"set {who}.name={STUDENT_FILE}, which takes it from the file"
+        raise UserError(f"{who}.weights: {weights} holds {found}; {remedy}")
 
 
 def _file_geometry(where: str, weights: str) -> Geometry:
@@ -130,8 +157,11 @@ def _layout(network: TeacherGeometry | None) -> TokenLayout | None:
 
 def teacher_notes(table: TeacherSettings) -> Iterator[str]:
     """Weights that must still be fetched, and a licence that restricts what becomes of them."""
-    if table.weights is None and fetched(table.name, table.revision) is None:
+    found = fetched(table.name, table.revision) if table.weights is None and table.name != OWN else None
+    if table.weights is None and table.name != OWN and (found is None or not found.path.is_file()):
         yield f"the weights of {table.name} are not on this machine: `fdscale fetch` brings them"
+    if table.name.startswith(TIMM_PREFIX):
+        yield f"{table.name} is looked up in timm when it is built, at the start"
     spec = TEACHERS.get(table.name)
     if table.weights != "random" and spec is not None and spec.licence not in FREE_LICENCES:
         yield f"the weights of {table.name} come under {spec.licence}: so may what is distilled from them"

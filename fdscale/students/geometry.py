@@ -169,6 +169,12 @@ def file_geometry(weights: Path) -> Geometry:
     return _from_json(file_description(weights)["geometry"], weights.with_suffix(".json"))
 
 
+def file_source(weights: Path) -> dict[str, str] | None:
+    """The `file` and `sha256` of the checkpoint that a student file was imported from; None where it was trained."""
+    path = weights.with_suffix(".json")
+    return json.loads(path.read_text()).get("source") if path.is_file() else None
+
+
 def file_description(weights: Path) -> dict[str, Any]:
     """What stands beside a student file's weights: `geometry`, `mean`, `std`; raises UserError when it does not."""
     path = weights.with_suffix(".json")

@@ -45,6 +45,9 @@ class Student(nn.Module):
         self.width, self.grid, self.prefix_tokens = width, grid, prefix_tokens
         self.image_size, self.geometry = image_size, geometry
         self.draws, self.drop_path_sites = use_table(backbone)
+        for module in backbone.modules():
+            if getattr(module, "k_bias", None) is not None:
+                module.register_forward_pre_hook(_cast_key_bias)
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -87,6 +90,14 @@ class Student(nn.Module):
             case SwinV2Geometry() as swin:
                 return {name: swin_v2_layer(name, swin.depths) for name in names}
         return timm_layers(self.backbone)[0]
+
+
+def _cast_key_bias(attention: nn.Module, inputs: object) -> None:
+    """timm's zero key bias is a buffer: DeepSpeed leaves it in fp32 beside 16-bit weights, which cannot be mixed."""
+    q_bias, k_bias = attention.q_bias, attention.k_bias
+    assert isinstance(q_bias, Tensor)
+    assert isinstance(k_bias, Tensor)
+    attention.k_bias = k_bias.to(q_bias.dtype)
 
 
 def build_student(geometry: Geometry, drop_path: float = 0.0, seed: int = 0, device: str = "cpu") -> Student:

@@ -93,6 +93,8 @@ class SwinV2Geometry:
         if self.pretrained_window_sizes and len(self.pretrained_window_sizes) != len(self.depths):
             windows = list(self.pretrained_window_sizes)
             found.append(f"depths {list(self.depths)} and pretrained_window_sizes {windows} differ in length")
+        if any(window < 1 for window in self.pretrained_window_sizes):
+            found.append(f"pretrained_window_sizes {list(self.pretrained_window_sizes)}: allowed are sizes from 1")
         if self.image_size % self.stride:
             found.append(f"image_size {self.image_size} is not a multiple of the stride {self.stride}")
         for stage, heads in enumerate(self.num_heads):

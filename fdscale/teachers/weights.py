@@ -139,11 +139,15 @@ def load_strictly(model: nn.Module, state: StateDict, path: Path, network: str, 
     """
     wanted = model.state_dict()
     prefixes = (*DROPPED_PREFIXES, *(f"{name}." for name in classifier))
-    state = {k: v for k, v in state.items() if k in wanted or not _is_dropped(k, prefixes)}
+    left = [k for k in state if k not in wanted and _is_dropped(k, prefixes)]
+    if left:
+        log.info("%s: left behind, the teacher has no use for them: %s", path, ", ".join(left[:3]))
+    state = {k: v for k, v in state.items() if k not in left}
     problems = [
         *_listed("missing", [k for k in wanted if k not in state]),
         *_listed("unexpected", [k for k in state if k not in wanted]),
         *_listed("of another shape", [_shapes(k, state, wanted) for k in state if _differs(k, state, wanted)]),
+        *_listed("not finite", [k for k in state if not bool(state[k].isfinite().all())]),
     ]
     if problems:
         raise UserError(

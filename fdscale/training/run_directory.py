@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fdscale.config.errors import UserError
-from fdscale.config.recipe import to_toml
+from fdscale.config.recipe import load_recipe, to_toml
 from fdscale.config.settings import RunSettings
 
 # What may change between two starts of one run; everything else decides what is learned.
@@ -79,7 +79,7 @@ class RunDirectory:
             if self.folder.exists() and any(self.folder.iterdir()):
                 raise UserError(f"run_dir: {self.folder} is not empty and not a run; name a new folder with run_dir=…")
             return
-        before, now = tomllib.loads(self.recipe.read_text()), tomllib.loads(to_toml(settings))
+        before, now = self._recorded_recipe(), tomllib.loads(to_toml(settings))
         problems = differences(before, now, {*MAY_CHANGE, *self._held_by_hash()})
         json_before = json.loads(self.deepspeed.read_text()) if self.deepspeed.exists() else deepspeed_json
         problems += differences(json_before, deepspeed_json, MAY_CHANGE_IN_JSON)
@@ -91,6 +91,13 @@ class RunDirectory:
                 f"run_dir: {self.folder} holds another run:\n  {listed}\nname a new folder with run_dir=…, "
                 "or take these changes back"
             )
+
+    def _recorded_recipe(self) -> dict[str, Any]:
+        """What this run began with; settings that are newer than the run have their defaults there."""
+        try:
+            return tomllib.loads(to_toml(load_recipe(str(self.recipe))))
+        except UserError:  # of another version, which had settings that are gone: they are told as differences
+            return tomllib.loads(self.recipe.read_text())
 
     def _held_by_hash(self) -> set[str]:
         """Settings that need not be equal, since `check_weights` compares what they name with what is recorded."""
@@ -126,7 +133,7 @@ class RunDirectory:
         `weights`: {"teacher" or "student": {"path", "sha256", "revision", …}}, `sha256` None for random ones.
         """
         before = self._recorded_weights() if self._has_trained() else {}
-        changed = [name for name in weights if name in before and before[name]["sha256"] != weights[name]["sha256"]]
+        changed = [name for name in weights if name in before and _differ(before[name], weights[name])]
         if changed:
             listed = "\n  ".join(
                 f"{name}.weights: {_described(before[name])} there, {_described(weights[name])} now" for name in changed
@@ -162,6 +169,12 @@ class RunDirectory:
     def mark_complete(self, step: int) -> None:
         """Say that the run is done and its student file is whole."""
         write_text(self.complete_marker, json.dumps({"step": step}) + "\n")
+
+
+def _differ(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> bool:
+    """Whether the bytes are others, or what stands beside them: a student's geometry, mean and std."""
+    described = before.get("description", now.get("description"))
+    return before["sha256"] != now["sha256"] or described != now.get("description")
 
 
 def _described(weights: Mapping[str, str | None]) -> str:

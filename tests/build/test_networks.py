@@ -97,6 +97,14 @@ def test_a_network_of_the_students_table_teaches_by_its_name(tmp_path: Path) -> 
     assert sum(p.numel() for p in on_meta.parameters()) == 2_997_843_680
 
 
+def test_a_vit_teaches_in_bf16() -> None:
+    small = {"embed_dim": 32, "depth": 2, "num_heads": 4}
+    settings = TeacherSettings(name="vit_s16", weights="random", image_size=32, geometry=small)
+    exact, rounded = (prepare_teacher(settings, "random", dtype) for dtype in (torch.float32, torch.bfloat16))
+    pixels = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(rounded(pixels), exact(pixels), atol=0.1, rtol=0)
+
+
 def test_bf16_rounds_the_parameters_alone(tmp_path: Path) -> None:
     weights = student_file(tmp_path, perturbed(SWIN))
     settings = TeacherSettings(name="student_file", weights=weights)

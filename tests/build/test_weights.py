@@ -55,6 +55,19 @@ def refusal(settings: TeacherSettings) -> str:
     return str(error.value)
 
 
+def test_a_student_file_is_held_by_its_description_too(tmp_path: Path) -> None:
+    path = tmp_path / "student.safetensors"
+    save_file({"a": torch.ones(1)}, path)
+    described = {"geometry": {}, "mean": [0.5] * 3, "std": [0.5] * 3}
+    path.with_suffix(".json").write_text(json.dumps(described))
+    settings = StudentSettings(name="student_file", weights=str(path))
+    first = student_weights(settings, ALONE)
+    path.with_suffix(".json").write_text(json.dumps({**described, "mean": [0.0] * 3}))
+    second = student_weights(settings, ALONE)
+    assert first.sha256 == second.sha256
+    assert None is not first.description != second.description
+
+
 def test_a_teacher_is_built_from_what_was_fetched_without_any_network(tmp_path: Path) -> None:
     golden = load_file(GOLDEN)
     state = {key.removeprefix("teacher."): value for key, value in golden.items() if key.startswith("teacher.")}

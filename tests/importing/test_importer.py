@@ -286,6 +286,10 @@ def test_masks_of_another_map_are_refused(layouts: Any, checkpoint: Checkpoint, 
             lambda s: s.update({"norm.weight": torch.ones(16)}),
             "1 of another shape (norm.weight (16,), not (32,))",
         ),
+        (
+            lambda s: s.update({"norm.weight": torch.ones(32).int(), "norm.bias": torch.full((32,), torch.inf)}),
+            "2 not of finite floating-point numbers (norm.",
+        ),
         (lambda s: s.pop("layers.1.blocks.0.attn.logit_scale"), "1 missing (layers.1.blocks.0.attn.logit_scale)"),
         (lambda s: s.update({"patch_embed.proj.weight": torch.ones(3)}), "(patch_embed.proj.weight (3,), not of 4"),
     ],
@@ -371,7 +375,10 @@ def test_a_safetensors_file_and_timms_own_names_will_do(layouts: Any, tmp_path: 
 def test_what_was_imported_can_be_exported(layouts: Any, checkpoint: Checkpoint, tmp_path: Path) -> None:
     network = layouts.swin_v2(pretrained_window_sizes=(3, 3))
     report = import_checkpoint(checkpoint(layouts.original_swin(network)), tmp_path / "out")
-    folder = export_timm(report.weights, tmp_path / "export")
+    folder = export_timm(report.weights.parent, tmp_path / "export")
+    card = (folder / "README.md").read_text()
+    assert "brought into timm's names by fdscale and trained by others" in card
+    assert "feature-distillation" not in card
     with torch.no_grad():
         again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().forward_features(layouts.images)
         assert float((again - network.forward_features(layouts.images)).abs().max()) <= 1e-6

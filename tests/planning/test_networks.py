@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,8 +65,23 @@ def test_a_shared_table_may_be_copied_to_every_block_and_nothing_else_may_differ
     assert planned_student(table).parameters() == 85_761_984
     untied = student_geometry("vit_b16", None, {}, None, "per_block")
     weights = student_file(tmp_path, untied)
-    with pytest.raises(UserError, match=r"holds position_bias per_block \(settings: shared\)"):
+    told = r"holds position_bias per_block \(settings: shared\); set student\.position_bias=per_block"
+    with pytest.raises(UserError, match=told):
         planned_student(StudentSettings(name="vit_b16", weights=weights))
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        ({"name": "clip_vit_b16", "rounded_norm": True, "after_norm": False}, "no final norm to round"),
+        ({"name": "vit_b16", "weights": "random", "checkpoint_key": "student"}, "holds one network"),
+        ({"name": "vit_b16", "weights": "random", "revision": "abc"}, "these weights are not fetched"),
+        ({"name": "clip_vit_b16", "weights": "random", "revision": "abc"}, "these weights are not fetched"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(table: dict[str, Any], told: str) -> None:
+    with pytest.raises(SettingsError, match=told):
+        planned_teacher(TeacherSettings(**table))
 
 
 def test_missing_weights_of_a_shipped_recipe_say_how_to_make_them() -> None:

@@ -104,6 +104,14 @@ def test_esvit_takes_the_student_by_default(esvit, tmp_path: Path) -> None:
         read_state_dict(path, "ema")
 
 
+def test_numbers_that_are_not_finite_are_told(dino, tmp_path: Path) -> None:
+    path, broken = tmp_path / "broken.pth", dino.state["norm.weight"].clone()
+    broken[3] = float("nan")
+    torch.save({**dino.state, "norm.weight": broken}, path)
+    with pytest.raises(UserError, match=r"1 not finite \(norm\.weight\)"):
+        built("dino_vit_b16", path, dino.geometry)
+
+
 def test_missing_unexpected_and_misshapen_keys_are_told(dino, tmp_path: Path) -> None:
     state = dict(dino.state)
     for key in ("norm.weight", "norm.bias", "pos_embed", "blocks.0.norm1.weight"):

@@ -110,6 +110,25 @@ def test_the_same_run_goes_on(run: RunDirectory) -> None:
     run.check(SETTINGS, JSON)
 
 
+def test_settings_newer_than_the_run_have_their_defaults_there(run: RunDirectory) -> None:
+    recorded = run.recipe.read_text()
+    older = "\n".join(line for line in recorded.splitlines() if not line.startswith("layer_decay"))
+    assert older != recorded
+    run.recipe.write_text(older)
+    trained(run).check(SETTINGS, JSON)
+    decayed = SETTINGS.model_copy(update={"optim": SETTINGS.optim.model_copy(update={"layer_decay": 0.5})})
+    assert "optim.layer_decay: 1.0 there, 0.5 now" in refusal(run, decayed)
+
+
+def test_another_description_beside_the_same_weights_is_refused(run: RunDirectory) -> None:
+    described = with_teacher(description="d" * 64)
+    trained(run).check_weights(described)  # recorded without one
+    run.record_weights(described)
+    run.check_weights(described)
+    with pytest.raises(UserError, match=r"teacher\.weights"):
+        run.check_weights(with_teacher(description="e" * 64))
+
+
 def test_epochs_only_grow(run: RunDirectory) -> None:
     run.check(SETTINGS.model_copy(update={"epochs": SETTINGS.epochs + 1}), JSON)
     fewer = SETTINGS.model_copy(update={"epochs": SETTINGS.epochs - 1})
