@@ -52,7 +52,8 @@ def train(
     `save` None writes the student alone: a projector is dropped.
     """
     settings = run.settings
-    loader, schedule = _train_loader(run, student), _schedule(run)
+    loader = _train_loader(run, student)
+    schedule = schedule_of(settings.optim, settings.data.global_batch, run.order.steps_per_epoch, run.total_steps)
     torch.manual_seed(settings.seed + run.connection.rank.rank)  # a network's own dropout; nothing of ours draws
     engine = _engine(run, module, student, schedule)
     checkpoints = Checkpoints(run.directory.checkpoints, run.connection, settings.checkpoint.keep)
@@ -141,12 +142,12 @@ def _layers(student: Student, optim: OptimSettings) -> dict[str, int]:
     return layers
 
 
-def _schedule(run: Run) -> Schedule:
-    optim = run.settings.optim
-    scale = run.settings.data.global_batch / optim.reference_batch if optim.reference_batch else 1.0
-    warmup_steps = round(optim.warmup_epochs * run.order.steps_per_epoch)
+def schedule_of(optim: OptimSettings, global_batch: int, steps_per_epoch: int, total_steps: int) -> Schedule:
+    """The schedule of a run, its rates scaled from the recipe's reference batch to the global one."""
+    scale = global_batch / optim.reference_batch if optim.reference_batch else 1.0
+    warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
     rates = (optim.lr * scale, optim.warmup_lr * scale, optim.min_lr * scale)
-    return Schedule(run.total_steps, warmup_steps, *rates, scaled=optim.layer_decay_scales)
+    return Schedule(total_steps, warmup_steps, *rates, scaled=optim.layer_decay_scales)
 
 
 def _plan(run: Run) -> Plan:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fdscale.build.training import augmentation, optimizer_groups
+from fdscale.build.training import augmentation, optimizer_groups, schedule_of
 from fdscale.config.recipe import load_recipe
 from fdscale.config.settings import DistillSettings, FinetuneSettings, OptimSettings
 from fdscale.distill.distiller import Distiller
@@ -159,6 +159,29 @@ def test_rates_of_the_official_fine_tuning_at_five_steps(vit: Classifier) -> Non
     assert rates[37_500] == pytest.approx([(1e-6 + peak) / 2, (1e-6 + 5e-3) / 2])
     assert [schedule.of_group(scale).at(62_500) for scale in (stem, head)] == pytest.approx([1e-6, 1e-6])
     assert schedule.of_group(stem).for_step(0) == schedule.of_group(stem).for_step(1) == 1e-6
+
+
+IMAGENET = 1_281_167
+
+
+@pytest.mark.parametrize(
+    ("name", "steps_per_epoch", "rates"),
+    [
+        # at the start, half-way up, at the peak, half-way down, at the end
+        ("vit_b_clip_b", 625, [2e-6, 6.01e-4, 1.2e-3, 6.1e-4, 2e-5]),
+        ("swinv2_b_esvit", 625, [4e-6, 4.02e-4, 8e-4, 4.2e-4, 4e-5]),
+        ("finetune_vit_b_clip_b_100ep", 625, [1e-6, 2.5005e-3, 5e-3, 2.5005e-3, 1e-6]),
+        ("finetune_swinv2_b_esvit", 1251, [5e-7, 1.25025e-3, 2.5e-3, 1.25025e-3, 5e-7]),
+    ],
+)
+def test_a_released_recipes_schedule_at_five_steps(name: str, steps_per_epoch: int, rates: list[float]) -> None:
+    settings = load_recipe(name)
+    batch, optim = settings.data.global_batch, settings.optim
+    assert IMAGENET // batch == steps_per_epoch
+    total, warmup = round(settings.epochs * steps_per_epoch), round(optim.warmup_epochs * steps_per_epoch)
+    schedule = schedule_of(optim, batch, steps_per_epoch, total)
+    steps = [0, warmup / 2, warmup, (warmup + total) / 2, total]
+    assert [schedule.at(step) for step in steps] == pytest.approx(rates, rel=1e-6)
 
 
 def test_randaugment_is_fine_tunings_and_is_set_up_for_the_student() -> None:
