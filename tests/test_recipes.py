@@ -133,7 +133,12 @@ def test_it_checks_builds_at_full_size_and_takes_two_steps_in_miniature(
     if isinstance(settings, DistillSettings):
         assert parameters_of(prepare_teacher(settings.teacher, "random", torch.bfloat16, "meta")) == teacher
     own = files[OF_ITS_USER][:1] if name == OF_ITS_USER else []
-    overrides = [f"data.shards={digits}", f"deepspeed={in_miniature(settings.deepspeed, tmp_path)}", *own]
+    overrides = [
+        f"data.shards={digits}",
+        "data.global_batch=8",
+        f"deepspeed={in_miniature(settings.deepspeed, tmp_path)}",
+        *own,
+    ]
     assert two_ranks(two_steps, name, str(tmp_path / "run"), overrides) == [True, True]
     rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
@@ -144,7 +149,7 @@ def test_it_checks_builds_at_full_size_and_takes_two_steps_in_miniature(
 def in_miniature(deepspeed: str, folder: Path) -> Path:
     """The recipe's own JSON, its ZeRO stage and precision included, for micro batches of the smoke table."""
     path = folder / "deepspeed.json"
-    path.write_text(json.dumps({**load_deepspeed_json(deepspeed), "train_micro_batch_size_per_gpu": 16}))
+    path.write_text(json.dumps({**load_deepspeed_json(deepspeed), "train_micro_batch_size_per_gpu": 4}))
     return path
 
 
