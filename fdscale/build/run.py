@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from fdscale.data.order import GlobalOrder
 from fdscale.data.pack import pack_digits
 from fdscale.planning.check import load_and_check
 from fdscale.planning.data_check import DIGITS
+from fdscale.planning.placement import Placement
 from fdscale.training.engine import Connection, connect
 from fdscale.training.run_directory import RunDirectory
 
@@ -40,6 +42,7 @@ class Run:
     index: Index
     held_out: Index | None
     weights: dict[Network, WeightsRecord]
+    placements: Mapping[str, Placement]
 
     @property
     def device(self) -> torch.device:
@@ -103,7 +106,8 @@ def open_run(settings: DistillSettings | FinetuneSettings, samples: int | None =
     hold_weights(directory, connection, weights)
     index = _open_shards(settings.data.shards, "train", directory, connection)
     held_out = settings.eval.shards and _open_shards(settings.eval.shards, "test", directory, connection)
-    run = Run(settings, deepspeed_json, connection, directory, stop, index, held_out or None, weights)
+    placements = checked.placements
+    run = Run(settings, deepspeed_json, connection, directory, stop, index, held_out or None, weights, placements)
     directory.check_data(run.fingerprints())
     return run if samples is None else replace(run, index=_first(index, samples, settings.seed))
 

@@ -16,6 +16,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, StringConstraints(min_length=1)]
+Label = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]  # given by the user; part of names
 Geometry = dict[str, int | float | list[int]]
 Keywords = dict[str, int | float | bool | str | list[int]]  # of timm's, beside our own students' numbers
 
@@ -52,14 +53,15 @@ class StudentSettings(Settings):
     """The network that learns; `geometry` overrides single numbers of the named one.
 
     `position_bias` None is the named network's; `per_block` gives every ViT block its own table, copied from a
-    shared one where the weights have that (official fine-tuning).
+    shared one where the weights have that (official fine-tuning). Activation checkpointing recomputes `blocks` in the
+    backward pass; `offload` keeps their inputs in the host's memory meanwhile.
     """
 
     name: Name
     image_size: Positive | None = None
     position_bias: Literal["shared", "per_block"] | None = None
     drop_path: Rate = 0.0
-    activation_checkpointing: Literal["none", "blocks"] = "none"
+    activation_checkpointing: Literal["none", "blocks", "offload"] = "none"
     geometry: Keywords = {}
     weights: Name | None = None
 
@@ -69,7 +71,9 @@ class TeacherSettings(Settings):
 
     `revision` pins what is fetched. `layer` takes the tokens of an earlier stage (Swin) or block (ViT), from 0.
     `checkpoint_key` chooses in a file that holds a student and a teacher. `rounded_norm` rounds the final norm to
-    the weights' half precision, as the official implementation does for CLIP.
+    the weights' half precision, as the official implementation does for CLIP. `placement` says where its frozen
+    weights lie: whole on every rank, divided over the ranks by a ZeRO-3 engine or by fairscale's FSDP, or `auto`:
+    whole where that fits. `weight` multiplies its loss term.
     """
 
     name: Name
@@ -81,6 +85,8 @@ class TeacherSettings(Settings):
     after_norm: bool = True
     rounded_norm: bool = False
     checkpoint_key: Literal["student", "teacher"] | None = None
+    placement: Literal["auto", "replicated", "zero3", "fairscale"] = "auto"
+    weight: Annotated[float, Field(gt=0)] = 1.0
 
 
 class TargetSettings(Settings):
@@ -89,6 +95,12 @@ class TargetSettings(Settings):
     grid: Literal["exact", "pool", "interpolate"] = "exact"
     prefix_tokens: Literal["keep", "cls", "drop"] = "keep"
     whiten: bool = True
+
+
+class FurtherTeacherSettings(TeacherSettings):
+    """A teacher beside the first one, with a target of its own."""
+
+    target: TargetSettings = TargetSettings()
 
 
 class LossSettings(Settings):
@@ -114,7 +126,8 @@ class OptimSettings(Settings):
     """AdamW under a linear warm-up and a cosine; the three rates are for `reference_batch` images.
 
     They scale linearly with the global batch (official implementation); `reference_batch = 0` or, in Python,
-    None takes them as they stand. `clip = 0` switches clipping off. `layer_decay` multiplies the rate once for
+    None takes them as they stand. `clip = 0` switches clipping off. `ema_decay` keeps an exponential moving average
+    of the trained weights (0: none). `layer_decay` multiplies the rate once for
     each layer below the head: its peak alone, officially, or `all` of the schedule. The official implementation
     decays the ViT's position bias tables, and counts a shared one to the head's layer, not the stem's.
     """
@@ -128,6 +141,7 @@ class OptimSettings(Settings):
     betas: Betas = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip: NonNegative = 3.0
+    ema_decay: Rate = 0.0
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     layer_decay_scales: Literal["peak", "all"] = "peak"
     decay_position_bias: bool = True
@@ -179,12 +193,22 @@ class RunSettings(Settings):
 
 
 class DistillSettings(RunSettings):
-    """Feature distillation: a teacher, how its tokens become the target, and the loss."""
+    """Feature distillation: a teacher, how its tokens become the target, and the loss.
+
+    Any number of `further_teachers`, named by the user, teach at the same time.
+    """
 
     program: Literal["distill"]
     teacher: TeacherSettings
     target: TargetSettings = TargetSettings()
+    further_teachers: dict[Label, FurtherTeacherSettings] = {}
     loss: LossSettings = LossSettings()
+
+    @property
+    def teachers(self) -> dict[str, tuple[TeacherSettings, TargetSettings]]:
+        """Every teacher and its target by the setting that names it: `teacher`, `further_teachers.NAME`."""
+        further = {f"further_teachers.{name}": (one, one.target) for name, one in self.further_teachers.items()}
+        return {"teacher": (self.teacher, self.target), **further}
 
 
 class AugmentSettings(Settings):

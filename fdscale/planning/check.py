@@ -20,6 +20,7 @@ from fdscale.planning.networks import (
     teacher_notes,
     teacher_parameters,
 )
+from fdscale.planning.placement import Placement, chosen_placements
 from fdscale.students.geometry import Geometry
 
 
@@ -27,7 +28,8 @@ from fdscale.students.geometry import Geometry
 class Plan:
     """What was derived from valid settings; None where only the built network or the packed data tells.
 
-    `steps` is the schedule's length; `max_steps` may stop a run earlier. `notes` are warnings.
+    `steps` is the schedule's length; `max_steps` may stop a run earlier. `placements` says for each teacher, by the
+    setting that names it, where its weights lie. `notes` are warnings.
     """
 
     ranks: int
@@ -40,6 +42,7 @@ class Plan:
     steps_per_epoch: int | None
     steps: int | None
     memory: RankMemory | None
+    placements: Mapping[str, Placement]
     notes: tuple[str, ...]
 
 
@@ -95,6 +98,7 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
         steps_per_epoch=facts.steps_per_epoch,
         steps=facts.steps,
         memory=memory,
+        placements=chosen_placements(settings),
         notes=tuple(_notes(settings, facts, ranks)),
     )
 

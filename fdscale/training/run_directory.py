@@ -23,6 +23,8 @@ MAY_CHANGE = {
     "eval.shards": "likewise",
     "epochs": "upward: more of the same",
     "max_steps": "where to stop this time",
+    "student.activation_checkpointing": "the same gradients, recomputed or kept",
+    "teacher.placement": "the same tokens, wherever the frozen weights lie",
     "data.workers": "how many processes decode",
     "data.max_bad_ratio": "how many undecodable images are tolerated",
     "eval.every": "cadence",
