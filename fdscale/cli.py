@@ -82,10 +82,10 @@ def models(
 
 @app.command()
 def fetch(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Download a recipe's teacher weights once, on a node with network; training itself never downloads."""
+    """Download a recipe's teachers' weights once, on a node with network; training itself never downloads."""
     from fdscale.fetch import fetch as run
 
-    if found := run(settings_of(None, recipe, overrides, smoke=False)):
+    for found in run(settings_of(None, recipe, overrides, smoke=False)):
         told = f"{escape(str(found.path))}\n{found.repository} at {found.revision}, sha256 {found.sha256}"
         terminal().print(told, soft_wrap=True)
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-from fdscale.config.errors import UserError, attempt, nearest
-from fdscale.config.settings import DistillSettings, FinetuneSettings
+from fdscale.config.errors import UserError, attempt, nearest, settings_renamed, told_as
+from fdscale.config.settings import DistillSettings, FinetuneSettings, TeacherSettings
 from fdscale.students.geometry import STUDENTS
 from fdscale.teachers.fetched import Fetched, fetched, record, sha256_of, verify
 from fdscale.teachers.table import OWN, STUDENT_FILE, UnbuiltTeacher, teacher_geometry
@@ -31,35 +31,41 @@ class HubFile(NamedTuple):
         return f"{self.repository}/{self.file}"
 
 
-def fetch(settings: DistillSettings | FinetuneSettings) -> Fetched | None:
-    """Bring the recipe's teacher weights into the hub's cache and record them; None where there is nothing to fetch.
+def fetch(settings: DistillSettings | FinetuneSettings) -> list[Fetched]:
+    """Bring the recipe's teachers' weights into the hub's cache and record them; where there is any to fetch.
 
     What is recorded and whole stays as it is: no network is needed then. Raises UserError where no hub has the
     weights, where the hub cannot be reached or refuses, and where the bytes are not those that the hub names.
     """
-    if reason := _nothing_to_fetch(settings):
-        logger.info("nothing to fetch: %s", reason)
+    if not isinstance(settings, DistillSettings):
+        logger.info("nothing to fetch: `fdscale %s` has no teacher", settings.program)
+        return []
+    found = []
+    for where, (table, _) in settings.teachers.items():
+        with told_as(where):
+            found.append(_fetch_one(where, table))
+    return [weights for weights in found if weights is not None]
+
+
+def _fetch_one(where: str, table: TeacherSettings) -> Fetched | None:
+    if reason := _nothing_to_fetch(table):
+        logger.info("nothing to fetch: %s", settings_renamed(reason, where))
         return None
-    assert isinstance(settings, DistillSettings)
-    name, revision = settings.teacher.name, settings.teacher.revision
-    source = hub_file(name)
-    found = _recorded(name, revision, source)
+    source = hub_file(table.name)
+    found = _recorded(table.name, table.revision, source)
     if found is None:
-        found = _bring(source, revision or NEWEST)
-        record(name, revision, found)
+        found = _bring(source, table.revision or NEWEST)
+        record(table.name, table.revision, found)
     return found
 
 
-def _nothing_to_fetch(settings: DistillSettings | FinetuneSettings) -> str | None:
-    """Why this recipe needs no hub, or None."""
-    if not isinstance(settings, DistillSettings):
-        return f"`fdscale {settings.program}` has no teacher"
-    weights = settings.teacher.weights
-    if weights == "random":
+def _nothing_to_fetch(table: TeacherSettings) -> str | None:
+    """Why this teacher needs no hub, or None."""
+    if table.weights == "random":
         return 'teacher.weights = "random"'
-    if weights is not None:
-        _refuse_no_file(settings.teacher.name, weights)
-    return weights and f"teacher.weights is {weights}, which is used as it is"
+    if table.weights is not None:
+        _refuse_no_file(table.name, table.weights)
+    return table.weights and f"teacher.weights is {table.weights}, which is used as it is"
 
 
 def _refuse_no_file(name: str, weights: str) -> None:

@@ -54,13 +54,16 @@ def _read(run_dir: Path) -> tuple[dict[str, Any], Rows]:
 
 def _what(recipe: Mapping[str, Any]) -> str:
     """Program, student, and what it learned from: its teacher, or labels and the weights it started with."""
-    weights = recipe.get("teacher", recipe["student"]).get("weights")
-    # student files are all called the same: named by their run
-    origin = weights.removesuffix("/student.safetensors") if weights else None
-    student = f"{recipe['program']}: {recipe['student']['name']}\n<- "
-    if "teacher" in recipe:
-        return student + " ".join(part for part in (recipe["teacher"]["name"], origin) if part)
-    return student + f"labels, from {origin or 'random weights'}"
+    student = f"{recipe['program']}: {recipe['student']['name']}"
+    if "teacher" not in recipe:
+        return f"{student}\n<- labels, from {_origin(recipe['student']) or 'random weights'}"
+    teachers = [recipe["teacher"], *recipe.get("further_teachers", {}).values()]
+    return "\n<- ".join([student, *(f"{table['name']} {_origin(table)}".rstrip() for table in teachers)])
+
+
+def _origin(network: Mapping[str, Any]) -> str:
+    """Where its weights are from: student files are all called the same, they are named by their run."""
+    return (network.get("weights") or "").removesuffix("/student.safetensors")
 
 
 def _lines(rows: Rows, labels: Mapping[str, str]) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fdscale.build.networks import as_pixels, prepare_student, prepare_teacher, seeded
-from fdscale.build.run import open_run
+from fdscale.build.run import Run, open_run
 from fdscale.build.training import train
-from fdscale.config.errors import UserError
-from fdscale.config.settings import DistillSettings
+from fdscale.config.errors import UserError, told_as
+from fdscale.config.settings import FIRST_TEACHER, DistillSettings
 from fdscale.data.batches import Batch
-from fdscale.distill.distiller import Distiller
+from fdscale.distill.distiller import Distiller, Lesson
 from fdscale.distill.layout import TokenLayout
 from fdscale.distill.targets import TargetMaker
 from fdscale.students.drop_path import drop_path_rows
@@ -25,46 +26,75 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-def distill(settings: DistillSettings, student: Student | None = None, teacher: Teacher | None = None) -> bool:
-    """Distil a teacher into a student; True when the run is complete, False when a signal stopped it.
+def distill(
+    settings: DistillSettings,
+    student: Student | None = None,
+    teacher: Teacher | None = None,
+    further_teachers: Mapping[str, Teacher] | None = None,
+) -> bool:
+    """Distil teachers into a student; True when the run is complete, False when a signal stopped it.
 
-    The pair is built from the settings, or given: any two networks wrapped as `Student` and `Teacher`. Raises
+    The networks are built from the settings, or given: any network wrapped as `Student` or `Teacher`. Raises
     UserError for anything that does not fit together, before training starts.
     """
-    for name, given in ((settings.student.name, student), (settings.teacher.name, teacher)):
-        if (given is not None) != (name == OWN):
-            raise UserError(f"a network given in Python is named {OWN!r} in the settings, and only that; got {name!r}")
+    given = {f"further_teachers.{name}": one for name, one in (further_teachers or {}).items()}
+    given |= {} if teacher is None else {FIRST_TEACHER: teacher}
+    _refuse_misnamed(settings, student, given)
     run = open_run(settings)
     if run.is_complete():
         return True
-    dtype = compute_dtype(run.deepspeed_json)
-    frozen = (teacher or prepare_teacher(settings.teacher, run.weights["teacher"].path, dtype)).to(run.device)
+    teachers = {where: given.get(where) or _teacher(run, where) for where in settings.teachers}
+    frozen = [teacher.to(run.device) for teacher in teachers.values()]
     trained = student or prepare_student(settings.student, settings.seed)
-    targets = target_maker(settings, trained, frozen)
+    lessons = lessons_of(settings, trained, teachers)
     with seeded(settings.seed):
-        distiller = Distiller(trained, trained.width, frozen.width, targets, settings.loss.beta)
+        distiller = Distiller(trained, trained.width, lessons, settings.loss.beta)
     global_batch, sites = settings.data.global_batch, trained.drop_path_sites
 
+    def targets_of(pixels: Tensor) -> list[Tensor]:
+        """Each teacher's whitened tokens on the student's grid."""
+        return [lesson.targets(teacher(pixels)) for lesson, teacher in zip(lessons, frozen, strict=True)]
+
     def distill_batch(engine: DeepSpeedEngine, batch: Batch, step: int) -> dict[str, Tensor]:
-        """One micro batch: the teacher's whitened tokens, and how far the projected student is from them."""
+        """One micro batch: how far the projected student is from its targets."""
         pixels = as_pixels(batch.images)
         draws = drop_path_rows(settings.seed, step, sites, global_batch, batch.rows, run.device)
-        return engine(pixels, targets(frozen(pixels)), draws)
+        return engine(pixels, targets_of(pixels), draws)
 
     def held_out_batch(engine: DeepSpeedEngine, batch: Batch) -> dict[str, Tensor]:
         """The loss of each held-out image, and its features for the k-NN."""
         pixels = as_pixels(batch.images)
-        return engine(pixels, targets(frozen(pixels)))
+        return engine(pixels, targets_of(pixels))
 
     return train(run, distiller, trained, distill_batch, held_out_batch)
 
 
-def target_maker(settings: DistillSettings, student: Student, teacher: Teacher) -> TargetMaker:
-    """How this teacher's tokens become this student's target, as the settings say."""
-    return TargetMaker(
-        TokenLayout(teacher.grid, teacher.prefix_tokens),
-        TokenLayout(student.grid, student.prefix_tokens),
-        settings.target.grid,
-        settings.target.prefix_tokens,
-        settings.target.whiten,
-    )
+def _refuse_misnamed(settings: DistillSettings, student: Student | None, teachers: Mapping[str, Teacher]) -> None:
+    names = {where: table.name for where, (table, _) in settings.teachers.items()}
+    given = set(teachers) if student is None else {"student", *teachers}
+    for where, name in {"student": settings.student.name, **names}.items():
+        if (where in given) != (name == OWN):
+            raise UserError(
+                f"{where}.name={name}: a network given in Python is named {OWN!r} in the settings, and only that"
+            )
+    if unknown := sorted(given - {"student", *names}):
+        raise UserError(f"{', '.join(unknown)}: given in Python, but no such teacher in the settings")
+
+
+def _teacher(run: Run, where: str) -> Teacher:
+    assert isinstance(run.settings, DistillSettings)
+    with told_as(where):
+        table, _ = run.settings.teachers[where]
+        return prepare_teacher(table, run.weights[where].path, compute_dtype(run.deepspeed_json))
+
+
+def lessons_of(settings: DistillSettings, student: Student, teachers: Mapping[str, Teacher]) -> list[Lesson]:
+    """What each teacher asks of this student, as the settings say; in the order of `teachers`."""
+    lessons = []
+    for where, teacher in teachers.items():
+        table, target = settings.teachers[where]
+        layouts = TokenLayout(teacher.grid, teacher.prefix_tokens), TokenLayout(student.grid, student.prefix_tokens)
+        with told_as(where):
+            targets = TargetMaker(*layouts, target.grid, target.prefix_tokens, target.whiten)
+        lessons.append(Lesson(where.rsplit(".", 1)[-1], teacher.width, targets, table.weight))
+    return lessons

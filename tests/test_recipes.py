@@ -127,7 +127,10 @@ def test_it_checks_builds_at_full_size_and_takes_two_steps_in_miniature(
     assert plan.ranks * plan.micro_batch * plan.accumulation == plan.global_batch
     assert plan.memory is not None
     _, student, teacher = SIZES.get(name, (2, plan.student.parameters(), None))
-    assert (plan.student.parameters(), plan.teacher and teacher_parameters(plan.teacher)) == (student, teacher)
+    assert (plan.student.parameters(), sum(map(teacher_parameters, plan.teachers.values())) or None) == (
+        student,
+        teacher,
+    )
     assert parameters_of(build_student(plan.student, device="meta").backbone) == student
     settings = load_recipe(name, files.get(name, []))
     if isinstance(settings, DistillSettings):

@@ -98,6 +98,42 @@ def test_a_timm_pair_and_a_student_file_that_teaches(tmp_path: Path, digits: Pat
     assert len(losses_of(second)) == 3
 
 
+def own_teachers(connection: Connection, run_dir: str, digits: str) -> str:
+    """A run whose second teacher is given in Python, and one where the name in Python is another."""
+    from fdscale.config.errors import UserError
+
+    settings = settings_of(run_dir, digits, "further_teachers.mine.name=own", "further_teachers.mine.target.grid=pool")
+    torch.manual_seed(0)
+    statistics = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    mine = Teacher(Patches(24, 8), width=24, grid=(4, 4), prefix_tokens=0, image_size=32, **statistics)
+    try:
+        distill(settings, further_teachers={"yours": mine})
+    except UserError as error:
+        told = str(error)
+    distill(settings, further_teachers={"mine": mine})
+    return told
+
+
+def test_several_teachers_teach_at_once_and_the_projectors_resume(tmp_path: Path, digits: Path, two_ranks: Any) -> None:
+    dino = "further_teachers.dino"
+    two = [f"{dino}.name=dino_vit_b16", f"{dino}.weight=0.5", f"{dino}.target.grid=pool"]
+    both = [*two, f"{dino}.target.prefix_tokens=drop", *SWIN]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    two_ranks(distilled, str(whole), str(digits), *both, "max_steps=4")
+    for steps in (2, 4):
+        two_ranks(distilled, str(parts), str(digits), *both, f"max_steps={steps}")
+    assert losses_of(parts) == losses_of(whole)
+    for row in (row for row in rows_of(whole) if "loss" in row):
+        assert row["loss"] == pytest.approx(row["teacher_loss/teacher"] + 0.5 * row["teacher_loss/dino"], rel=1e-6)
+    assert json.loads((whole / "weights.json").read_text()).keys() == {"student", "teacher", dino}
+
+
+def test_a_further_teacher_of_ones_own_is_given_by_its_name(tmp_path: Path, digits: Path, two_ranks: Any) -> None:
+    told = two_ranks(own_teachers, str(tmp_path / "run"), str(digits))
+    assert all("further_teachers.mine.name=own" in text for text in told)
+    assert (tmp_path / "run" / "student.safetensors").exists()
+
+
 def test_bf16_with_fp32_masters_stays_close_to_fp32(tmp_path: Path, digits: Path, two_ranks: Any) -> None:
     rounded = tmp_path / "bf16.json"
     zero = {"stage": 3, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fdscale.build.weights import Network, WeightsRecord, hold_weights, student_weights, teacher_weights
+from fdscale.build.weights import STUDENT, WeightsRecord, hold_weights, student_weights, teacher_weights
 from fdscale.cluster.ranks import StopSignals, rank_from_environment
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.data.index import INDEX_FILE, Index, load_index
@@ -41,7 +41,7 @@ class Run:
     stop: StopSignals
     index: Index
     held_out: Index | None
-    weights: dict[Network, WeightsRecord]
+    weights: dict[str, WeightsRecord]
     placements: Mapping[str, Placement]
 
     @property
@@ -112,11 +112,11 @@ def open_run(settings: DistillSettings | FinetuneSettings, samples: int | None =
     return run if samples is None else replace(run, index=_first(index, samples, settings.seed))
 
 
-def _weights(settings: DistillSettings | FinetuneSettings, connection: Connection) -> dict[Network, WeightsRecord]:
+def _weights(settings: DistillSettings | FinetuneSettings, connection: Connection) -> dict[str, WeightsRecord]:
     """What each network starts from, agreed on by all ranks."""
-    found: dict[Network, WeightsRecord] = {"student": student_weights(settings.student, connection)}
-    if isinstance(settings, DistillSettings):
-        found["teacher"] = teacher_weights(settings.teacher, connection)
+    found = {STUDENT: student_weights(settings.student, connection)}
+    for where, (table, _) in settings.teachers.items() if isinstance(settings, DistillSettings) else ():
+        found[where] = teacher_weights(where, table, connection)
     return found
 
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from fdscale.config.errors import UserError
+from fdscale.config.errors import UserError, told_as
 from fdscale.config.settings import StudentSettings, TeacherSettings
 from fdscale.students.geometry import file_description
 from fdscale.teachers.fetched import fetched, sha256_of, verify, weights_folder
@@ -18,7 +18,7 @@ from fdscale.teachers.table import OWN
 from fdscale.training.engine import Connection, gather_lists
 from fdscale.training.run_directory import RunDirectory
 
-Network = Literal["teacher", "student"]
+STUDENT = "student"  # the others are called as the settings that name them: `teacher`, `further_teachers.NAME`
 RANDOM = "random"
 
 
@@ -37,13 +37,16 @@ class WeightsRecord:
     description: str | None = None
 
 
-def teacher_weights(settings: TeacherSettings, connection: Connection) -> WeightsRecord:
-    """What the teacher's weights are: random, the user's file, or what `fdscale fetch` brought; all ranks call it.
+def teacher_weights(where: str, settings: TeacherSettings, connection: Connection) -> WeightsRecord:
+    """What a teacher's weights are: random, the user's file, or what `fdscale fetch` brought; all ranks call it.
+
+    `where` is the setting that names the teacher, `teacher` or `further_teachers.NAME`.
 
     Nothing is downloaded. One rank of each node reads the whole file for its hash, the others wait. Raises the same
     UserError on every rank when a node lacks the file, or has other bytes than were fetched or than another node has.
     """
-    return _agreed(partial(_teacher_record, settings), connection)
+    with told_as(where):
+        return _agreed(partial(_teacher_record, settings), connection)
 
 
 def student_weights(settings: StudentSettings, connection: Connection) -> WeightsRecord:
@@ -51,7 +54,7 @@ def student_weights(settings: StudentSettings, connection: Connection) -> Weight
     return _agreed(partial(_student_record, settings), connection)
 
 
-def hold_weights(directory: RunDirectory, connection: Connection, records: Mapping[Network, WeightsRecord]) -> None:
+def hold_weights(directory: RunDirectory, connection: Connection, records: Mapping[str, WeightsRecord]) -> None:
     """Keep what a run starts from in its directory; raises UserError on every rank when it began with other bytes."""
     plain: dict[str, dict[str, str | None]] = {network: asdict(record) for network, record in records.items()}
     directory.check_weights(plain)

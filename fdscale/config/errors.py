@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import TypeVar
 
@@ -33,6 +35,25 @@ def attempt(compute: Callable[[], T], problems: list[str]) -> T | None:
     except UserError as error:
         problems.append(str(error))
     return None
+
+
+@contextmanager
+def told_as(teacher: str) -> Iterator[None]:
+    """Mistakes told inside of `teacher.…` and `target.…` are told of this one's settings, `further_teachers.NAME`."""
+    try:
+        yield
+    except SettingsError as error:
+        raise SettingsError([settings_renamed(problem, teacher) for problem in error.problems]) from error
+    except UserError as error:
+        raise UserError(settings_renamed(str(error), teacher)) from error
+
+
+def settings_renamed(text: str, teacher: str) -> str:
+    """A sentence about the first teacher's settings, said of another's: `target.grid` -> `further_teachers.NAME.…`."""
+    if teacher == "teacher":
+        return text
+    text = re.sub(r"(?<![\w./])teacher\.(?=[a-z])", f"{teacher}.", text)
+    return re.sub(r"(?<![\w./])target\.(?=[a-z])", f"{teacher}.target.", text)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -51,11 +51,13 @@ BOUNDS = {
 
 
 def dotted_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted name of a settings class, tables included."""
+    """Every dotted name of a settings class, tables included; NAME stands for what the user calls an entry."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        if table := _table(field):
+        if table := _table(field.annotation):
             yield from dotted_names(table, f"{prefix}{name}.")
+        elif entry := _entry(field):
+            yield from dotted_names(entry, f"{prefix}{name}.NAME.")
 
 
 def setting_problems(
@@ -76,7 +78,9 @@ def _sentence(detail: ErrorDetails, model: type[BaseModel], siblings: Mapping[st
         return unknown_setting(where, model, siblings)
     if detail["type"] == "missing" and not where.endswith("]"):
         return f"missing setting '{where}': {_allowed(where, model)}"
-    if detail["type"] == "value_error":
+    if detail["type"] == "string_pattern_mismatch":
+        where, allowed = where.removesuffix(".[key]"), "a name of small letters, digits and _"
+    elif detail["type"] == "value_error":
         allowed = str(detail["ctx"]["error"])
     elif detail["type"] == "finite_number":
         allowed = "a finite number"
@@ -96,9 +100,13 @@ def unknown_setting(where: str, model: type[BaseModel], siblings: Mapping[str, t
     return f"unknown setting '{where}'{nearest(where, dotted_names(model))}"
 
 
-def _table(field: FieldInfo) -> type[BaseModel] | None:
-    kind: object = field.annotation
+def _table(kind: object) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _entry(field: FieldInfo) -> type[BaseModel] | None:
+    """The settings class of each entry, where a field is a table of tables that the user names."""
+    return _table(get_args(field.annotation)[1]) if get_origin(field.annotation) is dict else None
 
 
 def _dotted(loc: tuple[int | str, ...]) -> str:
@@ -118,11 +126,16 @@ def _allowed(where: str, model: type[BaseModel]) -> str:
     schema: dict[str, Any] = model.model_json_schema()
     node = schema
     for part in where.split("[")[0].split("."):
-        node = _resolve(node["properties"][part], schema)
+        node = _resolve(_property(node, part), schema)
     if where.endswith("]"):
         index = int(where[where.index("[") + 1 : -1])
         node = _resolve(node["prefixItems"][index], schema)
     return _describe(node)
+
+
+def _property(node: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The schema of a table's setting, or of an entry that the user named."""
+    return node["properties"][name] if "properties" in node else next(iter(node["patternProperties"].values()))
 
 
 def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,11 @@ home, so batch per rank, precision and ranks are absent here. Modules take plain
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
+FIRST_TEACHER = "teacher"
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -19,6 +20,12 @@ Name = Annotated[str, StringConstraints(min_length=1)]
 Label = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]  # given by the user; part of names
 Geometry = dict[str, int | float | list[int]]
 Keywords = dict[str, int | float | bool | str | list[int]]  # of timm's, beside our own students' numbers
+
+
+def _without_first(further: dict[str, Any]) -> dict[str, Any]:
+    if FIRST_TEACHER in further:
+        raise ValueError(f"any name but {FIRST_TEACHER!r}, which is the first one's")
+    return further
 
 
 def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
@@ -201,14 +208,14 @@ class DistillSettings(RunSettings):
     program: Literal["distill"]
     teacher: TeacherSettings
     target: TargetSettings = TargetSettings()
-    further_teachers: dict[Label, FurtherTeacherSettings] = {}
+    further_teachers: Annotated[dict[Label, FurtherTeacherSettings], AfterValidator(_without_first)] = {}
     loss: LossSettings = LossSettings()
 
     @property
     def teachers(self) -> dict[str, tuple[TeacherSettings, TargetSettings]]:
-        """Every teacher and its target by the setting that names it: `teacher`, `further_teachers.NAME`."""
-        further = {f"further_teachers.{name}": (one, one.target) for name, one in self.further_teachers.items()}
-        return {"teacher": (self.teacher, self.target), **further}
+        """Every teacher and its target by the setting that names it: `teacher`, `further_teachers.NAME`; sorted."""
+        further = {f"further_teachers.{name}": (one, one.target) for name, one in sorted(self.further_teachers.items())}
+        return {FIRST_TEACHER: (self.teacher, self.target), **further}
 
 
 class AugmentSettings(Settings):

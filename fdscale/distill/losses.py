@@ -15,6 +15,11 @@ def smooth_l1(predicted: Tensor, target: Tensor, beta: float) -> Tensor:
     return F.smooth_l1_loss(predicted.float(), target.float(), beta=beta)
 
 
+def smooth_l1_rows(predicted: Tensor, target: Tensor, beta: float) -> Tensor:
+    """The same mean for each image of (B, N, C) by itself: (B,)."""
+    return F.smooth_l1_loss(predicted.float(), target.float(), beta=beta, reduction="none").flatten(1).mean(dim=1)
+
+
 @torch.no_grad()
 def measure(predicted: Tensor, target: Tensor, beta: float) -> dict[str, Tensor]:
     """What tells whether features are learned: mean cosine, target variance, and the loss of predicting zero."""

@@ -114,9 +114,13 @@ def _origin(recipe: Mapping[str, Any]) -> str:
     length = f"{recipe['epochs']:g} epochs, global batch {batch}, seed {seed}"
     if recipe["program"] == "finetune":
         return f"`{recipe['student']['name']}`, fine-tuned with labels of {recipe['classes']} classes: {length}."
-    teacher = recipe["teacher"]
-    weights = f" (weights `{Path(teacher['weights']).name}`)" if teacher.get("weights") else ""
+    teachers = [recipe["teacher"], *recipe.get("further_teachers", {}).values()]
+    taught = " and ".join(map(_teacher, teachers))
     return (
-        f"`{recipe['student']['name']}`, distilled from the features of `{teacher['name']}`{weights} "
+        f"`{recipe['student']['name']}`, distilled from the features of {taught} "
         f"by feature distillation (arXiv 2205.14141): {length}."
     )
+
+
+def _teacher(table: Mapping[str, Any]) -> str:
+    return f"`{table['name']}`" + (f" (weights `{Path(table['weights']).name}`)" if table.get("weights") else "")

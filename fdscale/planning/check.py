@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fdscale.config.deepspeed_json import load_deepspeed_json
@@ -16,7 +17,7 @@ from fdscale.planning.networks import (
     TeacherGeometry,
     pair_problems,
     planned_student,
-    planned_teacher,
+    planned_teacher_at,
     teacher_notes,
     teacher_parameters,
 )
@@ -37,7 +38,7 @@ class Plan:
     accumulation: int
     global_batch: int
     student: Geometry
-    teacher: TeacherGeometry | None
+    teachers: Mapping[str, TeacherGeometry]
     samples: int | None
     steps_per_epoch: int | None
     steps: int | None
@@ -72,11 +73,8 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
         )
     accumulation = attempt(lambda: accumulation_steps(global_batch, ranks, micro_batch), problems)
     student = attempt(lambda: planned_student(settings.student), problems)
-    teacher = None
-    if isinstance(settings, DistillSettings):
-        teacher = attempt(lambda: planned_teacher(settings.teacher), problems)
-        problems += pair_problems(settings, student, teacher)
-    memory = None if student is None else _memory(student, teacher, ranks, deepspeed_json)
+    teachers = _teachers(settings, student, problems)
+    memory = None if student is None else _memory(student, list(teachers.values()), ranks, deepspeed_json)
     if memory is not None and local_ranks is not None:
         attempt(lambda: refuse_if_it_cannot_fit(memory, ranks, local_ranks, machine_memory()), problems)
     problems += augment_problems(settings, micro_batch)
@@ -93,7 +91,7 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
         accumulation=accumulation,
         global_batch=global_batch,
         student=student,
-        teacher=teacher,
+        teachers=teachers,
         samples=facts.samples,
         steps_per_epoch=facts.steps_per_epoch,
         steps=facts.steps,
@@ -103,16 +101,25 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
     )
 
 
+def _teachers(settings: AnySettings, student: Geometry | None, problems: list[str]) -> dict[str, TeacherGeometry]:
+    """Each teacher's geometry by the setting that names it, as far as there is no problem with it."""
+    planned: dict[str, TeacherGeometry] = {}
+    for where, (table, target) in settings.teachers.items() if isinstance(settings, DistillSettings) else ():
+        teacher = attempt(partial(planned_teacher_at, where, table), problems)
+        problems += pair_problems(where, target, student, teacher)
+        planned |= {} if teacher is None else {where: teacher}
+    return planned
+
+
 def _memory(
-    student: Geometry, teacher: TeacherGeometry | None, ranks: int, deepspeed_json: Mapping[str, Any]
+    student: Geometry, teachers: Sequence[TeacherGeometry], ranks: int, deepspeed_json: Mapping[str, Any]
 ) -> RankMemory | None:
-    """Student and projector under ZeRO, the teacher whole; None when the student's size is unknown."""
-    parameters = student.parameters()
-    if parameters is None or student.width is None:
+    """Student and projectors under ZeRO, the teachers whole; None when the student's size is unknown."""
+    parameters, width = student.parameters(), student.width
+    if parameters is None or width is None:
         return None
-    projector = 0 if teacher is None or teacher.width is None else (student.width + 1) * teacher.width
-    frozen = 0 if teacher is None else teacher_parameters(teacher)
-    return memory_per_rank(parameters + projector, frozen, ranks, deepspeed_json)
+    projectors = sum((width + 1) * (teacher.width or 0) for teacher in teachers)
+    return memory_per_rank(parameters + projectors, sum(map(teacher_parameters, teachers)), ranks, deepspeed_json)
 
 
 def _notes(settings: AnySettings, facts: DataFacts, ranks: int) -> Iterator[str]:
@@ -130,4 +137,5 @@ def _notes(settings: AnySettings, facts: DataFacts, ranks: int) -> Iterator[str]
         if every > facts.steps:
             yield f"checkpoint.every {every} exceeds the {facts.steps} steps of the run: one at the end"
     if isinstance(settings, DistillSettings):
-        yield from teacher_notes(settings.teacher)
+        for table, _ in settings.teachers.values():
+            yield from teacher_notes(table)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from fdscale.config.errors import SettingsError, UserError
+from fdscale.config.errors import SettingsError, UserError, settings_renamed, told_as
 from fdscale.config.recipe import recipe_names
-from fdscale.config.settings import DistillSettings, StudentSettings, TeacherSettings
+from fdscale.config.settings import StudentSettings, TargetSettings, TeacherSettings
 from fdscale.distill.layout import TokenLayout, layout_problems
 from fdscale.students.geometry import STUDENTS, Geometry, SwinV2Geometry, ViTGeometry, file_geometry, student_geometry
 from fdscale.teachers.fetched import fetched
@@ -36,6 +36,12 @@ def planned_student(table: StudentSettings) -> Geometry:
     if table.weights is not None:
         _refuse_another_geometry("student", table.weights, geometry)
     return geometry
+
+
+def planned_teacher_at(where: str, table: TeacherSettings) -> TeacherGeometry:
+    """`planned_teacher` of the setting `where`, which its mistakes name."""
+    with told_as(where):
+        return planned_teacher(table)
 
 
 def planned_teacher(table: TeacherSettings) -> TeacherGeometry:
@@ -141,12 +147,15 @@ def teacher_parameters(teacher: TeacherGeometry) -> int:
     return 0 if isinstance(teacher, UnbuiltTeacher) else teacher.parameters() or 0
 
 
-def pair_problems(settings: DistillSettings, student: Geometry | None, teacher: TeacherGeometry | None) -> list[str]:
+def pair_problems(
+    where: str, target: TargetSettings, student: Geometry | None, teacher: TeacherGeometry | None
+) -> list[str]:
     """Why the token layouts of the two do not meet; nothing where one is wrong, or known only once it is built."""
     ours, theirs = _layout(student), _layout(teacher)
     if ours is None or theirs is None:
         return []
-    return layout_problems(theirs, ours, settings.target.grid, settings.target.prefix_tokens)
+    problems = layout_problems(theirs, ours, target.grid, target.prefix_tokens)
+    return [settings_renamed(problem, where) for problem in problems]
 
 
 def _layout(network: TeacherGeometry | None) -> TokenLayout | None:

@@ -17,9 +17,10 @@ def plan_table(settings: DistillSettings | FinetuneSettings, plan: Plan) -> Tabl
     table.add_column(overflow="fold")
     table.add_row("program", settings.program)
     table.add_row("student", f"{settings.student.name}: {_network(plan.student, plan.student.parameters())}")
-    if isinstance(settings, DistillSettings) and plan.teacher is not None:
-        teacher = _network(plan.teacher, teacher_parameters(plan.teacher))
-        table.add_row("teacher", f"{settings.teacher.name}: {teacher}")
+    if isinstance(settings, DistillSettings):
+        for where, teacher in plan.teachers.items():
+            name = settings.teachers[where][0].name
+            table.add_row(where, f"{name}: {_network(teacher, teacher_parameters(teacher))}")
     table.add_row(
         "global batch",
         f"{plan.global_batch} = {plan.ranks} ranks x micro batch {plan.micro_batch} x {plan.accumulation} accumulation",

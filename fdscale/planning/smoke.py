@@ -61,7 +61,10 @@ def smoke_patch(recipe: Mapping[str, Any]) -> Tree:
     if recipe["program"] == "finetune":
         return {**patch, "classes": DIGITS_CLASSES}
     small = _student({**recipe["student"], **student})
-    return {**patch, "teacher": _small_teacher(recipe["teacher"], original, small)}
+    further = {
+        name: _small_teacher(table, original, small) for name, table in recipe.get("further_teachers", {}).items()
+    }
+    return {**patch, "teacher": _small_teacher(recipe["teacher"], original, small), "further_teachers": further}
 
 
 def _student(table: Mapping[str, Any]) -> Geometry:

@@ -23,16 +23,24 @@ Kind = Literal["gauge", "counter"]
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured quantity: its name in the loop and in `metrics.jsonl`, kind, base unit and meaning."""
+    """One measured quantity: its name in the loop and in `metrics.jsonl`, kind, base unit and meaning.
+
+    With a `label` it is measured for each of several things: `teacher_loss/dino` is that of the teacher `dino`.
+    """
 
     name: str
     kind: Kind
     unit: str
     help: str
+    label: str | None = None
 
     @property
     def prometheus_name(self) -> str:
         return f"fdscale_{self.name}"
+
+    def measures(self, name: str) -> bool:
+        """Whether a value of that name is this quantity's."""
+        return name == self.name if self.label is None else name.startswith(f"{self.name}/")
 
 
 _ROWS = (
@@ -43,6 +51,8 @@ _ROWS = (
     Metric("loss_zero", "gauge", "1", "Distillation loss that predicting zero would have on the same target"),
     Metric("feature_cosine", "gauge", "1", "Mean cosine between projected student tokens and target tokens"),
     Metric("target_variance", "gauge", "1", "Variance of the target tokens; 1 when they are whitened"),
+    Metric("teacher_loss", "gauge", "1", "Distillation loss of one of several teachers, not weighted", "teacher"),
+    Metric("teacher_cosine", "gauge", "1", "Mean cosine between projected tokens and one teacher's", "teacher"),
     Metric("accuracy", "gauge", "ratio", "Correctly classified share of the global batch"),
     Metric("grad_norm", "gauge", "1", "Total gradient norm before clipping"),
     Metric("lr", "gauge", "1", "Learning rate of the head's or projector's group, which layer decay leaves whole"),
@@ -79,7 +89,7 @@ class Sinks:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one row. Raises KeyError for a name that `METRICS` lacks (our mistake, on every rank)."""
-        unknown = sorted(set(values) - set(METRICS))
+        unknown = sorted(name for name in values if not any(metric.measures(name) for metric in _ROWS))
         if unknown:
             raise KeyError(f"metrics without a row in METRICS: {', '.join(unknown)}")
         for sink in self._sinks:

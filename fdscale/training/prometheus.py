@@ -36,9 +36,10 @@ class LatestValues(Collector):
 
     def collect(self) -> Iterator[Family]:
         values = self._values
-        for name, metric in METRICS.items():
-            if name in values:
-                yield _family(metric, self._run, values[name])
+        for metric in METRICS.values():
+            measured = {name: value for name, value in values.items() if metric.measures(name)}
+            if measured:
+                yield _family(metric, self._run, measured)
 
 
 class PrometheusSink:
@@ -83,8 +84,10 @@ def serve_prometheus(run: str, host: str, port: int) -> PrometheusSink | None:
     return PrometheusSink(latest, server, thread)
 
 
-def _family(metric: Metric, run: str, value: float) -> Family:
+def _family(metric: Metric, run: str, measured: Mapping[str, float]) -> Family:
     family_type = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-    family = family_type(metric.prometheus_name, f"{metric.help} [{metric.unit}]", labels=["run"])
-    family.add_metric([run], value)
+    labels = ["run"] if metric.label is None else ["run", metric.label]
+    family = family_type(metric.prometheus_name, f"{metric.help} [{metric.unit}]", labels=labels)
+    for name, value in measured.items():
+        family.add_metric([run, *name.split("/")[1:]], value)
     return family

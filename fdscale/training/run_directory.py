@@ -7,6 +7,7 @@ import os
 import platform
 import tomllib
 from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ MAY_CHANGE = {
     "max_steps": "where to stop this time",
     "student.activation_checkpointing": "the same gradients, recomputed or kept",
     "teacher.placement": "the same tokens, wherever the frozen weights lie",
+    "further_teachers.*.placement": "likewise",
     "data.workers": "how many processes decode",
     "data.max_bad_ratio": "how many undecodable images are tolerated",
     "eval.every": "cadence",
@@ -35,7 +37,7 @@ MAY_CHANGE = {
     "log.prometheus_host": "where metrics are served",
 }
 # Which bytes they name is compared, not how they name them; until something was trained they may be corrected.
-HELD_BY_HASH = {"teacher.weights": "teacher", "teacher.revision": "teacher", "student.weights": "student"}
+HELD_BY_HASH = ("weights", "revision")
 MAY_CHANGE_IN_JSON = {
     "train_micro_batch_size_per_gpu": "the global batch stays: accumulation changes with it",
     **dict.fromkeys(
@@ -103,8 +105,8 @@ class RunDirectory:
 
     def _held_by_hash(self) -> set[str]:
         """Settings that need not be equal, since `check_weights` compares what they name with what is recorded."""
-        recorded = self._recorded_weights()
-        return {path for path, network in HELD_BY_HASH.items() if network in recorded or not self._has_trained()}
+        networks = self._recorded_weights() if self._has_trained() else ("student", "teacher", "further_teachers.*")
+        return {f"{network}.{setting}" for network in networks for setting in HELD_BY_HASH}
 
     def _has_trained(self) -> bool:
         """Whether there is something that another setting would contradict."""
@@ -132,7 +134,7 @@ class RunDirectory:
     def check_weights(self, weights: Mapping[str, Mapping[str, str | None]]) -> None:
         """Raise UserError when a network does not start from the bytes that this run began with.
 
-        `weights`: {"teacher" or "student": {"path", "sha256", "revision", …}}, `sha256` None for random ones.
+        `weights`: {"student" or a teacher's setting: {"path", "sha256", "revision", …}}, `sha256` None for random ones.
         """
         before = self._recorded_weights() if self._has_trained() else {}
         changed = [name for name in weights if name in before and _differ(before[name], weights[name])]
@@ -188,13 +190,13 @@ def _described(weights: Mapping[str, str | None]) -> str:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
-    """Settings whose values differ and may not: 'dotted.path: X there, Y now'."""
+    """Settings whose values differ and may not: 'dotted.path: X there, Y now'; * in `allowed` stands for any name."""
     old, new = flatten(before), flatten(now)
     changed = [path for path in sorted(old.keys() | new.keys()) if old.get(path) != new.get(path)]
     return [
         f"{path}: {old.get(path, 'unset')!r} there, {new.get(path, 'unset')!r} now"
         for path in changed
-        if not any(path == key or path.startswith(f"{key}.") for key in allowed)
+        if not any(fnmatchcase(path, key) or path.startswith(f"{key}.") for key in allowed)
     ]
 
 

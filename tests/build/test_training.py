@@ -12,7 +12,7 @@ from torch import nn
 from fdscale.build.training import augmentation, optimizer_groups, schedule_of
 from fdscale.config.recipe import load_recipe
 from fdscale.config.settings import DistillSettings, FinetuneSettings, OptimSettings
-from fdscale.distill.distiller import Distiller
+from fdscale.distill.distiller import Distiller, Lesson
 from fdscale.distill.layout import TokenLayout
 from fdscale.distill.targets import TargetMaker
 from fdscale.downstream.classifier import Classifier
@@ -93,7 +93,7 @@ def test_swin_v2_b_is_grouped_as_officially(swin: Classifier) -> None:
 def distiller_of(student: Student, width: int) -> Distiller:
     layout = TokenLayout(student.grid, student.prefix_tokens)
     with torch.device("meta"):
-        return Distiller(student, student.width, width, TargetMaker(layout, layout), beta=2.0)
+        return Distiller(student, student.width, [Lesson("teacher", width, TargetMaker(layout, layout))], beta=2.0)
 
 
 def test_distillation_has_its_two_groups_at_one_rate() -> None:
@@ -105,7 +105,7 @@ def test_distillation_has_its_two_groups_at_one_rate() -> None:
         (137, 0.0, 1.0),
     ]
     found = group_of(distiller, groups)
-    assert found["projector.weight"] == found[SHARED_TABLE] == (1.0, 0.05)
+    assert found["projectors.0.weight"] == found[SHARED_TABLE] == (1.0, 0.05)
 
 
 def test_position_bias_tables_can_be_left_undecayed(vit: Classifier) -> None:

@@ -51,7 +51,7 @@ def fetched_file(folder: Path, content: bytes = b"weights", revision: str = COMM
 
 def refusal(settings: TeacherSettings) -> str:
     with pytest.raises(UserError) as error:
-        teacher_weights(settings, ALONE)
+        teacher_weights("teacher", settings, ALONE)
     return str(error.value)
 
 
@@ -75,7 +75,7 @@ def test_a_teacher_is_built_from_what_was_fetched_without_any_network(tmp_path: 
     found = fetched_file(tmp_path, (tmp_path / "model.safetensors").read_bytes())
     record("dino_vit_b16", None, found)
     settings = TeacherSettings(name="dino_vit_b16", geometry=SHAPE)
-    weights = teacher_weights(settings, ALONE)
+    weights = teacher_weights("teacher", settings, ALONE)
     assert weights == WeightsRecord("dino_vit_b16", str(found.path), found.sha256, "timm/some", COMMIT)
     teacher = prepare_teacher(settings, weights.path, torch.float32)
     key = "blocks.1.mlp.fc2.weight"
@@ -95,7 +95,7 @@ def test_another_revision_than_the_recipe_pins_is_not_used(tmp_path: Path) -> No
     assert f"has no weights of clip_vit_l14 at revision '{OTHER}'" in refusal(
         TeacherSettings(name="clip_vit_l14", revision=OTHER)
     )
-    pinned = teacher_weights(TeacherSettings(name="clip_vit_l14", revision=COMMIT), ALONE)
+    pinned = teacher_weights("teacher", TeacherSettings(name="clip_vit_l14", revision=COMMIT), ALONE)
     assert pinned.revision == COMMIT
 
 
@@ -110,7 +110,7 @@ def test_a_fetched_file_that_changed_is_refused(tmp_path: Path) -> None:
 def test_a_file_of_the_users_is_known_by_its_bytes(tmp_path: Path) -> None:
     path = fetched_file(tmp_path).path
     digest = hashlib.sha256(b"weights").hexdigest()
-    assert teacher_weights(TeacherSettings(name="dino_vit_b16", weights=str(path)), ALONE) == WeightsRecord(
+    assert teacher_weights("teacher", TeacherSettings(name="dino_vit_b16", weights=str(path)), ALONE) == WeightsRecord(
         "dino_vit_b16", str(path), digest
     )
     assert student_weights(StudentSettings(name="vit_b16", weights=str(path)), ALONE).sha256 == digest
@@ -121,10 +121,10 @@ def test_a_file_of_the_users_is_known_by_its_bytes(tmp_path: Path) -> None:
 
 
 def test_random_and_own_weights_have_no_hash() -> None:
-    assert teacher_weights(TeacherSettings(name="clip_vit_b16", weights="random"), ALONE) == WeightsRecord(
+    assert teacher_weights("teacher", TeacherSettings(name="clip_vit_b16", weights="random"), ALONE) == WeightsRecord(
         "clip_vit_b16", "random"
     )
-    assert teacher_weights(TeacherSettings(name="own"), ALONE) == WeightsRecord("own", "own")
+    assert teacher_weights("teacher", TeacherSettings(name="own"), ALONE) == WeightsRecord("own", "own")
     assert student_weights(StudentSettings(name="vit_b16"), ALONE) == WeightsRecord("vit_b16", "random")
 
 
@@ -153,7 +153,7 @@ def on_this_rank(connection: Connection, folders: list[str], nodes: int) -> str:
     here = dataclasses.replace(connection, rank=dataclasses.replace(rank, local_rank=rank.rank if nodes == 1 else 0))
     os.environ["FDSCALE_WEIGHTS"] = folders[rank.rank]
     try:
-        return str(teacher_weights(TeacherSettings(name="clip_vit_l14"), here).sha256)
+        return str(teacher_weights("teacher", TeacherSettings(name="clip_vit_l14"), here).sha256)
     except UserError as error:
         return str(error)
 

@@ -252,3 +252,34 @@ def test_any_text_after_the_sign_is_a_value_or_a_told_problem(distill: str, text
 def test_any_text_arrives_when_it_is_quoted(distill: str, text: str) -> None:
     quoted = tomli_w.dumps({"value": text}).removeprefix("value = ").rstrip("\n")
     assert load_recipe(distill, [f"run_dir={quoted}"]).run_dir == text
+
+
+DINO = ["further_teachers.dino.name=dino_vit_b16", "further_teachers.dino.target.grid=pool"]
+
+
+def test_further_teachers_follow_the_first_by_their_names(distill: str) -> None:
+    run = load_recipe(distill, [*DINO, "further_teachers.clip.name=clip_vit_l14", "further_teachers.clip.weight=0.5"])
+    assert isinstance(run, DistillSettings)
+    told = [(where, table.name, table.weight, target.grid) for where, (table, target) in run.teachers.items()]
+    assert told == [
+        ("teacher", "clip_vit_b16", 1.0, "exact"),
+        ("further_teachers.clip", "clip_vit_l14", 0.5, "exact"),
+        ("further_teachers.dino", "dino_vit_b16", 1.0, "pool"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("further_teachers.dino.weigts=x", "unknown setting 'further_teachers.dino.weigts'; did you mean"),
+        ("further_teachers.dino.weight=0", "further_teachers.dino.weight: got 0, allowed: a number, above 0"),
+        ("further_teachers.dino.placement=zero2", "'auto' or 'replicated' or 'zero3' or 'fairscale'"),
+        ("further_teachers.Dino.name=x", "further_teachers.Dino: got 'Dino', allowed: a name of small letters"),
+        ("further_teachers.teacher.name=x", "any name but 'teacher', which is the first one's"),
+        ("further_teachers.b.weight=1", "missing setting 'further_teachers.b.name': text"),
+    ],
+)
+def test_a_wrong_further_teacher_is_told_by_its_path(override: str, told: str, distill: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_recipe(distill, [*DINO, override])
+    assert any(told in problem for problem in caught.value.problems), caught.value.problems

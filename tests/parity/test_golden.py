@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fdscale.data.batches import Batch
-from fdscale.distill.distiller import Distiller
+from fdscale.distill.distiller import Distiller, Lesson
 from fdscale.distill.layout import TokenLayout
 from fdscale.distill.targets import TargetMaker
 from fdscale.students.geometry import SwinV2Geometry, ViTGeometry
@@ -79,9 +79,9 @@ def golden_pair(name: str, folder: Path) -> tuple[Distiller, Student, Teacher, d
     targets = TargetMaker(
         TokenLayout(teacher.grid, teacher.prefix_tokens), TokenLayout(student.grid, student.prefix_tokens)
     )
-    distiller = Distiller(student, student.width, teacher.width, targets, beta=2.0)
+    distiller = Distiller(student, student.width, [Lesson("teacher", teacher.width, targets)], beta=2.0)
     projector = part(recorded, "projector.")
-    distiller.projector.load_state_dict({"weight": projector["weight"].squeeze(-1), "bias": projector["bias"]})
+    distiller.projectors[0].load_state_dict({"weight": projector["weight"].squeeze(-1), "bias": projector["bias"]})
     return distiller, student, teacher, recorded
 
 
@@ -96,7 +96,7 @@ def optimizer_of(distiller: Distiller, student: Student) -> torch.optim.AdamW:
 
 def recorded_gradient(recorded: dict[str, Tensor]) -> dict[str, Tensor]:
     student = {f"student.backbone.{k}": v for k, v in timm_names(part(recorded, "grad.student.")).items()}
-    projector = {f"projector.{key}": value for key, value in part(recorded, "grad.projector.").items()}
+    projector = {f"projectors.0.{key}": value for key, value in part(recorded, "grad.projector.").items()}
     return student | {key: value.reshape(value.shape[:2]) for key, value in projector.items()}
 
 
@@ -114,11 +114,11 @@ def largest(difference: Tensor) -> float:
 def test_plain_pytorch_equals_the_recorded_numbers(name: str, tmp_path: Path) -> None:
     distiller, student, teacher, recorded = golden_pair(name, tmp_path)
     pixels = pixels_of(student, recorded)
-    target = distiller.targets(teacher(pixels))
+    target = distiller.lessons[0].targets(teacher(pixels))
     assert largest(student(pixels) - recorded["student_tokens"]) <= 1e-5
     assert largest(target - recorded["target"]) <= 1e-5
 
-    terms = distiller(pixels, target)
+    terms = distiller(pixels, [target])
     assert abs(float(terms["loss"]) - float(recorded["loss"])) <= 1e-6
     terms["loss"].backward()
     found = {key: p.grad for key, p in distiller.named_parameters() if p.grad is not None}
@@ -132,7 +132,7 @@ def test_plain_pytorch_follows_the_recorded_trajectory(name: str, tmp_path: Path
     optimizer, losses, norms = optimizer_of(distiller, student), [], []
     for _ in range(8):
         optimizer.zero_grad()
-        loss = distiller(pixels, distiller.targets(teacher(pixels)))["loss"]
+        loss = distiller(pixels, [distiller.lessons[0].targets(teacher(pixels))])["loss"]
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(distiller.parameters(), 3.0)))
         losses.append(float(loss.detach()))
@@ -155,7 +155,7 @@ def golden_on_a_rank(connection: Connection, name: str, folder: str) -> dict[str
     batch = Batch(unused, unused, unused, rows, [])
 
     def terms(engine: Any, batch: Batch, step: int) -> dict[str, Tensor]:
-        return engine(pixels, distiller.targets(teacher(pixels)))
+        return engine(pixels, [distiller.lessons[0].targets(teacher(pixels))])
 
     engine.train()
     engine.backward(terms(engine, batch, 0)["loss"])

@@ -45,6 +45,33 @@ def test_the_plan_of_a_good_run(shards: Shards) -> None:
     assert plan.memory.teacher == pytest.approx(4 * 85.8e6, rel=0.02)  # CLIP ViT-B/16: 85.80 M parameters
 
 
+DINO = "further_teachers.dino"
+TWO_TEACHERS = ("teacher.weights=random", f"{DINO}.name=dino_vit_b16", f"{DINO}.weights=random")
+
+
+def test_every_teacher_is_planned_and_counted_with_its_projector() -> None:
+    alone, both = plan_of("vit_b_clip_b", "teacher.weights=random"), plan_of("vit_b_clip_b", *TWO_TEACHERS)
+    assert [(where, teacher.width) for where, teacher in both.teachers.items()] == [("teacher", 768), (DINO, 768)]
+    assert alone.memory is not None
+    assert both.memory is not None
+    assert both.memory.teacher == pytest.approx(2 * alone.memory.teacher, rel=0.01)
+    assert both.memory.moments - alone.memory.moments == 8 * 768 * 769 / 2
+
+
+def test_mistakes_of_a_further_teacher_name_its_settings() -> None:
+    found = problems(
+        "vit_b_clip_b",
+        *TWO_TEACHERS,
+        f"{DINO}.image_size=112",
+        "further_teachers.b.name=clip_vit_b17",
+        "teacher.layer=99",
+    )
+    assert any(p.startswith(f"{DINO}.target.grid: the teacher has 7x7") for p in found)
+    assert any(p.startswith("further_teachers.b.name: unknown teacher 'clip_vit_b17'") for p in found)
+    assert any(p.startswith("teacher.layer: got 99") for p in found)
+    assert len(found) == 3
+
+
 def test_everything_is_told_at_once(tmp_path: Path) -> None:
     found = problems(
         "vit_b_clip_b",
@@ -183,8 +210,7 @@ def test_a_student_file_as_teacher_brings_its_grid(tmp_path: Path) -> None:
     weights = student_file(tmp_path, depth=4)
     overrides = ["teacher.name=student_file", f"teacher.weights={weights}", "student.image_size=64"]
     plan = plan_of("vit_b_clip_b", *overrides)
-    assert plan.teacher is not None
-    assert plan.teacher.grid == (4, 4)
+    assert plan.teachers["teacher"].grid == (4, 4)
     (problem,) = problems("vit_b_clip_b", *overrides[:2])
     assert "the teacher has 4x4 patch tokens, the student 14x14" in problem
     weights.with_suffix(".json").write_text("{}")

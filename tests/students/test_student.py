@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fdscale.config.errors import UserError
-from fdscale.distill.distiller import Distiller
+from fdscale.distill.distiller import Distiller, Lesson
 from fdscale.distill.layout import TokenLayout
 from fdscale.distill.targets import TargetMaker
 from fdscale.students.geometry import STUDENTS, Geometry, OwnGeometry, SwinV2Geometry, TimmGeometry, ViTGeometry
@@ -173,7 +173,9 @@ def groups_of(name: str, target_width: int) -> tuple[set[str], set[str]]:
     """Names of decayed and undecayed parameters of a whole distiller, as a program groups them."""
     student = build_student(STUDENTS[name], device="meta")
     layout = TokenLayout(student.grid, student.prefix_tokens)
-    distiller = Distiller(student, student.width, target_width, TargetMaker(layout, layout), beta=2.0)
+    distiller = Distiller(
+        student, student.width, [Lesson("teacher", target_width, TargetMaker(layout, layout))], beta=2.0
+    )
     undecayed = {f"student.backbone.{parameter}" for parameter in student.undecayed_parameters()}
     names = {id(parameter): parameter_name for parameter_name, parameter in distiller.named_parameters()}
     decayed, other = parameter_groups(distiller, 0.05, undecayed)
@@ -184,8 +186,8 @@ def test_vit_b_decays_as_the_official_implementation_does() -> None:
     decayed, undecayed = groups_of("vit_b16", 768)
     assert (len(decayed), len(undecayed)) == (51, 137)
     assert "student.backbone.rel_pos_bias.relative_position_bias_table" in decayed
-    assert "projector.weight" in decayed
-    assert {"student.backbone.cls_token", "projector.bias", "student.backbone.norm.weight"} <= undecayed
+    assert "projectors.0.weight" in decayed
+    assert {"student.backbone.cls_token", "projectors.0.bias", "student.backbone.norm.weight"} <= undecayed
 
 
 def test_swin_v2_does_not_decay_what_makes_its_position_bias_and_temperature() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fdscale.data.batches import Batch
-from fdscale.distill.distiller import Distiller
+from fdscale.distill.distiller import Distiller, Lesson
 from fdscale.distill.layout import TokenLayout
 from fdscale.distill.targets import TargetMaker
 from fdscale.students.drop_path import drop_path_rows
@@ -49,7 +49,7 @@ def distiller_of(geometry: Geometry, drop_path: float, checkpointing: str) -> tu
     student = perturbed_student(geometry, drop_path, checkpointing)
     layout = TokenLayout(student.grid, student.prefix_tokens)
     torch.manual_seed(3)
-    return Distiller(student, student.width, WIDTH, TargetMaker(layout, layout), beta=2.0), student
+    return Distiller(student, student.width, [Lesson("teacher", WIDTH, TargetMaker(layout, layout))], beta=2.0), student
 
 
 def data_of_step(student: Student, step: int) -> tuple[Tensor, Tensor]:
@@ -89,7 +89,7 @@ def curve(
     def terms(engine: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         pixels, target = (tensor[batch.rows] for tensor in data_of_step(student, step))
         draws = drop_path_rows(0, step, student.drop_path_sites, GLOBAL_BATCH, batch.rows, connection.device)
-        return engine(pixels, target, draws)
+        return engine(pixels, [target], draws)
 
     starts = [connection.rank.rank * accumulation * micro + i * micro for i in range(accumulation)]
     unused = torch.zeros(micro)

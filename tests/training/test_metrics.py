@@ -67,6 +67,16 @@ def test_an_unknown_metric_is_our_mistake_on_every_rank():
     assert recorder.rows == []
 
 
+def test_a_metric_with_a_label_is_named_with_what_it_was_measured_of(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sinks = Sinks([JsonLines(path)])
+    sinks.write(1, {"teacher_loss/dino": 0.5})
+    assert read_rows(path)[0]["teacher_loss/dino"] == 0.5
+    for wrong in ("teacher_loss", "loss/dino"):
+        with pytest.raises(KeyError, match=wrong):
+            sinks.write(1, {wrong: 0.5})
+
+
 def test_events_reach_the_console_and_nobody_where_there_is_none():
     said: list[str] = []
     Sinks((), said.append).say("resumed")

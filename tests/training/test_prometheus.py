@@ -5,6 +5,7 @@ import urllib.request
 from collections.abc import Iterator
 
 import pytest
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from fdscale.training.metrics import METRICS
@@ -19,10 +20,13 @@ def endpoint() -> Iterator[PrometheusSink]:
     sink.close()
 
 
-def scrape(port: int) -> dict[str, tuple[str, float, dict[str, str]]]:
+def families(port: int) -> list[Metric]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        families = list(text_string_to_metric_families(answer.read().decode()))
-    return {s.name: (family.type, s.value, s.labels) for family in families for s in family.samples}
+        return list(text_string_to_metric_families(answer.read().decode()))
+
+
+def scrape(port: int) -> dict[str, tuple[str, float, dict[str, str]]]:
+    return {s.name: (family.type, s.value, s.labels) for family in families(port) for s in family.samples}
 
 
 def test_a_scrape_shows_the_latest_values_under_their_run(endpoint):
@@ -37,10 +41,17 @@ def test_a_scrape_shows_the_latest_values_under_their_run(endpoint):
 
 
 def test_every_metric_is_served_under_its_own_name(endpoint):
-    endpoint.write(1, dict.fromkeys(METRICS, 1.5))
+    names = [metric.name if metric.label is None else f"{metric.name}/dino" for metric in METRICS.values()]
+    endpoint.write(1, dict.fromkeys(names, 1.5))
     served = scrape(endpoint.port)
     assert set(served) == {metric.prometheus_name for metric in METRICS.values()}
     assert {served[m.prometheus_name][0] for m in METRICS.values() if m.kind == "counter"} == {"counter"}
+
+
+def test_what_is_measured_of_several_things_is_one_metric_with_a_label(endpoint):
+    endpoint.write(1, {"teacher_loss/clip": 0.25, "teacher_loss/dino": 0.125, "loss": 0.5})
+    (family,) = [family for family in families(endpoint.port) if family.name == "fdscale_teacher_loss"]
+    assert {sample.labels["teacher"]: sample.value for sample in family.samples} == {"clip": 0.25, "dino": 0.125}
 
 
 def test_close_frees_the_port():
