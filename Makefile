@@ -1,4 +1,4 @@
-# `make demo`, `make test` and `make check` each make .venv and install into it first; nothing but make and
+# `make demo`, `make test`, `make prove` and `make check` each make .venv and install into it first; nothing but make and
 # Python 3.11 or newer has to be there. Another interpreter: `make setup PYTHON=python3.12`.
 # A machine with its own torch (a GPU container, a cluster module): `SYSTEM_TORCH=1 make setup` keeps it.
 
@@ -15,7 +15,7 @@ ifeq ($(wildcard /dev/nvidia[0-9]*),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: setup demo test check
+.PHONY: setup demo test prove check
 
 setup: $(stamp)
 
@@ -23,7 +23,11 @@ demo: $(stamp)
 	$(in_venv) bash launchers/demo.sh
 
 test: $(stamp)
-	$(in_venv) python -m pytest
+	$(in_venv) python -m pytest -n 2 --dist loadfile
+
+# What takes hours in all: each measures, compares and writes its page in docs/measurements; done ones are skipped.
+prove: $(stamp)
+	$(in_venv) python -m pytest -m prove tests/prove
 
 check: $(stamp)
 	$(in_venv) ruff check .
