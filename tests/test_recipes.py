@@ -32,11 +32,11 @@ from fdscale.training.engine import Connection
 NUMBER = re.compile(r"^[\w.]+\s*=\s*(\[\s*)?[-+]?\d")
 MARK = re.compile(r"#\s(official|paper|ours): \w.{2,}$")
 
-# recipe -> ranks it is written for, parameters of the student and of the teacher
+# recipe -> ranks it is written for, parameters of the student and of its teachers together
 VIT_B, VIT_B_UNTIED, VIT_L14, VIT_L14_UNTIED, VIT_L16 = 85_665_360, 85_761_984, 302_955_584, 303_310_336, 303_139_904
 SWIN_B, SWIN_G = 86_893_816, 2_997_843_680
 CLIP_B, CLIP_L, TIMM_B, ESVIT_B = 85_799_424, 303_179_776, 85_798_656, 86_917_944
-DINOV3_L, DINOV3_7B = 303_128_576, 6_716_030_976
+DINOV2_L, DINOV3_L, DINOV3_7B = 303_227_904, 303_128_576, 6_716_030_976
 SIZES: dict[str, tuple[int, int, int | None]] = {
     "vit_b_clip_b": (8, VIT_B, CLIP_B),
     "vit_b_clip_b_100ep": (8, VIT_B, CLIP_B),
@@ -46,6 +46,7 @@ SIZES: dict[str, tuple[int, int, int | None]] = {
     "vit_b_mae": (8, VIT_B, TIMM_B),
     "swinv2_b_esvit": (8, SWIN_B, ESVIT_B),
     "vit_l_dinov3": (8, VIT_L16, DINOV3_L),
+    "vit_l_clip_dinov2": (8, VIT_L14, CLIP_L + DINOV2_L),
     "swinv2_g": (128, SWIN_G, CLIP_L),
     "swinv2_g_dinov3_7b": (128, SWIN_G, DINOV3_7B),
     "swinv2_g_self": (128, SWIN_G, SWIN_G),
@@ -134,7 +135,8 @@ def test_it_checks_builds_at_full_size_and_takes_two_steps_in_miniature(
     assert parameters_of(build_student(plan.student, device="meta").backbone) == student
     settings = load_recipe(name, files.get(name, []))
     if isinstance(settings, DistillSettings):
-        assert parameters_of(prepare_teacher(settings.teacher, "random", torch.bfloat16, "meta")) == teacher
+        built = [prepare_teacher(table, "random", torch.bfloat16, "meta") for table, _ in settings.teachers.values()]
+        assert sum(map(parameters_of, built)) == teacher
     own = files[OF_ITS_USER][:1] if name == OF_ITS_USER else []
     overrides = [
         f"data.shards={digits}",
