@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fdscale.build.networks import prepare_teacher
+from fdscale.config.errors import UserError
 from fdscale.config.settings import TeacherSettings
 from fdscale.teachers.teacher import Teacher
-from fdscale.training.engine import Connection
-from fdscale.training.sharding import place
+from fdscale.training.engine import Connection, start_engine
+from fdscale.training.optim import adamw, parameter_groups
+from fdscale.training.sharding import frozen_config, place
 
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2, "patch_size": 8}
 SWIN = {"embed_dim": 16, "depths": [1, 2], "num_heads": [2, 4], "window_size": 4}
@@ -161,3 +163,97 @@ def test_two_ranks_hold_half_of_a_divided_teacher_each(dtype: torch.dtype, size:
     for placement in ("zero3", "fairscale"):
         for taken in two_ranks(bytes_taken, dtype, placement):
             assert 0 <= taken - (whole + small) / 2 <= padding, placement
+
+
+def beside_a_student(connection: Connection, placement: str, stage: int) -> tuple[list[list[Tensor]], list[float]]:
+    """Two teachers, each with an engine of its own where it is divided, and a student that learns from both.
+
+    The tokens of every step, and the losses. (A ZeRO-3 student exchanges F.linear for the whole process: by an ulp,
+    any teacher's tokens are others beside it.)
+    """
+    names = ("clip_vit_b16", "dinov3_vit_s16")
+    zero = {"stage": stage, **({**LEAN, "stage3_max_reuse_distance": 0} if stage == 3 else {})}
+    config = {**JSON, "zero_optimization": zero}
+    teachers = [place(teacher_named(name), placement, config, connection) for name in names]  # type: ignore[arg-type]
+    pixels = pixels_of(connection, names[0])
+    torch.manual_seed(1)
+    student = nn.Sequential(nn.Conv2d(3, 64, 8, 8), nn.GELU(), nn.Conv2d(64, 64, 1))
+    groups = parameter_groups(student, 0.05, ())
+    engine = start_engine(student, adamw(groups, 1e-2, (0.9, 0.999), 1e-8), config, 1, clip=0.1)
+    steps, losses = [], []
+    for _ in range(4):
+        steps.append([teacher(pixels) for teacher in teachers])
+        target = torch.stack([tokens[:, -16:].transpose(1, 2) for tokens in steps[-1]]).sum(0)
+        loss = (engine(pixels).flatten(2) - target).square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return steps, losses
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_divided_teachers_alternate_with_a_student_that_learns(stage: int, two_ranks: Any) -> None:
+    both = zip(*(two_ranks(beside_a_student, placement, stage) for placement in ("replicated", "zero3")), strict=True)
+    for (whole, losses), (divided, the_same) in both:
+        assert losses == the_same
+        assert losses[3] < losses[0]
+        for one, other in zip(whole, divided, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_the_teachers_engine_takes_from_the_students_what_concerns_gathering_alone() -> None:
+    student = {
+        "stage": 3,
+        "overlap_comm": True,
+        "stage3_prefetch_bucket_size": 5,
+        "stage3_max_live_parameters": 6,
+        "stage3_max_reuse_distance": 7,
+        "stage3_param_persistence_threshold": 8,
+        "offload_param": {"device": "cpu"},
+        "offload_optimizer": {"device": "cpu"},
+        "zero_hpz_partition_size": 8,
+        "zero_quantized_weights": True,
+    }
+    config = frozen_config({**JSON, "bf16": {"enabled": True}, "zero_optimization": student}, torch.float32)
+    assert config["zero_optimization"] == {
+        "stage": 3,
+        "overlap_comm": True,
+        "stage3_prefetch_bucket_size": 5,
+        "stage3_max_live_parameters": 6,
+        "stage3_max_reuse_distance": 0,
+        "stage3_param_persistence_threshold": 8,
+        "memory_efficient_linear": False,
+    }
+    assert [config[key]["enabled"] for key in ("bf16", "fp16")] == [False, False]  # the teacher's type, not the run's
+    assert frozen_config(JSON, torch.bfloat16)["bf16"]["enabled"]
+
+
+class Mixed(nn.Module):
+    """A layer in bfloat16 beside one in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rough, self.fine = nn.Conv2d(3, 4, 8, 8).bfloat16(), nn.Linear(4, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fine(self.rough(images).flatten(2).transpose(1, 2).float())
+
+
+def own_mixture(connection: Connection) -> tuple[bool, str]:
+    torch.manual_seed(0)
+    statistics = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    whole = Teacher(Mixed(), width=4, grid=(4, 4), prefix_tokens=0, image_size=32, **statistics)
+    divided = place(copy.deepcopy(whole), "zero3", JSON, connection)
+    pixels = torch.rand(1, 3, 32, 32)
+    try:
+        place(copy.deepcopy(whole), "fairscale", JSON, connection)
+    except UserError as error:
+        return torch.equal(whole(pixels), divided(pixels)), str(error)
+    return False, "accepted"
+
+
+def test_a_network_of_several_types_keeps_them_or_is_refused(two_ranks: Any) -> None:
+    for equal, told in two_ranks(own_mixture):
+        assert equal
+        assert "parameters of several types (torch.bfloat16, torch.float32)" in told
+        assert told.endswith("use zero3")
