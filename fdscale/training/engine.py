@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fdscale.cluster.ranks import Rank, export_rank
+from fdscale.training.average import AVERAGE
 from fdscale.training.optim import Schedule
 
 if TYPE_CHECKING:
@@ -95,15 +96,17 @@ def set_learning_rate(engine: DeepSpeedEngine, schedule: Schedule, step: int) ->
         group["lr"] = schedule.of_group(group["lr_scale"]).for_step(step)
 
 
-def full_state(engine: DeepSpeedEngine, module: nn.Module, wanted: bool) -> dict[str, Tensor]:
+def full_state(engine: DeepSpeedEngine, module: nn.Module, wanted: bool, average: bool = False) -> dict[str, Tensor]:
     """The state dict of `module`, a part of the engine's, on the CPU and in fp32, gathered weight by weight.
 
     Every rank must call it; only ranks with `wanted` keep the tensors. Trained weights are the optimizer's fp32
-    masters, frozen ones and buffers are taken as they are.
+    masters, or their moving average; frozen ones and buffers are taken as they are.
     """
+    if average:
+        _link_optimizer_states(engine.optimizer)
     state = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        whole = _whole(tensor)
+        whole = _whole_average(engine, tensor) if average and tensor.requires_grad else _whole(tensor)
         if wanted:
             whole = whole.float() if whole.is_floating_point() else whole
             state[name] = whole.detach().cpu().clone()
@@ -120,6 +123,21 @@ def _whole(tensor: Tensor) -> Tensor:
         return master
     with GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
         return tensor.detach().clone()
+
+
+def _link_optimizer_states(optimizer: Any) -> None:
+    """ZeRO-1 and 2 link weights with their optimizer states once, after the first group's first step: too early."""
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _whole_average(engine: DeepSpeedEngine, tensor: Tensor) -> Tensor:
+    """The moving average of one trained weight in full."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    divided = safe_get_full_optimizer_state(tensor, AVERAGE)
+    return engine.optimizer.state[tensor][AVERAGE] if divided is None else divided  # ZeRO-0 divides nothing
 
 
 def compute_dtype(deepspeed_json: Mapping[str, Any]) -> torch.dtype:
