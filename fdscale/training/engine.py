@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fdscale.cluster.ranks import Rank, export_rank
+from fdscale.config.errors import UserError
 from fdscale.training.average import AVERAGE
 from fdscale.training.optim import Schedule
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,30 @@ class Connection:
     rank: Rank
     device: torch.device
     control: Any  # a torch process group
+
+    def barrier(self) -> None:
+        """Wait for every rank, by messages alone."""
+        dist.barrier(group=self.control)
+
+    def broadcast(self, value: T) -> T:
+        """The main rank's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Let the main rank do something that the others wait for; a UserError of its is raised on all of them."""
+        problem = _problem(action) if self.rank.is_main else None
+        if problem := self.broadcast(problem):
+            raise UserError(problem)
+
+
+def _problem(action: Callable[[], object]) -> str | None:
+    try:
+        action()
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def connect(rank: Rank) -> Connection:
@@ -115,14 +143,20 @@ def full_state(engine: DeepSpeedEngine, module: nn.Module, wanted: bool, average
 
 def _whole(tensor: Tensor) -> Tensor:
     """One weight in full, gathered from all ranks where it is partitioned."""
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
     master = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
     if master is not None:
         return master
-    with GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
+    with gathered(tensor):
         return tensor.detach().clone()
+
+
+def gathered(tensor: Tensor, written_by: int | None = None) -> AbstractContextManager[None]:
+    """A context in which a weight is there in full, on every rank; what rank `written_by` changes in it is kept."""
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    return GatheredParameters([tensor] if hasattr(tensor, "ds_id") else [], modifier_rank=written_by)
 
 
 def _link_optimizer_states(optimizer: Any) -> None:

@@ -76,3 +76,8 @@ def damage(folder: Path, manifest: Mapping[str, Any], files: Sequence[str]) -> l
         elif _describe(path)["sha256"] != recorded["sha256"]:
             found.append(f"{file} has another SHA-256 than recorded")
     return found
+
+
+def is_write_failure(error: Exception) -> bool:
+    """Whether a file could not be written; torch's writer says so by a RuntimeError, as does a peer that died."""
+    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
