@@ -29,9 +29,10 @@ LOSS_SCALE = ("loss_scaler", "dynamic_loss_scale", "overflow")
 
 @dataclass(frozen=True)
 class Part:
-    """`count` elements of a flattened weight from `start` on, which lie in a flat tensor of this rank from `at` on."""
+    """`count` of a flattened weight's `size` elements, from `start` on: in a flat tensor of this rank from `at` on."""
 
     name: str
+    size: int
     start: int
     count: int
     at: int
@@ -49,10 +50,10 @@ def load_universal(engine: DeepSpeedEngine, folder: Path) -> dict[str, Any]:
         )
     optimizer, zero_3 = engine.optimizer, engine.zero_optimization_partition_weights()
     saved = torch.load(model_states(folder), map_location="cpu", mmap=True, weights_only=False)
+    mine = _own_state(engine, folder, zero_3)
     if zero_3:
         optimizer.checkpoint_event_prologue()
     _fill_module(engine, folder, zero_3)
-    mine = _own_state(engine, folder, zero_3)
     optimizer.load_state_dict([mine] * engine.dp_world_size, load_optimizer_states=True, load_from_fp32_weights=True)
     if zero_3:
         optimizer.checkpoint_event_epilogue()
@@ -67,11 +68,13 @@ def _fill_module(engine: DeepSpeedEngine, folder: Path, zero_3: bool) -> None:
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
         parameter = parameters.get(name)
         if parameter is None and not isinstance(tensor, torch.nn.Parameter):
-            tensor.copy_(_whole(folder, name, WEIGHT).view_as(tensor))
+            tensor.copy_(_whole(folder, name, WEIGHT, tensor.numel()).view_as(tensor))
         elif parameter is not None and not (zero_3 and parameter.requires_grad):
+            size = parameter.ds_numel if zero_3 else parameter.numel()
+            whole = _whole(folder, name, WEIGHT, size)
             with torch.no_grad(), gathered(parameter, written_by=0):
                 if engine.global_rank == 0 or not zero_3:
-                    parameter.copy_(_whole(folder, name, WEIGHT).view_as(parameter))
+                    parameter.copy_(whole.view_as(parameter))
 
 
 def _own_state(engine: DeepSpeedEngine, folder: Path, zero_3: bool) -> dict[str, Any]:
@@ -99,7 +102,8 @@ def _parts_of_zero_3(optimizer: Any) -> Iterator[tuple[str, list[Part]]]:
         for weight in group:
             cut = weight.partition_numel()
             start = min(weight.ds_numel, cut * optimizer._get_param_partition_rank(weight))
-            parts.append(Part(optimizer.param_names[weight], start, min(cut, weight.ds_numel - start), at))
+            count = min(cut, weight.ds_numel - start)
+            parts.append(Part(optimizer.param_names[weight], weight.ds_numel, start, count, at))
             at += cut
         yield parts[0].name, parts
 
@@ -107,32 +111,34 @@ def _parts_of_zero_3(optimizer: Any) -> Iterator[tuple[str, list[Part]]]:
 def _parts_of_zero_1_or_2(optimizer: Any) -> Iterator[tuple[str, list[Part]]]:
     """Likewise: a group's weights one after the other, cut where a rank's share ends."""
     for group in optimizer.bit16_groups:
-        mapped = [(optimizer.param_names[weight], weight._hp_mapping) for weight in group]
-        yield (
-            mapped[0][0],
-            [
-                Part(name, m.lp_fragment_address.start, m.lp_fragment_address.numel, m.hp_fragment_address.start)
-                for name, m in mapped
-                if m is not None
-            ],
-        )
+        parts = []
+        for weight in group:
+            if (part := weight._hp_mapping) is not None:
+                own, at = part.lp_fragment_address, part.hp_fragment_address.start
+                parts.append(Part(optimizer.param_names[weight], weight.numel(), own.start, own.numel, at))
+        yield optimizer.param_names[group[0]], parts
 
 
 def _flat(folder: Path, state: str, parts: list[Part], size: int) -> Tensor:
     flat = torch.zeros(size)
     for part in parts:
-        whole = _whole(folder, part.name, state)
+        whole = _whole(folder, part.name, state, part.size)
         flat[part.at : part.at + part.count] = whole[part.start : part.start + part.count]
     return flat
 
 
-def _whole(folder: Path, name: str, state: str) -> Tensor:
+def _whole(folder: Path, name: str, state: str, size: int) -> Tensor:
     """A flattened weight or state; its bytes stay in the file until they are read."""
-    return _load(folder, name, state)["param"].flatten()
+    whole = _load(folder, name, state)["param"].flatten()
+    if whole.numel() != size:
+        raise UserError(
+            f"{folder}: '{name}' has {whole.numel()} elements there and {size} here: it is of another network"
+        )
+    return whole
 
 
 def _load(folder: Path, name: str, state: str) -> Any:
     path = folder / "zero" / name / f"{state}.pt"
     if not path.is_file():
-        raise UserError(f"{folder}: it has no {state} of '{name}': it belongs to another network than this run's")
+        raise UserError(f"{folder}: there is no {state} of '{name}': it is of another network")
     return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
