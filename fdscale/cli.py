@@ -31,9 +31,12 @@ app = typer.Typer(
 )
 shards = typer.Typer(help="Make and inspect the shards that training reads.", no_args_is_help=True)
 app.add_typer(shards, name="shards")
+checkpoint = typer.Typer(help="List, verify and prune the checkpoints of a run.", no_args_is_help=True)
+app.add_typer(checkpoint, name="checkpoint")
 
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name, or a path to one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. optim.lr=1e-3.")]
+RunDirectory = Annotated[Path, typer.Argument(help="A run directory.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="The same path, shrunk to fit a laptop.")]
 
 
@@ -202,6 +205,36 @@ def index(folder: Annotated[Path, typer.Argument(help="A folder of WebDataset ta
 
     built = build_index(folder)
     terminal().print(f"{len(built)} samples in {len(built.shards)} shards: {escape(str(folder))}")
+
+
+@checkpoint.command()
+def ls(run: RunDirectory) -> None:
+    """List a run's checkpoints: step, date, size, ranks; whole by their sizes, damaged, or never committed."""
+    from fdscale.checkpoints import checkpoint_table
+
+    terminal().print(checkpoint_table(run))
+
+
+@checkpoint.command()
+def verify(run: RunDirectory) -> None:
+    """Read every byte of a run's checkpoints and compare the SHA-256s; fails when one is damaged."""
+    from fdscale.checkpoints import verify_checkpoints
+
+    for line in verify_checkpoints(run):
+        terminal().print(escape(line), soft_wrap=True)
+
+
+@checkpoint.command()
+def prune(
+    run: RunDirectory,
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest whole ones stay.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, remove nothing.")] = False,
+) -> None:
+    """Remove all but the newest whole checkpoints of a run that nobody is running."""
+    from fdscale.checkpoints import prune_checkpoints
+
+    for line in prune_checkpoints(run, keep, dry_run):
+        terminal().print(escape(line), soft_wrap=True)
 
 
 def _leave(complete: bool) -> None:
