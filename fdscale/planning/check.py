@@ -70,6 +70,12 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
             f"student.name: {settings.student.name} fails under bf16.enabled, which leaves its fp32 coordinates beside "
             "bf16 weights; use torch_autocast in the JSON, or a swinv2_* of our own"
         )
+    bf16 = deepspeed_json.get("bf16", {})
+    if settings.optim.ema_decay and bf16.get("enabled") and bf16.get("bf16_master_weights_and_grads"):
+        problems.append(
+            "optim.ema_decay: an average in bf16 stands still, and bf16.bf16_master_weights_and_grads keeps nothing in "
+            "fp32; take one of the two out"
+        )
     accumulation = attempt(lambda: accumulation_steps(global_batch, ranks, micro_batch), problems)
     student = attempt(lambda: planned_student(settings.student), problems)
     teacher = None
