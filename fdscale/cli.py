@@ -31,9 +31,12 @@ app = typer.Typer(
 )
 shards = typer.Typer(help="Make and inspect the shards that training reads.", no_args_is_help=True)
 app.add_typer(shards, name="shards")
+checkpoint = typer.Typer(help="List, verify and prune the checkpoints of a run.", no_args_is_help=True)
+app.add_typer(checkpoint, name="checkpoint")
 
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name, or a path to one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. optim.lr=1e-3.")]
+RunDirectory = Annotated[Path, typer.Argument(help="A run directory.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="The same path, shrunk to fit a laptop.")]
 
 
@@ -157,13 +160,31 @@ def where(name: Annotated[str, typer.Argument(help="A recipe's, DeepSpeed JSON's
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A completed run directory, or an imported student's folder or file.")],
+    run: Annotated[Path, typer.Argument(help="A run directory; for timm completed, or a student's folder or file.")],
     output: Annotated[Path, typer.Option(help="A new folder.")],
+    format: Annotated[str, typer.Option(help="timm: loads without fdscale. weights: a checkpoint's student file.")] = (
+        "timm"
+    ),
+    dtype: Annotated[str, typer.Option(help="Of weights: fp32 or bf16.")] = "fp32",
+    ema: Annotated[bool, typer.Option("--ema", help="Of weights: their moving average.")] = False,
+    step: Annotated[int | None, typer.Option(help="Of weights: a checkpoint's step; the newest whole one.")] = None,
 ) -> None:
-    """Write a student as a folder that timm loads without fdscale."""
-    from fdscale.export.timm_format import export_timm
+    """Write a student as a folder that timm loads, or as a student file straight from a checkpoint of any ranks."""
+    if format not in ("timm", "weights"):
+        raise UserError(f"--format {format}: allowed: timm, weights")
+    if dtype not in ("fp32", "bf16"):
+        raise UserError(f"--dtype {dtype}: allowed: fp32, bf16")
+    if format == "weights":
+        from fdscale.export.weights_format import export_weights
 
-    terminal().print(f"exported to {escape(str(export_timm(run, output)))}")
+        written = export_weights(run, output, step, "bf16" if dtype == "bf16" else "fp32", ema)
+    elif ema or step is not None or dtype != "fp32":
+        raise UserError("--dtype, --ema and --step belong to --format weights; timm takes RUN/student_ema.safetensors")
+    else:
+        from fdscale.export.timm_format import export_timm
+
+        written = export_timm(run, output)
+    terminal().print(f"exported to {escape(str(written))}", soft_wrap=True)
 
 
 @app.command()
@@ -202,6 +223,36 @@ def index(folder: Annotated[Path, typer.Argument(help="A folder of WebDataset ta
 
     built = build_index(folder)
     terminal().print(f"{len(built)} samples in {len(built.shards)} shards: {escape(str(folder))}")
+
+
+@checkpoint.command()
+def ls(run: RunDirectory) -> None:
+    """List a run's checkpoints: step, date, size, ranks; whole by their sizes, damaged, or never committed."""
+    from fdscale.checkpoints import checkpoint_table
+
+    terminal().print(checkpoint_table(run))
+
+
+@checkpoint.command()
+def verify(run: RunDirectory) -> None:
+    """Read every byte of a run's checkpoints and compare the SHA-256s; fails when one is damaged."""
+    from fdscale.checkpoints import verify_checkpoints
+
+    for line in verify_checkpoints(run):
+        terminal().print(escape(line), soft_wrap=True)
+
+
+@checkpoint.command()
+def prune(
+    run: RunDirectory,
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest whole ones stay.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, remove nothing.")] = False,
+) -> None:
+    """Remove all but the newest whole checkpoints of a run that nobody is running."""
+    from fdscale.checkpoints import prune_checkpoints
+
+    for line in prune_checkpoints(run, keep, dry_run):
+        terminal().print(escape(line), soft_wrap=True)
 
 
 def _leave(complete: bool) -> None:

@@ -39,6 +39,7 @@ FLOORS = {
     "fdscale.fetch": 4,
     "fdscale.models": 4,
     "fdscale.summary": 4,
+    "fdscale.checkpoints": 4,
     "fdscale.cli": 5,
     "fdscale.__main__": 6,
 }

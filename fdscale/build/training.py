@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from fdscale.build.result import BACKBONE, Save, save_backbone, save_result
 from fdscale.build.run import Run
 from fdscale.config.errors import UserError
 from fdscale.config.settings import DistillSettings, FinetuneSettings, OptimSettings
@@ -19,11 +17,12 @@ from fdscale.data.augment import FILTERS, Augmentation
 from fdscale.data.loader import EvalLoader, TrainLoader
 from fdscale.data.order import accumulation_steps
 from fdscale.data.randaugment import RandAugment
-from fdscale.students.files import save_student
+from fdscale.students.files import describe_student
 from fdscale.students.student import Student
 from fdscale.terminal import terminal
+from fdscale.training.average import keep_average
 from fdscale.training.checkpoint import Checkpoints
-from fdscale.training.engine import full_state, parameter_dtype, start_engine
+from fdscale.training.engine import parameter_dtype, start_engine
 from fdscale.training.evaluate import SampleTerms, evaluate
 from fdscale.training.loop import BatchTerms, Plan, Progress, fit
 from fdscale.training.metrics import Sinks
@@ -36,9 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BACKBONE = "student.backbone."  # what a trained module calls the student's network
-Save = Callable[[dict[str, Tensor], Path], object]  # writes what a run leaves, from the module's full state dict
-
 
 def train(
     run: Run,
@@ -46,12 +42,9 @@ def train(
     student: Student,
     batch_terms: BatchTerms,
     sample_terms: SampleTerms,
-    save: Save | None = None,
+    save: Save = save_backbone,
 ) -> bool:
-    """Train `module` (whose `student` this is) to the run's last step and save it; False when stopped.
-
-    `save` None writes the student alone: a projector is dropped.
-    """
+    """Train `module` (whose `student` this is) to the run's last step and save it; False when stopped."""
     settings = run.settings
     loader = _train_loader(run, student)
     schedule = schedule_of(settings.optim, settings.data.global_batch, run.order.steps_per_epoch, run.total_steps)
@@ -60,7 +53,7 @@ def train(
     checkpoints = Checkpoints(run.directory.checkpoints, run.connection, settings.checkpoint.keep)
     state = checkpoints.load(engine)
     progress = Progress.resumed(state)
-    _record(run, progress, fresh=state is None)
+    _record(run, student, progress, fresh=state is None)
     held_out = _held_out(run, engine, student.image_size, sample_terms)
     sinks = _sinks(run, progress.step if state else None)
     try:
@@ -78,7 +71,7 @@ def train(
             held_out,
         )
         if done:
-            _save_result(run, engine, module, save or partial(_save_backbone, student), progress.step)
+            save_result(run, engine, module, student, save, progress.step)
             sinks.say(f"complete: {run.directory.student}")
     finally:
         sinks.close()
@@ -100,7 +93,7 @@ def _sinks(run: Run, resumed_step: int | None) -> Sinks:
     )
 
 
-def _record(run: Run, progress: Progress, fresh: bool) -> None:
+def _record(run: Run, student: Student, progress: Progress, fresh: bool) -> None:
     """Write down what runs from here; raises UserError when the end asked for lies behind."""
     if progress.step > run.last_step:
         raise UserError(
@@ -114,6 +107,7 @@ def _record(run: Run, progress: Progress, fresh: bool) -> None:
     elif changed := run.directory.changed_versions():
         logger.warning("resumed under other versions, bit for bit no longer holds: %s", ", ".join(changed))
     run.directory.record(run.settings, run.deepspeed_json, run.fingerprints())
+    describe_student(student, run.directory.student)
 
 
 def _engine(run: Run, module: nn.Module, student: Student, schedule: Schedule) -> DeepSpeedEngine:
@@ -122,6 +116,8 @@ def _engine(run: Run, module: nn.Module, student: Student, schedule: Schedule) -
     if any(is_divided(parameter) for parameter in module.parameters()):  # what stands beside a divided student, too
         divide(module, run.deepspeed_json, run.connection, parameter_dtype(run.deepspeed_json))
     optimizer = adamw(optimizer_groups(module, student, optim), schedule.for_step(0), optim.betas, optim.eps)
+    if optim.ema_decay:
+        keep_average(optimizer, optim.ema_decay)
     accumulation = accumulation_steps(run.settings.data.global_batch, run.connection.rank.world_size, run.micro_batch)
     return start_engine(module, optimizer, run.deepspeed_json, accumulation, optim.clip)
 
@@ -209,19 +205,3 @@ def _held_out(
         run.device,
     )
     return lambda: evaluate(engine, sample_terms, loader, run.settings.eval.knn)
-
-
-def _save_result(run: Run, engine: DeepSpeedEngine, module: nn.Module, save: Save, step: int) -> None:
-    """Write what a completed run leaves from the gathered weights, then mark the run complete."""
-    main = run.connection.rank.is_main
-    state = full_state(engine, module, wanted=main)
-    if main:
-        save(state, run.directory.folder)
-        run.directory.mark_complete(step)
-    dist.barrier(group=run.connection.control)
-
-
-def _save_backbone(student: Student, state: dict[str, Tensor], folder: Path) -> None:
-    """The student file, from the full state dict of a module that holds the student."""
-    names = [name for name in state if name.startswith(BACKBONE)]
-    save_student(student, {name.removeprefix(BACKBONE): state[name] for name in names}, folder)

@@ -49,6 +49,11 @@ class GlobalOrder:
 
 def accumulation_steps(global_batch: int, world_size: int, micro_batch: int) -> int:
     """Micro batches per rank and step: global batch / (ranks x micro batch); UserError where uneven."""
+    if world_size > global_batch:
+        raise UserError(
+            f"data.global_batch {global_batch}: {world_size} ranks are more than the images of one step; start at most "
+            f"{global_batch} ranks, or raise data.global_batch"
+        )
     together = world_size * micro_batch
     steps, left = divmod(global_batch, together)
     if left or not steps:

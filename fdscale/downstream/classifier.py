@@ -8,14 +8,12 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdscale.build.training import BACKBONE
+from fdscale.build.result import BACKBONE, save_backbone
 from fdscale.config.errors import UserError
-from fdscale.students.files import save_student, write_weights
+from fdscale.students.files import write_weights
 from fdscale.students.student import Student
 from fdscale.students.swin_v2 import Linear32
 from fdscale.teachers.teacher import Float32LayerNorm
-
-NEW_NORM = "fc_norm."
 
 
 class Classifier(nn.Module):
@@ -70,15 +68,12 @@ def _take_norm(student: Student) -> Float32LayerNorm:
     return Float32LayerNorm(student.width, eps=norm.eps, bias=norm.bias is not None)
 
 
-def save_classifier(student: Student, state: dict[str, Tensor], folder: Path) -> None:
+def save_classifier(student: Student, state: dict[str, Tensor], folder: Path, ending: str = "") -> None:
     """Write `student.safetensors` and `classifier.safetensors` from a classifier's full state dict.
 
-    The second holds what is not the student's: `head.*`, and `fc_norm.*` where the norm is a new one. That norm is
-    also the student file's final `norm`: a student of this geometry has one, and the distilled weights that were there
-    belong to tokens that no longer exist. So the file loads as any other, and both together are the classifier.
+    The second holds what is not the backbone's: `head.*`, and `fc_norm.*` where the norm is a new one. That norm is
+    also the student file's final `norm`, so that the file loads as any other; both together are the classifier.
     """
-    backbone = {name.removeprefix(BACKBONE): value for name, value in state.items() if name.startswith(BACKBONE)}
     rest = {name: value for name, value in state.items() if not name.startswith(BACKBONE)}
-    new_norm = {name.replace("fc_norm", "norm"): value for name, value in rest.items() if name.startswith(NEW_NORM)}
-    write_weights(rest, folder / "classifier.safetensors")
-    save_student(student, backbone | new_norm, folder)
+    write_weights(rest, folder / f"classifier{ending}.safetensors")
+    save_backbone(student, state, folder, ending)

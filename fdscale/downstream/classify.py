@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,7 +58,7 @@ def finetune(settings: FinetuneSettings) -> bool:
         pixels = as_pixels(batch.images)
         return engine(seen_as_clip(pixels, mean, std) if as_clip else pixels, batch.labels)
 
-    return train(run, classifier, student, labelled_batch, held_out_batch, partial(save_classifier, student))
+    return train(run, classifier, student, labelled_batch, held_out_batch, save_classifier)
 
 
 def mixing(settings: FinetuneSettings) -> Mixing:

@@ -25,6 +25,12 @@ def engine_problems(
             "student.activation_checkpointing=offload gives wrong gradients under torch_autocast: fairscale recomputes "
             "in another precision; use 'blocks', or bf16 in the JSON"
         )
+    bf16 = deepspeed_json.get("bf16", {})
+    if settings.optim.ema_decay and bf16.get("enabled") and bf16.get("bf16_master_weights_and_grads"):
+        yield (
+            "optim.ema_decay: an average in bf16 stands still, and bf16.bf16_master_weights_and_grads keeps nothing in "
+            "fp32; take one of the two out"
+        )
     if here and isinstance(settings, DistillSettings):
         asking = [where for where, (teacher, _) in settings.teachers.items() if teacher.placement == "fairscale"]
         if asking and not _on_gpus():

@@ -22,18 +22,26 @@ SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
 
 def save_student(
-    student: Student, state: dict[str, Tensor], folder: Path, source: dict[str, str] | None = None
+    student: Student, state: dict[str, Tensor], folder: Path, source: dict[str, str] | None = None, ending: str = ""
 ) -> Path:
-    """Write a student from its backbone's full state dict; returns the path of the weights.
+    """Write a student from its backbone's full state dict; returns the path of the weights, `student{ending}`.
 
-    A network of one's own has no geometry that we could describe: its weights alone are written. `source` says
-    where weights came from that were not trained here.
+    `source` says where weights came from that were not trained here.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "student.safetensors"
+    path = folder / f"student{ending}.safetensors"
     write_weights(state, path)
+    describe_student(student, path, source)
+    return path
+
+
+def describe_student(student: Student, path: Path, source: dict[str, str] | None = None) -> None:
+    """Write what stands beside a student file `path`: its geometry, and how it normalises.
+
+    A network of one's own has no geometry that we could describe: nothing is written.
+    """
     if student.geometry is None:
-        return path
+        return
     description = {
         "geometry": geometry_to_json(student.geometry),
         "mean": student.mean.flatten().tolist(),
@@ -41,7 +49,6 @@ def save_student(
         **({} if source is None else {"source": source}),
     }
     path.with_suffix(".json").write_text(json.dumps(description, indent=2) + "\n")
-    return path
 
 
 def write_weights(state: dict[str, Tensor], path: Path) -> None:

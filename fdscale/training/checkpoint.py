@@ -5,17 +5,26 @@ from __future__ import annotations
 import logging
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from fdscale.config.errors import UserError
+from fdscale.training.elastic import load_universal
 from fdscale.training.engine import Connection, gather_lists
-from fdscale.training.manifest import damage, describe, files_of, read_manifest, write_manifest, writer_of
+from fdscale.training.manifest import (
+    damage,
+    describe,
+    files_of,
+    is_write_failure,
+    read_manifest,
+    write_manifest,
+    writer_of,
+)
+from fdscale.training.partitions import ORDER
+from fdscale.training.universal import converted
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -36,19 +45,20 @@ class Checkpoints:
         Raises UserError when this rank cannot write; the previous checkpoint stays as it was.
         """
         target = self.folder / f"step_{step:08d}"
-        self._on_main(lambda: shutil.rmtree(target, ignore_errors=True))  # what an interrupted attempt left
+        self.connection.on_main(lambda: shutil.rmtree(target, ignore_errors=True))  # what an interrupted attempt left
         try:
-            engine.save_checkpoint(str(self.folder), tag=target.name, client_state=state, save_latest=False)
+            names = {ORDER: optimizer_names(engine)}
+            engine.save_checkpoint(str(self.folder), tag=target.name, client_state=state | names, save_latest=False)
             torch.save(random_state(), target / f"rank_{self.rank}.pt")
-            self._barrier()  # every rank's files are there
+            self.connection.barrier()  # every rank's files are there
             files = self._describe_all(target)
             manifest = {"step": step, "world_size": self.world_size, "files": files}
-            self._on_main(lambda: write_manifest(target, manifest))
+            self.connection.on_main(lambda: write_manifest(target, manifest))
         except (OSError, RuntimeError) as error:
-            if not _is_write_failure(error):
+            if not is_write_failure(error):
                 raise
             raise UserError(self._write_failure(target, error)) from error
-        self._on_main(lambda: self._prune(step))
+        self.connection.on_main(lambda: self._prune(step))
 
     def load(self, engine: DeepSpeedEngine) -> dict[str, Any] | None:
         """Resume from the newest complete checkpoint; returns the loop's state, or None when none was ever committed.
@@ -64,18 +74,32 @@ class Checkpoints:
                     "folder shared by all nodes? To start anew, move them away"
                 )
             return None
-        self._check_world_size(chosen)
-        self._on_main(lambda: [path.rename(path.with_name(f"damaged_{path.name}")) for path in damaged])
-        _, state = engine.load_checkpoint(str(self.folder), tag=chosen.name, load_lr_scheduler_states=False)
-        restore_random_state(torch.load(chosen / f"rank_{self.rank}.pt", weights_only=True))
-        self._tell(f"resumed from {chosen}")
+        self.connection.on_main(lambda: [path.rename(path.with_name(f"damaged_{path.name}")) for path in damaged])
+        saved_by = self.connection.broadcast(read_manifest(chosen) or {})["world_size"]
+        if saved_by == self.world_size or not engine.zero_optimization():  # ZeRO-0 divides nothing
+            _, state = engine.load_checkpoint(str(self.folder), tag=chosen.name, load_lr_scheduler_states=False)
+        else:
+            state = load_universal(engine, converted(chosen, self.connection))
+        self._restore_generators(chosen, saved_by, engine.global_steps)
         return state
+
+    def _restore_generators(self, chosen: Path, saved_by: int, step: int) -> None:
+        """This rank's generators as they were; among another number of ranks they begin anew, from seed and step."""
+        if saved_by == self.world_size:
+            restore_random_state(torch.load(chosen / f"rank_{self.rank}.pt", weights_only=True))
+            self._tell(f"resumed from {chosen}")
+            return
+        torch.manual_seed(torch.initial_seed() + step)
+        self._tell(
+            f"resumed from {chosen}, saved by {saved_by} ranks, on {self.world_size}: samples, views, drop path and "
+            "optimizer go on as they were; a network's own dropout, if it has any, draws other values"
+        )
 
     def _newest_complete(self) -> tuple[Path | None, list[Path]]:
         """The newest whole checkpoint, and newer folders that were committed and are damaged."""
         damaged: list[Path] = []
-        for folder in self._broadcast(sorted(self.folder.glob("step_*"), reverse=True)):
-            manifest = self._broadcast(read_manifest(folder))
+        for folder in self.connection.broadcast(sorted(self.folder.glob("step_*"), reverse=True)):
+            manifest = self.connection.broadcast(read_manifest(folder))
             problems = ["it was never committed (no manifest)"] if manifest is None else self._damage(folder, manifest)
             if not problems:
                 return folder, damaged
@@ -87,23 +111,16 @@ class Checkpoints:
         mine = sorted(manifest["files"])[self.rank :: self.world_size]
         return gather_lists(damage(folder, manifest, mine), self.connection)
 
-    def _check_world_size(self, folder: Path) -> None:
-        saved = (read_manifest(folder) or {})["world_size"]
-        if saved != self.world_size:
-            raise UserError(
-                f"{folder} was saved by {saved} ranks and this run has {self.world_size}: start it on {saved} ranks, "
-                "or give another run_dir"
-            )
-
     def _describe_all(self, folder: Path) -> dict[str, Any]:
         mine = [file for file in files_of(folder) if writer_of(file, self.world_size) == self.rank]
         return dict(gather_lists(list(describe(folder, mine).items()), self.connection))
 
     def _prune(self, saved: int) -> None:
-        """Keep the newest `keep` committed ones up to the one just saved; what is no commit goes as well."""
+        """Keep the newest `keep` committed ones up to the one just saved; what is no commit goes, and conversions."""
         folders = [path for path in sorted(self.folder.glob("step_*")) if int(path.name.removeprefix("step_")) <= saved]
         committed = [path for path in folders if read_manifest(path)]
-        for path in sorted(set(folders) - set(committed[-self.keep :])):
+        conversions = {*self.folder.glob("universal_*"), *self.folder.glob(".universal_*")}
+        for path in sorted({*folders, *conversions} - set(committed[-self.keep :])):
             try:
                 shutil.rmtree(path)
             except OSError as error:  # an old checkpoint that stays is no reason to stop
@@ -122,23 +139,11 @@ class Checkpoints:
         if self.rank == 0:
             logger.info(text)
 
-    def _on_main(self, action: Callable[[], object]) -> None:
-        if self.rank == 0:
-            action()
-        self._barrier()
 
-    def _barrier(self) -> None:
-        dist.barrier(group=self.connection.control)
-
-    def _broadcast(self, value: Any) -> Any:
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.connection.control)
-        return box[0]
-
-
-def _is_write_failure(error: OSError | RuntimeError) -> bool:
-    """Whether a file could not be written; torch's writer says so by a RuntimeError, as does a peer that died."""
-    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+def optimizer_names(engine: DeepSpeedEngine) -> list[str]:
+    """The trained weights in the optimizer's order, where it has the weights themselves (ZeRO-0), else none."""
+    groups = engine.optimizer.param_groups
+    return [engine.param_names[p] for group in groups for p in group["params"] if p in engine.param_names]
 
 
 def random_state() -> dict[str, Any]:

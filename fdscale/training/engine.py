@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fdscale.cluster.ranks import Rank, export_rank
+from fdscale.config.errors import UserError
+from fdscale.training.average import AVERAGE
 from fdscale.training.optim import Schedule
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,30 @@ class Connection:
     rank: Rank
     device: torch.device
     control: Any  # a torch process group
+
+    def barrier(self) -> None:
+        """Wait for every rank, by messages alone."""
+        dist.barrier(group=self.control)
+
+    def broadcast(self, value: T) -> T:
+        """The main rank's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def on_main(self, action: Callable[[], object]) -> None:
+        """Let the main rank do something that the others wait for; a UserError of its is raised on all of them."""
+        problem = _problem(action) if self.rank.is_main else None
+        if problem := self.broadcast(problem):
+            raise UserError(problem)
+
+
+def _problem(action: Callable[[], object]) -> str | None:
+    try:
+        action()
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def connect(rank: Rank) -> Connection:
@@ -96,15 +125,17 @@ def set_learning_rate(engine: DeepSpeedEngine, schedule: Schedule, step: int) ->
         group["lr"] = schedule.of_group(group["lr_scale"]).for_step(step)
 
 
-def full_state(engine: DeepSpeedEngine, module: nn.Module, wanted: bool) -> dict[str, Tensor]:
+def full_state(engine: DeepSpeedEngine, module: nn.Module, wanted: bool, average: bool = False) -> dict[str, Tensor]:
     """The state dict of `module`, a part of the engine's, on the CPU and in fp32, gathered weight by weight.
 
     Every rank must call it; only ranks with `wanted` keep the tensors. Trained weights are the optimizer's fp32
-    masters, frozen ones and buffers are taken as they are.
+    masters, or their moving average; frozen ones and buffers are taken as they are.
     """
+    if average:
+        _link_optimizer_states(engine.optimizer)
     state = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
-        whole = _whole(tensor)
+        whole = _whole_average(engine, tensor) if average and tensor.requires_grad else _whole(tensor)
         if wanted:
             whole = whole.float() if whole.is_floating_point() else whole
             state[name] = whole.detach().cpu().clone()
@@ -113,14 +144,35 @@ def full_state(engine: DeepSpeedEngine, module: nn.Module, wanted: bool) -> dict
 
 def _whole(tensor: Tensor) -> Tensor:
     """One weight in full, gathered from all ranks where it is partitioned."""
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param
 
     master = safe_get_full_fp32_param(tensor) if tensor.requires_grad else None
     if master is not None:
         return master
-    with GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
+    with gathered(tensor):
         return tensor.detach().clone()
+
+
+def gathered(tensor: Tensor, written_by: int | None = None) -> AbstractContextManager[None]:
+    """A context in which a weight is there in full, on every rank; what rank `written_by` changes in it is kept."""
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    return GatheredParameters([tensor] if hasattr(tensor, "ds_id") else [], modifier_rank=written_by)
+
+
+def _link_optimizer_states(optimizer: Any) -> None:
+    """ZeRO-1 and 2 link weights with their optimizer states once, after the first group's first step: too early."""
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _whole_average(engine: DeepSpeedEngine, tensor: Tensor) -> Tensor:
+    """The moving average of one trained weight in full."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    divided = safe_get_full_optimizer_state(tensor, AVERAGE)
+    return engine.optimizer.state[tensor][AVERAGE] if divided is None else divided  # ZeRO-0 divides nothing
 
 
 def parameter_dtype(deepspeed_json: Mapping[str, Any]) -> torch.dtype | None:

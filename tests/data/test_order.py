@@ -62,6 +62,7 @@ def test_accumulation_steps():
         ),
         ((8, 4, 4), r"8 / 16 = 0 rest 8; allowed: multiples of 16 \(nearest: 16\).* from 1, 2$"),
         ((7, 2, 1), r"7 / 2 = 3 rest 1; .*6 or 8\), or another train_micro_batch_size_per_gpu$"),
+        ((8, 9, 1), r"^data.global_batch 8: 9 ranks are more than the images of one step; start at most 8 ranks, or"),
     ],
 )
 def test_an_uneven_global_batch_shows_the_arithmetic(numbers, message):

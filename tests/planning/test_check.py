@@ -72,6 +72,14 @@ def test_mistakes_of_a_further_teacher_name_its_settings() -> None:
     assert len(found) == 3
 
 
+def test_an_average_needs_fp32_masters() -> None:
+    run = load_recipe("vit_b_clip_b", ["data.shards=digits", "data.global_batch=8", "optim.ema_decay=0.999"])
+    low = {**DEEPSPEED, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}
+    with pytest.raises(SettingsError, match=r"optim\.ema_decay: an average in bf16 stands still"):
+        check(run, low, 2)
+    assert check(run, {**DEEPSPEED, "bf16": {"enabled": True}}, 2).accumulation == 2
+
+
 def test_everything_is_told_at_once(tmp_path: Path) -> None:
     found = problems(
         "vit_b_clip_b",

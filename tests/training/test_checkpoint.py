@@ -173,11 +173,6 @@ def refused(connection: Connection, folder: str) -> str:
     return "loaded"
 
 
-def test_another_number_of_ranks_is_refused_by_name(tmp_path: Path, two_ranks: Any, one_rank: Any) -> None:
-    two_ranks(save_steps, str(tmp_path), [1])
-    assert "was saved by 2 ranks and this run has 1" in one_rank(refused, str(tmp_path))[0]
-
-
 def test_the_manifest_lists_every_file_and_finds_each_harm(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(b"weights")
     (tmp_path / "b").mkdir()
