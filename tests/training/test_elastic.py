@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fdscale.config.errors import UserError
 from fdscale.data.batches import Batch
-from fdscale.distill.distiller import Distiller
+from fdscale.distill.distiller import Distiller, Lesson
 from fdscale.distill.layout import TokenLayout
 from fdscale.distill.targets import TargetMaker
 from fdscale.students.drop_path import drop_path_rows
@@ -50,8 +50,9 @@ class Distillation:
         self.student.backbone.patch_embed.proj.bias.requires_grad_(False)
         self.student.register_buffer("seen", torch.tensor(float(seed)))
         layout = TokenLayout(self.student.grid, self.student.prefix_tokens)
+        lesson = Lesson("teacher", WIDTH, TargetMaker(layout, layout))
         torch.manual_seed(seed)
-        self.distiller = Distiller(self.student, self.student.width, WIDTH, TargetMaker(layout, layout), beta=2.0)
+        self.distiller = Distiller(self.student, self.student.width, [lesson], beta=2.0)
         self.connection, self.schedule = connection, Schedule(LAST, 2, peak=1e-3)
         self.accumulation = GLOBAL_BATCH // (connection.rank.world_size * MICRO_BATCH)
         zero = {"stage": stage, **(LEAN if stage == 3 else {})}
@@ -92,7 +93,7 @@ class Distillation:
         target = torch.randn(GLOBAL_BATCH, tokens, WIDTH, generator=generator)[batch.rows]
         sites = self.student.drop_path_sites
         draws = drop_path_rows(0, step, sites, GLOBAL_BATCH, batch.rows, self.connection.device)
-        return engine(pixels, target, draws)
+        return engine(pixels, [target], draws)
 
     def states(self) -> dict[str, dict[str, Tensor]]:
         """Weights and averages of everything that is trained, frozen, or a buffer."""
@@ -185,10 +186,10 @@ def test_a_conversion_is_used_again_redone_when_damaged_and_gone_with_the_next_s
     assert "zero/half.pt" not in made
     assert one_rank(continued, str(tmp_path), 1)[0]["losses"] == first
     assert written(conversion) == made
-    victim = conversion / "zero" / "projector.weight" / "exp_avg.pt"
+    victim = conversion / "zero" / "projectors.0.weight" / "exp_avg.pt"
     flip_a_byte(victim)
     assert one_rank(continued, str(tmp_path), 1)[0]["losses"] == first
-    assert written(conversion)["zero/projector.weight/exp_avg.pt"] != made["zero/projector.weight/exp_avg.pt"]
+    assert written(conversion)["zero/projectors.0.weight/exp_avg.pt"] != made["zero/projectors.0.weight/exp_avg.pt"]
     one_rank(begun, str(tmp_path), 1, 4)
     assert sorted(path.name for path in tmp_path.glob("*step_*")) == ["step_00000003", "step_00000004"]
 
@@ -236,7 +237,7 @@ def test_what_cannot_be_resumed_is_told_in_one_sentence_on_every_rank(
         assert "in DeepSpeed's universal format: 0.00 GiB, and 0.00 GiB are free there: make room, or" in message
         assert message.endswith("start it on 1 ranks")
     for message in two_ranks(refused, str(tmp_path), None, WIDTH + 1):
-        assert "'projector.weight' has 210 elements there and 240 here: it is of another network" in message
+        assert "'projectors.0.weight' has 210 elements there and 240 here: it is of another network" in message
 
 
 def by_deepspeed(connection: Connection, folder: str, stage: int) -> dict[str, float]:
@@ -277,7 +278,7 @@ def loaded_by_deepspeed(connection: Connection, folder: str, stage: int) -> dict
     run.engine.load_checkpoint(folder, tag="universal_step_00000003", load_lr_scheduler_states=False)
     found = full_state(run.engine, run.distiller, wanted=True)
     run.engine.destroy()
-    return {name: value for name, value in found.items() if "backbone" in name or "projector" in name}
+    return {name: value for name, value in found.items() if "backbone" in name or "projectors" in name}
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -294,5 +295,5 @@ def test_the_conversion_is_committed_by_a_manifest_of_its_own(tmp_path: Path, on
     folder = tmp_path / "universal_step_00000003"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["source"] == "step_00000003"
-    assert "zero/projector.weight/ema.pt" in manifest["files"]
+    assert "zero/projectors.0.weight/ema.pt" in manifest["files"]
     assert len(manifest["files"]) == len(written(folder))
