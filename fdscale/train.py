@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from fdscale.build.networks import as_pixels, prepare_student, prepare_teacher, seeded
+from fdscale.build.outline import Outline, draws_for, pixels_for, student_outline
 from fdscale.build.run import Run, open_run
 from fdscale.build.training import train
+from fdscale.build.weights import RANDOM
 from fdscale.config.errors import UserError, told_as
 from fdscale.config.settings import FIRST_TEACHER, DistillSettings
 from fdscale.data.batches import Batch
@@ -67,6 +70,23 @@ def distill(
         return engine(pixels, targets_of(pixels))
 
     return train(run, distiller, trained, distill_batch, held_out_batch)
+
+
+def outline(settings: DistillSettings) -> Outline:
+    """The same distiller and teachers in shapes alone, for the planner."""
+    student = student_outline(settings.student)
+    teachers = {
+        where: prepare_teacher(table, RANDOM, torch.float32, "meta") for where, (table, _) in settings.teachers.items()
+    }
+    lessons = lessons_of(settings, student, teachers)
+    with torch.device("meta"):
+        distiller = Distiller(student, student.width, lessons, settings.loss.beta)
+
+    def inputs(micro_batch: int) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        targets = [torch.empty(micro_batch, lesson.targets.tokens, lesson.width) for lesson in lessons]
+        return pixels_for(student, micro_batch), targets, draws_for(student, micro_batch)
+
+    return Outline(distiller, student, inputs, teachers)
 
 
 def _refuse_misnamed(settings: DistillSettings, student: Student | None, teachers: Mapping[str, Teacher]) -> None:

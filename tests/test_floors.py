@@ -37,6 +37,7 @@ FLOORS = {
     "fdscale.importing": 4,
     "fdscale.fetch": 4,
     "fdscale.models": 4,
+    "fdscale.plan": 4,
     "fdscale.summary": 4,
     "fdscale.cli": 5,
     "fdscale.__main__": 6,
