@@ -12,13 +12,12 @@ from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.config.errors import UserError
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.data.index import load_index
-from fdscale.data.order import accumulation_steps
 from fdscale.planning.check import check
-from fdscale.planning.cost import checkpoint_bytes, flops_per_image, host_memory, pace
+from fdscale.planning.cost import Cost, checkpoint_bytes, flops_per_image, host_memory, pace
 from fdscale.planning.data_check import DIGITS
 from fdscale.planning.engine_rules import engine_rules
 from fdscale.planning.fit import Configuration, nearest_fit
-from fdscale.planning.forecast import IMAGE_CHANNELS, Forecast, forecast
+from fdscale.planning.forecast import IMAGE_CHANNELS, Forecast
 from fdscale.planning.gpus import CPU, Gpu, gpu_named
 from fdscale.planning.memory import machine_memory
 from fdscale.planning.outlook import Machine, Nearest, Outlook
@@ -59,10 +58,6 @@ def plan(
     traces = tracer.of(start)
     start = replace(start, placements=_placements(shapes, traces, start, local_ranks, machine))
     foreseen = tracer.forecast(start, local_ranks)
-    samples, samples_are = _samples(settings)
-    rules = engine_rules(deepspeed_json)
-    flops = flops_per_image(traces.student, traces.teachers, start.micro_batch)
-    images = samples * settings.epochs
     outlook = Outlook(
         recipe=recipe,
         program=settings.program,
@@ -74,21 +69,33 @@ def plan(
         micro_batch=start.micro_batch,
         accumulation=checked.accumulation,
         global_batch=checked.global_batch,
-        zero_stage=rules.stage,
+        zero_stage=deepspeed_json["zero_optimization"]["stage"],
         checkpointing=start.checkpointing,
-        parameters=traces.student.parameters,
         forecast=foreseen,
         activations={mode: tracer.of(replace(start, checkpointing=mode)).student.peak for mode in MODES},
         host=_host(shapes, traces, start, foreseen, local_ranks),
-        checkpoint_bytes=checkpoint_bytes(traces.student.parameters, rules, settings.optim.ema_decay > 0),
-        flops=flops,
-        pace=None if known is None else pace(flops, known, nodes * local_ranks, rules, images, efficiency),
-        epochs=settings.epochs,
-        samples=samples,
-        samples_are=samples_are,
+        cost=_cost(settings, traces, start, known, nodes * local_ranks, efficiency),
         nearest=None,
     )
     return outlook if outlook.fits else replace(outlook, nearest=_nearest(tracer, start, local_ranks, machine))
+
+
+def _cost(
+    settings: AnySettings, traces: Traces, start: Configuration, gpu: Gpu | None, ranks: int, efficiency: float
+) -> Cost:
+    rules = engine_rules(start.deepspeed_json)
+    flops = flops_per_image(traces.student, traces.teachers, start.micro_batch)
+    samples, samples_are = _samples(settings)
+    images = samples * settings.epochs
+    return Cost(
+        parameters=traces.student.parameters,
+        checkpoint_bytes=checkpoint_bytes(traces.student.parameters, rules, settings.optim.ema_decay > 0),
+        flops=flops,
+        pace=None if gpu is None else pace(flops, gpu, ranks, rules, images, efficiency),
+        epochs=settings.epochs,
+        samples=samples,
+        samples_are=samples_are,
+    )
 
 
 @dataclass
@@ -117,18 +124,11 @@ class Tracer:
 
     def forecast(self, configuration: Configuration, local_ranks: int) -> Forecast:
         """The memory of one rank in a configuration; raises UserError where the global batch does not divide."""
-        traces, ranks = self.of(configuration), configuration.nodes * local_ranks
-        return forecast(
-            traces.student,
-            traces.teachers,
-            configuration.placements,
-            configuration.deepspeed_json,
-            ranks,
-            accumulation_steps(self.settings.data.global_batch, ranks, configuration.micro_batch),
-            fused=self.cuda,
-            image_bytes=_image_bytes(traces, configuration),
-            ema=self.settings.optim.ema_decay > 0,
-        )
+        from fdscale.build.foreseen import forecast_of
+
+        ranks = configuration.nodes * local_ranks
+        config, placements = configuration.deepspeed_json, configuration.placements
+        return forecast_of(self.of(configuration), self.settings, config, placements, ranks, self.cuda)
 
 
 def _image_bytes(traces: Traces, configuration: Configuration) -> int:

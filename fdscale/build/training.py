@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,9 @@ BACKBONE = "student.backbone."  # what a trained module calls the student's netw
 Save = Callable[[dict[str, Tensor], Path], object]  # writes what a run leaves, from the module's full state dict
 
 
+WatchOf = Callable[["DeepSpeedEngine", Sinks, int], Callable[[int], AbstractContextManager[object]]]
+
+
 def train(
     run: Run,
     module: nn.Module,
@@ -46,10 +50,11 @@ def train(
     batch_terms: BatchTerms,
     sample_terms: SampleTerms,
     save: Save | None = None,
+    watch_of: WatchOf | None = None,
 ) -> bool:
     """Train `module` (whose `student` this is) to the run's last step and save it; False when stopped.
 
-    `save` None writes the student alone: a projector is dropped.
+    `save` None writes the student alone: a projector is dropped. `watch_of` makes what the loop puts around a step.
     """
     settings = run.settings
     loader = _train_loader(run, student)
@@ -75,6 +80,7 @@ def train(
             progress,
             run.stop,
             held_out,
+            watch_of(engine, sinks, progress.step) if watch_of else nullcontext,
         )
         if done:
             _save_result(run, engine, module, save or partial(_save_backbone, student), progress.step)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fdscale.build.foreseen import step_watch
 from fdscale.build.networks import as_pixels, prepare_student, seeded
 from fdscale.build.outline import Outline, draws_for, pixels_for, student_outline
 from fdscale.build.run import open_run
@@ -60,7 +61,8 @@ def finetune(settings: FinetuneSettings) -> bool:
         pixels = as_pixels(batch.images)
         return engine(seen_as_clip(pixels, mean, std) if as_clip else pixels, batch.labels)
 
-    return train(run, classifier, student, labelled_batch, held_out_batch, partial(save_classifier, student))
+    watch_of = partial(step_watch, run, {}, partial(outline, settings))
+    return train(run, classifier, student, labelled_batch, held_out_batch, partial(save_classifier, student), watch_of)
 
 
 def outline(settings: FinetuneSettings) -> Outline:

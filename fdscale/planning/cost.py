@@ -51,6 +51,19 @@ class Pace:
     gpu_hours: float
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a whole run takes: `samples` an epoch, `samples_are` where that number comes from; `pace` None: unknown."""
+
+    parameters: int
+    checkpoint_bytes: int
+    flops: Flops
+    pace: Pace | None
+    epochs: float
+    samples: int
+    samples_are: str
+
+
 def pace(flops: Flops, gpu: Gpu, gpus: int, rules: EngineRules, images: float, efficiency: float) -> Pace:
     """The pace of `images` images in all on `gpus` GPUs; 16-bit runs use the tensor cores, fp32 ones do not."""
     peak = gpu.bf16 if rules.frozen < FP32 else gpu.fp32

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fdscale.planning.cost import Flops, HostMemory, Pace
+from fdscale.planning.cost import Cost, HostMemory
 from fdscale.planning.forecast import Forecast
 from fdscale.planning.memory import GIB, RankMemory
 
@@ -44,7 +44,7 @@ class Nearest:
 class Outlook:
     """A run's plan. `activations`: the most bytes of inputs and activations under each way of checkpointing them.
 
-    `nearest` is None where the plan fits, and where nothing does. `images`: of the whole run, `samples` an epoch.
+    `nearest` is None where the plan fits, and where nothing does.
     """
 
     recipe: str
@@ -59,16 +59,10 @@ class Outlook:
     global_batch: int
     zero_stage: int
     checkpointing: str
-    parameters: int
     forecast: Forecast
     activations: Mapping[str, int]
     host: HostMemory
-    checkpoint_bytes: int
-    flops: Flops
-    pace: Pace | None
-    epochs: float
-    samples: int
-    samples_are: str
+    cost: Cost
     nearest: Nearest | None
 
     @property
@@ -82,7 +76,7 @@ class Outlook:
 
 def as_json(outlook: Outlook) -> dict[str, Any]:
     """A stable, machine-readable object: bytes, FLOPs, seconds as plain numbers."""
-    forecast = outlook.forecast
+    forecast, cost = outlook.forecast, outlook.cost
     return {
         "format": FORMAT,
         "recipe": outlook.recipe,
@@ -97,7 +91,7 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
         "global_batch": outlook.global_batch,
         "zero_stage": outlook.zero_stage,
         "activation_checkpointing": outlook.checkpointing,
-        "student": {"name": outlook.student, "trained_parameters": outlook.parameters},
+        "student": {"name": outlook.student, "trained_parameters": cost.parameters},
         "teachers": {
             where: {
                 "name": outlook.names[where],
@@ -116,9 +110,13 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
             "activations_by_checkpointing": dict(outlook.activations),
         },
         "host_bytes": {**asdict(outlook.host), "peak": outlook.host.peak},
-        "checkpoint_bytes": outlook.checkpoint_bytes,
-        "flops_per_image": {**asdict(outlook.flops), "total": outlook.flops.total},
-        "run": {"epochs": outlook.epochs, "samples": outlook.samples, "samples_are": outlook.samples_are},
-        "pace": None if outlook.pace is None else asdict(outlook.pace),
+        "checkpoint_bytes": cost.checkpoint_bytes,
+        "flops_per_image": {**asdict(cost.flops), "total": cost.flops.total},
+        "run": {
+            "epochs": cost.epochs,
+            "samples": cost.samples,
+            "samples_are": cost.samples_are,
+        },
+        "pace": None if cost.pace is None else asdict(cost.pace),
         "nearest_fit": None if outlook.nearest is None else asdict(outlook.nearest),
     }

@@ -46,7 +46,7 @@ def _heading(outlook: Outlook) -> Text:
     return Text.assemble(
         (f"{outlook.recipe}", "bold"),
         f" on {where}, ZeRO-{outlook.zero_stage}, activation checkpointing {outlook.checkpointing}\n"
-        f"{outlook.parameters / 1e6:,.1f} M trained parameters; global batch {batch} accumulation",
+        f"{outlook.cost.parameters / 1e6:,.1f} M trained parameters; global batch {batch} accumulation",
     )
 
 
@@ -104,13 +104,14 @@ def _run(outlook: Outlook) -> Table:
 
 
 def _rows(outlook: Outlook) -> Iterator[tuple[str, str]]:
+    cost = outlook.cost
     modes = ", ".join(f"{name} {size_text(size)}" for name, size in outlook.activations.items())
     yield "activations", f"by checkpointing, at their most: {modes}"
     host = outlook.host
     told = f"{size_text(host.peak)} a node: {size_text(host.building)} while networks are built, then "
     yield "host memory", f"{told}{size_text(host.loaders)} of loaders (roughly) + {size_text(host.offloaded)} offloaded"
-    yield "checkpoint", f"{size_text(outlook.checkpoint_bytes)} over all ranks"
-    flops = outlook.flops
+    yield "checkpoint", f"{size_text(cost.checkpoint_bytes)} over all ranks"
+    flops = cost.flops
     again = f", {flops.recomputed / 1e9:,.1f} of them recomputed" if flops.recomputed else ""
     frozen = f" + {flops.teachers / 1e9:,.1f} teachers" if flops.teachers else ""
     yield (
@@ -118,15 +119,15 @@ def _rows(outlook: Outlook) -> Iterator[tuple[str, str]]:
         f"{flops.total / 1e9:,.1f} G = {flops.forward / 1e9:,.1f} forward + {flops.backward / 1e9:,.1f} backward"
         f"{again}{frozen}",
     )
-    if outlook.pace is None:
+    if cost.pace is None:
         yield "pace", "not told: no peak is known for this machine"
         return
-    pace = outlook.pace
+    pace = cost.pace
     yield (
         "pace",
         f"{pace.images_per_second:,.0f} images/s, {pace.days:,.1f} days, {pace.gpu_hours:,.0f} GPU-hours for "
-        f"{outlook.epochs:g} epochs of {outlook.samples:,} samples ({outlook.samples_are}), if the GPUs reach "
-        f"{pace.efficiency:.0%} of their peak, recomputation counted: an assumption, not a measurement",
+        f"{cost.epochs:g} epochs of {cost.samples:,} samples ({cost.samples_are}), "
+        f"if the GPUs reach {pace.efficiency:.0%} of their peak, recomputation counted: an assumption, not a measurement",
     )
 
 
