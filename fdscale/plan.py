@@ -13,13 +13,13 @@ from fdscale.config.errors import UserError
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.data.index import load_index
 from fdscale.planning.check import check
-from fdscale.planning.cost import Cost, checkpoint_bytes, flops_per_image, host_memory, pace
+from fdscale.planning.cost import Cost, HostMemory, checkpoint_bytes, flops_per_image, host_memory, pace
 from fdscale.planning.data_check import DIGITS
 from fdscale.planning.engine_rules import engine_rules
 from fdscale.planning.fit import Configuration, nearest_fit
 from fdscale.planning.forecast import IMAGE_CHANNELS, Forecast
 from fdscale.planning.gpus import CPU, Gpu, gpu_named
-from fdscale.planning.memory import machine_memory
+from fdscale.planning.memory import machine_memory, memory_per_rank
 from fdscale.planning.outlook import Machine, Nearest, Outlook
 from fdscale.planning.placement import Placement, chosen_placements
 from fdscale.teachers.table import OWN, STUDENT_FILE
@@ -150,8 +150,6 @@ def _placements(
     settings: AnySettings, traces: Traces, start: Configuration, local_ranks: int, machine: Machine
 ) -> dict[str, Placement]:
     """As a run would choose them on such a machine."""
-    from fdscale.planning.memory import memory_per_rank
-
     rules, ranks = engine_rules(start.deepspeed_json), start.nodes * local_ranks
     whole = {where: rules.frozen * trace.parameters for where, trace in traces.teachers.items()}
     ema = settings.optim.ema_decay > 0
@@ -160,7 +158,11 @@ def _placements(
     return {where: choice.placement for where, choice in chosen.items()}
 
 
-def _host(settings: AnySettings, traces: Traces, start: Configuration, foreseen: Forecast, local_ranks: int) -> Any:
+def _host(
+    settings: AnySettings, traces: Traces, start: Configuration, foreseen: Forecast, local_ranks: int
+) -> HostMemory:
+    from fdscale.build.networks import WHOLE_UP_TO
+
     return host_memory(
         foreseen.states,
         traces.student,
@@ -170,6 +172,7 @@ def _host(settings: AnySettings, traces: Traces, start: Configuration, foreseen:
         local_ranks,
         settings.data.workers,
         _image_bytes(traces, start),
+        WHOLE_UP_TO,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fdscale.build.foreseen import step_watch
-from fdscale.build.networks import as_pixels, prepare_student, prepare_teacher, seeded
+from fdscale.build.networks import as_pixels, prepare_teacher, seeded, student_of, teacher_of
 from fdscale.build.outline import Outline, draws_for, pixels_for, student_outline
 from fdscale.build.run import Run, open_run
 from fdscale.build.training import train
@@ -25,7 +25,6 @@ from fdscale.students.drop_path import drop_path_rows
 from fdscale.students.student import Student
 from fdscale.teachers.table import OWN, STUDENT_FILE
 from fdscale.teachers.teacher import Teacher
-from fdscale.training.engine import compute_dtype
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -48,9 +47,8 @@ def distill(
     run = open_run(settings)
     if run.is_complete():
         return True
-    teachers = {where: given.get(where) or _teacher(run, where) for where in settings.teachers}
-    frozen = [teacher.to(run.device) for teacher in teachers.values()]
-    trained = student or prepare_student(settings.student, settings.seed)
+    teachers = {where: _teacher(run, where, given.get(where)) for where in settings.teachers}
+    trained = student or student_of(run)
     lessons = lessons_of(settings, trained, teachers)
     with seeded(settings.seed):
         distiller = Distiller(trained, trained.width, lessons, settings.loss.beta)
@@ -58,7 +56,7 @@ def distill(
 
     def targets_of(pixels: Tensor) -> list[Tensor]:
         """Each teacher's whitened tokens on the student's grid."""
-        return [lesson.targets(teacher(pixels)) for lesson, teacher in zip(lessons, frozen, strict=True)]
+        return [lesson.targets(teacher(pixels)) for lesson, teacher in zip(lessons, teachers.values(), strict=True)]
 
     def distill_batch(engine: DeepSpeedEngine, batch: Batch, step: int) -> dict[str, Tensor]:
         """One micro batch: how far the projected student is from its targets."""
@@ -107,11 +105,10 @@ def _refuse_misnamed(settings: DistillSettings, student: Student | None, teacher
         raise UserError(f"{', '.join(unknown)}: given in Python, but no such teacher in the settings")
 
 
-def _teacher(run: Run, where: str) -> Teacher:
+def _teacher(run: Run, where: str, given: Teacher | None) -> Teacher:
     assert isinstance(run.settings, DistillSettings)
     with told_as(where):
-        table, _ = run.settings.teachers[where]
-        return prepare_teacher(table, run.weights[where].path, compute_dtype(run.deepspeed_json))
+        return teacher_of(run, where, run.settings.teachers[where][0], run.weights[where].path, given)
 
 
 def lessons_of(settings: DistillSettings, student: Student, teachers: Mapping[str, Teacher]) -> list[Lesson]:

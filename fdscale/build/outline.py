@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fdscale.build.networks import prepare_student
 from fdscale.build.training import optimizer_groups
 from fdscale.config.settings import DistillSettings, FinetuneSettings, StudentSettings
 from fdscale.planning.activations import trace_step, trace_teacher
 from fdscale.planning.engine_rules import engine_rules
 from fdscale.planning.trace import Trace
-from fdscale.students.geometry import student_geometry
-from fdscale.students.student import Student, build_student, set_activation_checkpointing
+from fdscale.students.student import Student
 from fdscale.teachers.teacher import Teacher
 from fdscale.training.engine import compute_dtype
 
@@ -45,14 +45,10 @@ class Traces:
 
 
 def student_outline(settings: StudentSettings) -> Student:
-    """The student of the settings on the meta device; nothing is read but a student file's geometry."""
-    geometry = student_geometry(
-        settings.name, settings.image_size, settings.geometry, settings.weights, settings.position_bias
-    )
-    student = build_student(geometry, settings.drop_path, device="meta")
-    recomputes = settings.activation_checkpointing != "none"  # what `offload` keeps elsewhere, the trace accounts for
-    set_activation_checkpointing(student, "blocks" if recomputes else "none")
-    return student
+    """The student of the settings on the meta device; what `offload` keeps elsewhere, the trace accounts for."""
+    recomputes = settings.activation_checkpointing != "none"
+    changes = {"activation_checkpointing": "blocks" if recomputes else "none"}
+    return prepare_student(settings.model_copy(update=changes), seed=0, device="meta")
 
 
 def draws_for(student: Student, micro_batch: int) -> torch.Tensor | None:

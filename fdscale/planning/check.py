@@ -12,6 +12,7 @@ from fdscale.config.errors import SettingsError, attempt
 from fdscale.config.settings import DistillSettings
 from fdscale.data.order import accumulation_steps
 from fdscale.planning.data_check import AnySettings, DataFacts, augment_problems, data_facts, data_problems
+from fdscale.planning.engine_check import engine_problems
 from fdscale.planning.engine_rules import engine_rules
 from fdscale.planning.memory import (
     RankMemory,
@@ -73,11 +74,6 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
     problems: list[str] = []
     micro_batch = deepspeed_json["train_micro_batch_size_per_gpu"]
     global_batch = settings.data.global_batch
-    if settings.student.name.startswith("timm:swinv2") and deepspeed_json.get("bf16", {}).get("enabled"):
-        problems.append(
-            f"student.name: {settings.student.name} fails under bf16.enabled, which leaves its fp32 coordinates beside "
-            "bf16 weights; use torch_autocast in the JSON, or a swinv2_* of our own"
-        )
     accumulation = attempt(lambda: accumulation_steps(global_batch, ranks, micro_batch), problems)
     student = attempt(lambda: planned_student(settings.student), problems)
     teachers = _teachers(settings, student, problems)
@@ -88,6 +84,7 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
     memory = None if states is None else _with_teachers(states, teachers, placements, ranks, deepspeed_json)
     if memory is not None and machine is not None:
         attempt(lambda: refuse_if_it_cannot_fit(memory, ranks, local_ranks or 1, machine), problems)
+    problems += engine_problems(settings, deepspeed_json, here=local_ranks is not None)
     problems += augment_problems(settings, micro_batch)
     facts = attempt(lambda: data_facts(settings), problems)
     problems += data_problems(settings, facts)

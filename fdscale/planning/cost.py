@@ -12,7 +12,6 @@ from fdscale.planning.trace import Trace
 
 EFFICIENCY = 0.35  # of the dense peak, recomputation counted as work: an assumption, met by well-fed ViTs on H100
 DAY, HOUR = 86_400, 3_600  # seconds
-WHOLE_UP_TO = 1_000_000_000  # parameters: larger networks that are divided are whole on rank 0 alone while built
 WORKER = 150 * 2**20  # bytes that a forked loader worker comes to own: Python objects, decoder, images in flight
 BATCHES_A_WORKER = 2  # torch's prefetch factor
 
@@ -103,22 +102,24 @@ def host_memory(
     local_ranks: int,
     workers: int,
     batch_bytes: int,
+    whole_up_to: int,
 ) -> HostMemory:
     """Of the fullest node, the first: rank 0 holds a large network whole in fp32 while it is handed out.
 
-    `divided`: teachers that are not replicated; `batch_bytes` of one micro batch as uint8.
+    `divided`: teachers that are not replicated; `batch_bytes` of one micro batch as uint8; `whole_up_to` parameters
+    every rank builds for itself.
     """
-    building = _building(student, rules.stage >= 3, FP32, local_ranks)
+    building = _building(student, rules.stage >= 3, local_ranks, whole_up_to)
     for where, teacher in teachers.items():  # one network at a time
-        building = max(building, _building(teacher, divided[where], FP32, local_ranks))
+        building = max(building, _building(teacher, divided[where], local_ranks, whole_up_to))
     loaders = local_ranks * workers * (WORKER + BATCHES_A_WORKER * batch_bytes)
     offloaded = local_ranks * (states.offloaded + student.offloaded)
     return HostMemory(building, offloaded, loaders)
 
 
-def _building(network: Trace, divided: bool, bytes_each: int, local_ranks: int) -> int:
-    whole = network.parameters * bytes_each
-    if not divided or network.parameters <= WHOLE_UP_TO:
+def _building(network: Trace, divided: bool, local_ranks: int, whole_up_to: int) -> int:
+    whole = network.parameters * FP32
+    if not divided or network.parameters <= whole_up_to:
         return whole * local_ranks
     largest = max(sum(network.weights[index] for index in module.own) for module in network.modules)
-    return whole + (local_ranks - 1) * largest * bytes_each
+    return whole + (local_ranks - 1) * largest * FP32

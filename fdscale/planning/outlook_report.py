@@ -127,7 +127,7 @@ def _rows(outlook: Outlook) -> Iterator[tuple[str, str]]:
         "pace",
         f"{pace.images_per_second:,.0f} images/s, {pace.days:,.1f} days, {pace.gpu_hours:,.0f} GPU-hours for "
         f"{cost.epochs:g} epochs of {cost.samples:,} samples ({cost.samples_are}), "
-        f"if the GPUs reach {pace.efficiency:.0%} of their peak, recomputation counted: an assumption, not a measurement",
+        f"if the GPUs reach {pace.efficiency:.0%} of their peak, recomputation counted: assumed, not measured",
     )
 
 

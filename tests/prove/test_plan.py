@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch.profiler import record_function
 
 from fdscale.build.foreseen import forecast_of
+from fdscale.build.networks import prepare_student, prepare_teacher
 from fdscale.build.outline import draws_for, pixels_for, traces_of
 from fdscale.build.training import optimizer_groups
 from fdscale.config.recipe import load_recipe
@@ -26,6 +27,7 @@ from fdscale.train import lessons_of, outline
 from fdscale.training.allocator import live_bytes, memory_profile
 from fdscale.training.engine import Connection, compute_dtype, start_engine
 from fdscale.training.optim import adamw
+from fdscale.training.sharding import place
 
 pytestmark = pytest.mark.prove
 
@@ -43,11 +45,19 @@ SMALL = {
     "stage3_param_persistence_threshold": 10_000,
 }
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-TEACHER = ["teacher.weights=random", "teacher.geometry.depth=2"]
-VIT_S = ["student.name=vit_s16", *TEACHER]
-VIT_B = ["student.name=vit_b16", *TEACHER]
-SWIN = ["student.name=swinv2_t", "student.geometry={}", *TEACHER]
-GIANT = ["student.geometry.depths=[1,1,6,1]", "student.image_size=128", "student.geometry.window_size=8", *TEACHER]
+TEACHER = ["teacher.weights=random", "teacher.image_size=112", "teacher.geometry.depth=2"]
+SMALL_TEACHER = [*TEACHER, "teacher.geometry.embed_dim=256", "teacher.geometry.num_heads=4"]
+VIT_S = ["student.name=vit_s16", "student.image_size=112", *SMALL_TEACHER]
+VIT_B = ["student.name=vit_b16", "student.image_size=112", *TEACHER]
+SWIN_128 = ["student.image_size=128", "student.geometry.window_size=8", *SMALL_TEACHER]  # 8x8 tokens pool to 4x4
+SWIN = [
+    "student.geometry.embed_dim=96",
+    "student.geometry.depths=[2,2,6,2]",
+    "student.geometry.num_heads=[3,6,12,24]",
+    "student.geometry.extra_norm_period=0",
+    *SWIN_128,
+]
+GIANT = ["student.geometry.depths=[1,1,6,1]", *SWIN_128]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,17 +87,17 @@ def case(
 BLOCKS, NONE = "student.activation_checkpointing=blocks", "student.activation_checkpointing=none"
 CASES = {
     "ViT-S, ZeRO-1, fp32": case("vit_b_clip_b", *VIT_S, stage=1, micro_batch=16),
-    "ViT-S, ZeRO-2, bf16, accumulation 2": case("vit_b_clip_b", *VIT_S, stage=2, micro_batch=8, accumulation=2, **BF16),
+    "ViT-S, ZeRO-2, bf16, accumulation 2": case("vit_b_clip_b", *VIT_S, stage=2, accumulation=2, **BF16),
     "ViT-S, ZeRO-3, fp32, micro batch 32": case("vit_b_clip_b", *VIT_S, micro_batch=32),
     "ViT-B, ZeRO-1, bf16": case("vit_b_clip_b", *VIT_B, stage=1, micro_batch=2, **BF16),
     "ViT-B, ZeRO-3, fp32, all weights live": case(
         "vit_b_clip_b", *VIT_B, zero={"stage3_max_reuse_distance": 10**9, "stage3_max_live_parameters": 10**9}
     ),
-    "ViT-B, ZeRO-3, bf16, checkpointing": case("vit_b_clip_b", *VIT_B, BLOCKS, micro_batch=8, **BF16),
-    "SwinV2-T, ZeRO-2, fp32": case("swinv2_g", *SWIN, NONE, stage=2),
-    "SwinV2-T, ZeRO-3, fp32, checkpointing": case("swinv2_g", *SWIN, BLOCKS, micro_batch=8),
-    "SwinV2-T, ZeRO-3, bf16": case("swinv2_g", *SWIN, NONE, micro_batch=8, **BF16),
-    "SwinV2-G, depths (1,1,6,1), ZeRO-3, fp32": case("swinv2_g", *GIANT, BLOCKS, "data.global_batch=4", micro_batch=2),
+    "ViT-S, ZeRO-3, bf16, checkpointing": case("vit_b_clip_b", *VIT_S, BLOCKS, micro_batch=8, **BF16),
+    "ViT-S, ZeRO-3, teacher by zero3": case("vit_b_clip_b", *VIT_S, "teacher.placement=zero3", micro_batch=8),
+    "SwinV2-T, ZeRO-2, fp32": case("swinv2_g", *SWIN, NONE, stage=2, micro_batch=8),
+    "SwinV2-T, ZeRO-3, fp32, checkpointing": case("swinv2_g", *SWIN, BLOCKS, micro_batch=16),
+    "SwinV2-G, depths (1,1,6,1), ZeRO-3, fp32": case("swinv2_g", *GIANT, BLOCKS, micro_batch=1),
 }
 
 
@@ -109,23 +119,26 @@ def settings_of(chosen: Case) -> DistillSettings:
     return settings
 
 
+def placement_of(settings: DistillSettings) -> Literal["replicated", "zero3"]:
+    return "zero3" if settings.teacher.placement == "zero3" else "replicated"
+
+
 def planned_peak(chosen: Case) -> int:
     settings, config = settings_of(chosen), chosen.deepspeed_json
     traces = traces_of(outline(settings), settings, config, chosen.micro_batch, cuda=False)
-    foreseen = forecast_of(traces, settings, config, {"teacher": "replicated"}, RANKS, cuda=False)
+    foreseen = forecast_of(traces, settings, config, {"teacher": placement_of(settings)}, RANKS, cuda=False)
     return foreseen.peak - foreseen.images  # the loader's, which is not part of this
 
 
 def steps_of(connection: Connection, plain: dict[str, Any]) -> int:
     """The most bytes live during real distillation steps, networks built inside the profile."""
-    from fdscale.build.networks import prepare_student, prepare_teacher
-
     torch.set_num_threads(1)
     chosen = Case(**plain)
     settings, config = settings_of(chosen), chosen.deepspeed_json
     with memory_profile() as profiler:
         table = settings.teacher
         teacher = prepare_teacher(table, "random", compute_dtype(config))
+        teacher = place(teacher, placement_of(settings), config, connection)
         student = prepare_student(settings.student, settings.seed)
         lessons = lessons_of(settings, student, {"teacher": teacher})
         distiller = Distiller(student, student.width, lessons, settings.loss.beta)
