@@ -73,7 +73,7 @@ def engine_rules(config: Config) -> EngineRules:
         backward=weight,
         gradient=gradient,
         reduced=_type_bytes(config.get("communication_data_type"), REDUCED if autocast else weight),
-        master=REDUCED if low else FP32 if stage else 0,
+        master=REDUCED if low else FP32 if stage or block is not None else 0,
         moment=REDUCED if block is not None and block.get("bf16_optimizer_states") else FP32,
         frozen=REDUCED if autocast else weight,
         offload_optimizer=device(config, "optimizer"),

@@ -49,7 +49,7 @@ def memory_profile() -> profile:
 
 
 def live_bytes(profiler: profile) -> list[tuple[int, int]]:
-    """(time in ns, bytes that live then), beginning with 0 live bytes, at every event of the CPU allocator.
+    """(time in ns, bytes that live then) at every event of the CPU allocator; what is older than the profile is out.
 
     The profiler sees what the profiled thread and its backward pass free, but not what gloo's threads do, which may
     hold a gathered buffer last. Such a buffer ends here when its address is handed out again.
@@ -62,8 +62,8 @@ def live_bytes(profiler: profile) -> list[tuple[int, int]]:
             live += size - _end_overlapped(addresses, sizes, address, size)
             sizes[address] = size
             insort(addresses, address)
-        else:
-            live -= _end(addresses, sizes, address) if address in sizes else -size  # older than the profile
+        elif address in sizes:  # older blocks are not the profile's
+            live -= _end(addresses, sizes, address)
         series.append((time, live))
     return series
 
