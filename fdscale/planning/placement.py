@@ -52,7 +52,7 @@ def chosen_placements(
 
 def _fitting(size: int, room: float | None) -> Choice:
     if room is None:
-        return Choice("replicated", "auto: the memory of a rank is not known here")
+        return Choice("replicated", "auto: whole, unless a rank turns out to lack the room")
     if not size:
         return Choice("replicated", "auto: its size is known once it is built")
     if size <= room:
