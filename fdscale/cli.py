@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from fdscale.config.errors import UserError
 from fdscale.config.recipe import load_recipe
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.config.shipped import shipped_files
+from fdscale.planning.cost import EFFICIENCY
 from fdscale.terminal import TerminalHandler, terminal
 
 USER_ERROR_EXIT_CODE = 2
@@ -70,6 +72,37 @@ def check(
     settings = settings_of(None, recipe, overrides, smoke)
     plan, _ = load_and_check(settings, ranks)
     terminal().print(plan_table(settings, plan))
+
+
+@app.command()
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each; default: this machine's.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="A kind, e.g. H100-80GB, or cpu; default: this machine's.")] = None,
+    efficiency: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of the GPUs' peak that is assumed to be reached.")
+    ] = EFFICIENCY,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object in place of tables.")] = False,
+) -> None:
+    """Foresee memory, time and what would fit, for a cluster that need not be at hand; exit code 2 if it does not."""
+    from fdscale.plan import plan as foresee
+    from fdscale.planning.outlook import as_json
+    from fdscale.planning.outlook_report import outlook_tables
+
+    settings = settings_of(None, recipe, overrides, smoke)
+    if isinstance(settings, DistillSettings):
+        from fdscale.train import outline
+    else:
+        from fdscale.downstream.classify import outline  # type: ignore[assignment]
+    outlook = foresee(settings, outline, Path(recipe).stem, nodes, gpus_per_node, gpu, efficiency)
+    if json:
+        print(dumps(as_json(outlook), indent=2))
+    else:
+        terminal().print(outlook_tables(outlook))
+    raise typer.Exit(0 if outlook.fits else USER_ERROR_EXIT_CODE)
 
 
 @app.command()

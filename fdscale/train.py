@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from fdscale.build.networks import as_pixels, seeded, student_of, teacher_of
+from fdscale.build.foreseen import step_watch
+from fdscale.build.networks import as_pixels, prepare_teacher, seeded, student_of, teacher_of
+from fdscale.build.outline import Outline, draws_for, pixels_for, student_outline
 from fdscale.build.run import Run, open_run
 from fdscale.build.training import train
+from fdscale.build.weights import RANDOM
 from fdscale.config.errors import UserError, told_as
-from fdscale.config.settings import FIRST_TEACHER, DistillSettings
+from fdscale.config.settings import FIRST_TEACHER, DistillSettings, TeacherSettings
 from fdscale.data.batches import Batch
 from fdscale.distill.distiller import Distiller, Lesson
 from fdscale.distill.layout import TokenLayout
 from fdscale.distill.targets import TargetMaker
 from fdscale.students.drop_path import drop_path_rows
 from fdscale.students.student import Student
-from fdscale.teachers.table import OWN
+from fdscale.teachers.table import OWN, STUDENT_FILE
 from fdscale.teachers.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -64,7 +69,28 @@ def distill(
         pixels = as_pixels(batch.images)
         return engine(pixels, targets_of(pixels))
 
-    return train(run, distiller, trained, distill_batch, held_out_batch)
+    watch_of = partial(step_watch, run, teachers, None if student or given else partial(outline, settings))
+    return train(run, distiller, trained, distill_batch, held_out_batch, watch_of=watch_of)
+
+
+def outline(settings: DistillSettings) -> Outline:
+    """The same distiller and teachers in shapes alone, for the planner."""
+    student = student_outline(settings.student)
+    teachers = {where: _teacher_outline(table) for where, (table, _) in settings.teachers.items()}
+    lessons = lessons_of(settings, student, teachers)
+    with torch.device("meta"):
+        distiller = Distiller(student, student.width, lessons, settings.loss.beta)
+
+    def inputs(micro_batch: int) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        targets = [torch.empty(micro_batch, lesson.targets.tokens, lesson.width) for lesson in lessons]
+        return pixels_for(student, micro_batch), targets, draws_for(student, micro_batch)
+
+    return Outline(distiller, student, inputs, teachers)
+
+
+def _teacher_outline(table: TeacherSettings) -> Teacher:
+    weights = str(table.weights) if table.name == STUDENT_FILE else RANDOM  # the file alone knows its network
+    return prepare_teacher(table, weights, torch.float32, "meta")
 
 
 def _refuse_misnamed(settings: DistillSettings, student: Student | None, teachers: Mapping[str, Teacher]) -> None:

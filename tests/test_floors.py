@@ -38,6 +38,7 @@ FLOORS = {
     "fdscale.importing": 4,
     "fdscale.fetch": 4,
     "fdscale.models": 4,
+    "fdscale.plan": 4,
     "fdscale.summary": 4,
     "fdscale.checkpoints": 4,
     "fdscale.cli": 5,

@@ -77,6 +77,9 @@ def test_two_networks_of_ones_own_are_distilled_by_a_python_call(tmp_path: Path,
     losses = losses_of(run_dir)
     assert losses[-1] < losses[0]
     assert (run_dir / "student.safetensors").exists()
+    memory = json.loads((run_dir / "memory.json").read_text())
+    assert (memory["step"], memory["planned_bytes"]) == (12, None)  # shapes of one's own are not known beforehand
+    assert memory["measured_bytes"] > 0
 
 
 def test_held_out_loss_and_knn_are_measured(tmp_path: Path, digits: Path, two_ranks: Any) -> None:
@@ -85,6 +88,15 @@ def test_held_out_loss_and_knn_are_measured(tmp_path: Path, digits: Path, two_ra
     held_out = [row for row in rows_of(run_dir) if "eval_loss" in row]
     assert [row["step"] for row in held_out] == [2, 3]
     assert all(0 < row["eval_loss"] < 1 and 0.1 < row["eval_knn_accuracy"] <= 1 for row in held_out)
+
+
+def test_a_step_holds_the_memory_that_was_planned(tmp_path: Path, digits: Path, two_ranks: Any) -> None:
+    run_dir = tmp_path / "run"
+    two_ranks(distilled, str(run_dir), str(digits), *SWIN)
+    memory = json.loads((run_dir / "memory.json").read_text())
+    assert memory["step"] == 3
+    assert memory["measured_bytes"] == pytest.approx(memory["planned_bytes"], rel=0.1)
+    assert memory["planned"]["optimizer"] > 0
 
 
 def test_a_timm_pair_and_a_student_file_that_teaches(tmp_path: Path, digits: Path, two_ranks: Any) -> None:

@@ -23,8 +23,8 @@ from fdscale.data.order import GlobalOrder
 from fdscale.data.pack import pack_digits
 from fdscale.planning.check import load_and_check
 from fdscale.planning.data_check import DIGITS
-from fdscale.planning.placement import Placement
-from fdscale.training.engine import Connection, connect
+from fdscale.planning.placement import Choice, Placement
+from fdscale.training.engine import Connection, connect, gather_lists
 from fdscale.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -106,10 +106,19 @@ def open_run(settings: DistillSettings | FinetuneSettings, samples: int | None =
     hold_weights(directory, connection, weights)
     index = _open_shards(settings.data.shards, "train", directory, connection)
     held_out = settings.eval.shards and _open_shards(settings.eval.shards, "test", directory, connection)
-    placements = checked.placements
+    placements = _agreed_placements(checked.placements, connection)
     run = Run(settings, deepspeed_json, connection, directory, stop, index, held_out or None, weights, placements)
     directory.check_data(run.fingerprints())
     return run if samples is None else replace(run, index=_first(index, samples, settings.seed))
+
+
+def _agreed_placements(mine: Mapping[str, Choice], connection: Connection) -> dict[str, Placement]:
+    """The same placements on every rank: nodes may differ in memory, but a divided teacher needs them all.
+
+    Where any rank has no room for a whole teacher, it is divided.
+    """
+    told = gather_lists([{where: choice.placement for where, choice in mine.items()}], connection)
+    return {where: "zero3" if any(theirs[where] == "zero3" for theirs in told) else told[0][where] for where in told[0]}
 
 
 def _weights(settings: DistillSettings | FinetuneSettings, connection: Connection) -> dict[str, WeightsRecord]:

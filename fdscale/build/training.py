@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+WatchOf = Callable[["DeepSpeedEngine", Sinks, int], Callable[[int], AbstractContextManager[object]]]
+
+
 def train(
     run: Run,
     module: nn.Module,
@@ -43,8 +47,12 @@ def train(
     batch_terms: BatchTerms,
     sample_terms: SampleTerms,
     save: Save = save_backbone,
+    watch_of: WatchOf | None = None,
 ) -> bool:
-    """Train `module` (whose `student` this is) to the run's last step and save it; False when stopped."""
+    """Train `module` (whose `student` this is) to the run's last step and save it; False when stopped.
+
+    `watch_of` makes what the loop puts around a step.
+    """
     settings = run.settings
     loader = _train_loader(run, student)
     schedule = schedule_of(settings.optim, settings.data.global_batch, run.order.steps_per_epoch, run.total_steps)
@@ -69,6 +77,7 @@ def train(
             progress,
             run.stop,
             held_out,
+            watch_of(engine, sinks, progress.step) if watch_of else nullcontext,
         )
         if done:
             save_result(run, engine, module, student, save, progress.step)

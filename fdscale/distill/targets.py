@@ -45,6 +45,11 @@ class TargetMaker:
         return {"keep": layout.prefix_tokens, "cls": 1, "drop": 0}[self.prefix_tokens]
 
     @property
+    def tokens(self) -> int:
+        """Tokens of an image that take part in the loss, N_s."""
+        return self.kept(self.student) + self.student.grid[0] * self.student.grid[1]
+
+    @property
     def teacher_patches(self) -> int:
         return self.teacher.grid[0] * self.teacher.grid[1]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fdscale.build.foreseen import step_watch
 from fdscale.build.networks import as_pixels, seeded, student_of
+from fdscale.build.outline import Outline, draws_for, pixels_for, student_outline
 from fdscale.build.run import open_run
 from fdscale.build.training import train
 from fdscale.config.errors import UserError
@@ -58,7 +61,22 @@ def finetune(settings: FinetuneSettings) -> bool:
         pixels = as_pixels(batch.images)
         return engine(seen_as_clip(pixels, mean, std) if as_clip else pixels, batch.labels)
 
-    return train(run, classifier, student, labelled_batch, held_out_batch, save_classifier)
+    watch_of = partial(step_watch, run, {}, partial(outline, settings))
+    return train(run, classifier, student, labelled_batch, held_out_batch, save_classifier, watch_of)
+
+
+def outline(settings: FinetuneSettings) -> Outline:
+    """The same classifier in shapes alone, for the planner."""
+    student = student_outline(settings.student)
+    head = settings.head
+    with torch.device("meta"):
+        classifier = Classifier(student, settings.classes, settings.label_smoothing, head.norm, head.init_scale)
+
+    def inputs(micro_batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        labels = torch.empty(micro_batch, settings.classes)  # as shares; whole ones take less
+        return pixels_for(student, micro_batch), labels, draws_for(student, micro_batch)
+
+    return Outline(classifier, student, inputs)
 
 
 def mixing(settings: FinetuneSettings) -> Mixing:

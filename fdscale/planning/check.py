@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,14 @@ from fdscale.config.settings import DistillSettings
 from fdscale.data.order import accumulation_steps
 from fdscale.planning.data_check import AnySettings, DataFacts, augment_problems, data_facts, data_problems
 from fdscale.planning.engine_check import engine_problems
-from fdscale.planning.memory import RankMemory, machine_memory, memory_per_rank, refuse_if_it_cannot_fit
+from fdscale.planning.engine_rules import engine_rules
+from fdscale.planning.memory import (
+    RankMemory,
+    machine_memory,
+    memory_per_rank,
+    refuse_if_it_cannot_fit,
+    teacher_bytes,
+)
 from fdscale.planning.networks import (
     TeacherGeometry,
     pair_problems,
@@ -22,7 +29,7 @@ from fdscale.planning.networks import (
     teacher_notes,
     teacher_parameters,
 )
-from fdscale.planning.placement import Placement, chosen_placements
+from fdscale.planning.placement import Choice, chosen_placements
 from fdscale.students.geometry import Geometry
 
 
@@ -31,7 +38,7 @@ class Plan:
     """What was derived from valid settings; None where only the built network or the packed data tells.
 
     `steps` is the schedule's length; `max_steps` may stop a run earlier. `placements` says for each teacher, by the
-    setting that names it, where its weights lie. `notes` are warnings.
+    setting that names it, where its weights lie, and why. `notes` are warnings.
     """
 
     ranks: int
@@ -44,7 +51,7 @@ class Plan:
     steps_per_epoch: int | None
     steps: int | None
     memory: RankMemory | None
-    placements: Mapping[str, Placement]
+    placements: Mapping[str, Choice]
     notes: tuple[str, ...]
 
 
@@ -70,9 +77,13 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
     accumulation = attempt(lambda: accumulation_steps(global_batch, ranks, micro_batch), problems)
     student = attempt(lambda: planned_student(settings.student), problems)
     teachers = _teachers(settings, student, problems)
-    memory = None if student is None else _memory(student, list(teachers.values()), ranks, deepspeed_json)
-    if memory is not None and local_ranks is not None:
-        attempt(lambda: refuse_if_it_cannot_fit(memory, ranks, local_ranks, machine_memory()), problems)
+    machine = None if local_ranks is None else machine_memory()
+    states = None if student is None else _states(settings, student, teachers, ranks, deepspeed_json)
+    here = None if machine is None or states is None else machine.of_rank(local_ranks or 1)
+    placements = _placements(settings, teachers, deepspeed_json, states, here)
+    memory = None if states is None else _with_teachers(states, teachers, placements, ranks, deepspeed_json)
+    if memory is not None and machine is not None:
+        attempt(lambda: refuse_if_it_cannot_fit(memory, ranks, local_ranks or 1, machine), problems)
     problems += engine_problems(settings, deepspeed_json, here=local_ranks is not None)
     problems += augment_problems(settings, micro_batch)
     facts = attempt(lambda: data_facts(settings), problems)
@@ -93,7 +104,7 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
         steps_per_epoch=facts.steps_per_epoch,
         steps=facts.steps,
         memory=memory,
-        placements=chosen_placements(settings),
+        placements=placements,
         notes=tuple(_notes(settings, facts, ranks)),
     )
 
@@ -108,15 +119,47 @@ def _teachers(settings: AnySettings, student: Geometry | None, problems: list[st
     return planned
 
 
-def _memory(
-    student: Geometry, teachers: Sequence[TeacherGeometry], ranks: int, deepspeed_json: Mapping[str, Any]
+def _states(
+    settings: AnySettings,
+    student: Geometry,
+    teachers: Mapping[str, TeacherGeometry],
+    ranks: int,
+    deepspeed_json: Mapping[str, Any],
 ) -> RankMemory | None:
-    """Student and projectors under ZeRO, the teachers whole; None when the student's size is unknown."""
+    """Student and projectors under ZeRO, without the teachers; None when the student's size is unknown."""
     parameters, width = student.parameters(), student.width
     if parameters is None or width is None:
         return None
-    projectors = sum((width + 1) * (teacher.width or 0) for teacher in teachers)
-    return memory_per_rank(parameters + projectors, sum(map(teacher_parameters, teachers)), ranks, deepspeed_json)
+    projectors = sum((width + 1) * (teacher.width or 0) for teacher in teachers.values())
+    return memory_per_rank(parameters + projectors, 0, ranks, deepspeed_json, settings.optim.ema_decay > 0)
+
+
+def _placements(
+    settings: AnySettings,
+    teachers: Mapping[str, TeacherGeometry],
+    deepspeed_json: Mapping[str, Any],
+    states: RankMemory | None,
+    memory: int | None,
+) -> dict[str, Choice]:
+    """Where each teacher's weights lie; `memory` is a rank's, where it is known."""
+    rules = engine_rules(deepspeed_json)
+    whole = {where: rules.frozen * teacher_parameters(teacher) for where, teacher in teachers.items()}
+    return chosen_placements(settings, whole, states.resident if states else 0, memory)
+
+
+def _with_teachers(
+    states: RankMemory,
+    teachers: Mapping[str, TeacherGeometry],
+    placements: Mapping[str, Choice],
+    ranks: int,
+    deepspeed_json: Mapping[str, Any],
+) -> RankMemory:
+    rules = engine_rules(deepspeed_json)
+    sizes = [
+        teacher_bytes(teacher_parameters(teacher), placements[where].placement, ranks, rules)
+        for where, teacher in teachers.items()
+    ]
+    return replace(states, teacher=sum(sizes))
 
 
 def _notes(settings: AnySettings, facts: DataFacts, ranks: int) -> Iterator[str]:

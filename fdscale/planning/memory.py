@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fdscale.cluster.gpus import visible_gpus
 from fdscale.config.errors import UserError
+from fdscale.planning.engine_rules import FP32, EngineRules, engine_rules
+from fdscale.planning.placement import Placement
 
 GIB = 2**30
 ADAM_MOMENTS = 2
+ALIGNMENT = 2  # elements: stages 1 and 2 pad their flat buffers to so many per rank
+STATES = ("weights", "persistent", "gradients", "masters", "moments", "ema", "buckets", "teacher")
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank: states where the step runs (the GPU, if there is one), and those offloaded."""
+    """Bytes on one rank that stay: states where the step runs (the GPU, if there is one), and those offloaded.
 
-    weights: int
-    gradients: int
-    masters: int
-    moments: int
-    teacher: int
-    offloaded: int
+    `persistent`: small weights that ZeRO-3 keeps whole beside their partitions; `buckets`: its buffer for gradients.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    masters: int = 0
+    moments: int = 0
+    teacher: int = 0
+    offloaded: int = 0
+    persistent: int = 0
+    ema: int = 0
+    buckets: int = 0
 
     @property
     def resident(self) -> int:
         """Bytes where the step runs."""
-        return self.weights + self.gradients + self.masters + self.moments + self.teacher
+        return sum(getattr(self, name) for name in STATES)
 
     def __str__(self) -> str:
-        names = ("weights", "gradients", "masters", "moments", "teacher", "offloaded")
-        return " + ".join(f"{name} {_size(getattr(self, name))}" for name in names if getattr(self, name))
+        return " + ".join(
+            f"{name} {size_text(getattr(self, name))}" for name in (*STATES, "offloaded") if getattr(self, name)
+        )
 
 
 @dataclass(frozen=True)
@@ -43,54 +54,87 @@ class MachineMemory:
     gpus: tuple[int, ...]
     host: int
 
+    def of_rank(self, local_ranks: int) -> int:
+        """What one of this machine's ranks may have where its steps run: a GPU, or its part of one or of the host."""
+        if self.gpus:
+            return min(self.gpus) // -(-local_ranks // len(self.gpus))
+        return self.host // local_ranks
+
 
 def memory_per_rank(
-    trained_parameters: int, teacher_parameters: int, ranks: int, deepspeed_json: Mapping[str, Any]
+    trained: int | Sequence[int],
+    teacher: int,
+    ranks: int,
+    deepspeed_json: Mapping[str, Any],
+    ema: bool = False,
 ) -> RankMemory:
-    """Weights, gradients, fp32 masters and Adam moments under ZeRO, and the teacher, whole on every rank.
+    """Weights, gradients, fp32 masters, Adam moments and a moving average under ZeRO, and `teacher` bytes.
 
-    ZeRO divides optimizer state from stage 1, gradients from stage 2, weights from stage 3 (Rajbhandari
-    et al., arXiv 1910.02054, section 5). As read in DeepSpeed 0.19.8: masters exist beside 16-bit weights,
-    and as a second fp32 copy under stages 1 and 2; gradients have the weights' type unless
-    `data_types.grad_accum_dtype` says otherwise.
+    `trained`: the elements of each trained tensor, or of all of them where no more is known. ZeRO divides optimizer
+    states from stage 1, gradients from stage 2, weights from stage 3 (Rajbhandari et al., arXiv 1910.02054,
+    section 5); what DeepSpeed 0.19.8 makes of it is said in `engine_rules`.
     """
-    stage = deepspeed_json["zero_optimization"]["stage"]
-    weight, gradient, master, moment = _bytes_per_parameter(deepspeed_json)
-    share = -(-trained_parameters // ranks)
-    optimizer_elements = share if stage >= 1 else trained_parameters
-    masters, moments = master * optimizer_elements, ADAM_MOMENTS * moment * optimizer_elements
-    weights = weight * (share if stage >= 3 else trained_parameters)
-    offloads_optimizer = _device(deepspeed_json, "optimizer")
-    offloads_weights = _device(deepspeed_json, "param")
+    rules = engine_rules(deepspeed_json)
+    sizes = [trained] if isinstance(trained, int) else list(trained)
+    whole, share = sum(sizes), _share(sizes, rules, ranks)
+    divided = share if rules.stage >= 1 else whole
+    masters, moments = rules.master * divided, ADAM_MOMENTS * rules.moment * divided
+    weights = rules.weight * (share if rules.stage >= 3 else whole)
+    gradients = rules.gradient * (share if rules.stage >= 2 else whole)
+    on_host = (masters + moments) * (rules.offload_optimizer == "cpu") + weights * (rules.offload_weights == "cpu")
     return RankMemory(
-        weights=0 if offloads_weights else weights,
-        gradients=gradient * (share if stage >= 2 else trained_parameters),
-        masters=0 if offloads_optimizer else masters,
-        moments=0 if offloads_optimizer else moments,
-        teacher=weight * teacher_parameters,
-        offloaded=(masters + moments) * (offloads_optimizer == "cpu") + weights * (offloads_weights == "cpu"),
+        weights=0 if rules.offload_weights else weights,
+        gradients=0 if rules.offload_optimizer else gradients,
+        masters=0 if rules.offload_optimizer else masters,
+        moments=0 if rules.offload_optimizer else moments,
+        teacher=teacher,
+        offloaded=on_host + share * _gradient_on_host(rules),
+        persistent=_persistent(sizes, rules, ranks) if not isinstance(trained, int) else 0,
+        ema=FP32 * divided if ema else 0,
+        buckets=_buckets(rules) if not isinstance(trained, int) else 0,
     )
 
 
-def _bytes_per_parameter(config: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """Bytes of a weight, a gradient, a master weight and an Adam moment."""
-    stage = config["zero_optimization"]["stage"]
-    reduced = [config[key] for key in ("bf16", "fp16") if config.get(key, {}).get("enabled")]
-    weight = 2 if reduced else 4
-    accumulated = config.get("data_types", {}).get("grad_accum_dtype")
-    gradient = weight if accumulated is None else 4 if accumulated in ("fp32", "float32", "float") else 2
-    block = reduced[0] if reduced else {}
-    copies_fp32 = stage in (1, 2) or bool(_device(config, "optimizer"))
-    master = 4 if reduced or copies_fp32 else 0
-    if block.get("bf16_master_weights_and_grads") or block.get("fp16_master_weights_and_grads"):
-        master = 2
-    return weight, gradient, master, 2 if block.get("bf16_optimizer_states") else 4
+def _gradient_on_host(rules: EngineRules) -> int:
+    """Bytes of an element beside offloaded states: its fp32 gradient, and what is accumulated or travels back."""
+    if rules.offload_optimizer != "cpu":
+        return 0
+    return FP32 + (rules.gradient if rules.keeper == "zero3" else rules.weight)
 
 
-def _device(config: Mapping[str, Any], what: str) -> str:
-    """Where `offload_optimizer` or `offload_param` sends its states: `cpu`, `nvme`, or "" for nowhere."""
-    device = (config["zero_optimization"].get(f"offload_{what}") or {}).get("device", "none")
-    return "" if device == "none" else device
+def teacher_bytes(parameters: int | Sequence[int], placement: Placement, ranks: int, rules: EngineRules) -> int:
+    """Bytes of a frozen teacher's weights on one rank.
+
+    Whole when `replicated`; `fairscale` divides it block by block without a remainder to speak of, `zero3` tensor by
+    tensor, its small ones staying whole beside their partitions.
+    """
+    sizes = [parameters] if isinstance(parameters, int) else list(parameters)
+    if placement == "replicated":
+        return rules.frozen * sum(sizes)
+    divided = sum(-(-size // ranks) for size in sizes)
+    small = rules.size("stage3_param_persistence_threshold")
+    kept = sum(size for size in sizes if size <= small) if placement == "zero3" and ranks > 1 else 0
+    return rules.frozen * (divided + kept)
+
+
+def _share(sizes: Sequence[int], rules: EngineRules, ranks: int) -> int:
+    """Elements of one partition: each tensor is padded to the ranks under ZeRO-3, all of them together before."""
+    if rules.stage >= 3:
+        return sum(-(-size // ranks) for size in sizes)
+    aligned = ALIGNMENT * ranks
+    return -(-sum(sizes) // aligned) * aligned // ranks
+
+
+def _persistent(sizes: Sequence[int], rules: EngineRules, ranks: int) -> int:
+    if rules.keeper != "zero3" or ranks == 1:
+        return 0
+    threshold = rules.size("stage3_param_persistence_threshold")
+    return rules.weight * sum(size for size in sizes if size <= threshold)
+
+
+def _buckets(rules: EngineRules) -> int:
+    resident = rules.keeper == "zero3" and rules.zero.get("contiguous_gradients", True)
+    return rules.size("reduce_bucket_size") * rules.reduced if resident else 0
 
 
 def machine_memory(root: Path = Path("/")) -> MachineMemory:
@@ -124,7 +168,7 @@ def _refuse(needed: RankMemory, per_rank: int, ranks: int, sharing: int, where: 
     )
 
 
-def _size(size: int) -> str:
+def size_text(size: int) -> str:
     return f"{_gib(size)} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
 
 

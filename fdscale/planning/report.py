@@ -21,6 +21,8 @@ def plan_table(settings: DistillSettings | FinetuneSettings, plan: Plan) -> Tabl
         for where, teacher in plan.teachers.items():
             name = settings.teachers[where][0].name
             table.add_row(where, f"{name}: {_network(teacher, teacher_parameters(teacher))}")
+            choice = plan.placements[where]
+            table.add_row("placement", f"{choice.placement} ({choice.reason})")
     table.add_row(
         "global batch",
         f"{plan.global_batch} = {plan.ranks} ranks x micro batch {plan.micro_batch} x {plan.accumulation} accumulation",

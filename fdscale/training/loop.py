@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -103,17 +104,20 @@ def fit(
     progress: Progress,
     stop: StopSignals,
     evaluate: Callable[[], dict[str, float]] | None,
+    watch: Callable[[int], AbstractContextManager[object]] = nullcontext,
 ) -> bool:
     """Train from `progress` to `plan.last`; True when done, False when stopped by a signal.
 
     `batch_terms(engine, micro_batch, step)` says what one batch means: it returns `loss` and what is measured.
-    When `stop` was requested on any rank, the step is finished and committed before the loop ends.
+    When `stop` was requested on any rank, the step is finished and committed before the loop ends. Each step runs
+    inside `watch(step)`.
     """
     meter = Meter(progress.step, loader.data_wait_seconds)
     for micro_batches in loader.steps(progress.step, plan.last):
         rate = schedule.for_step(progress.step)
         set_learning_rate(engine, schedule, progress.step)
-        terms = train_step(engine, batch_terms, micro_batches, progress.step)
+        with watch(progress.step):
+            terms = train_step(engine, batch_terms, micro_batches, progress.step)
         progress.step += 1
         stopping = _agree(connection, stop.requested, micro_batches, progress, plan)
         reporting = progress.step == 1 or stopping or plan.due(progress.step, plan.log_every)

@@ -1,0 +1,98 @@
+"""A run's planned memory, told beside what one of its steps was measured to hold."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from fdscale.build.outline import AnySettings, Outline, Traces, traces_of
+from fdscale.build.run import Run
+from fdscale.data.order import accumulation_steps
+from fdscale.planning.forecast import IMAGE_CHANNELS, Forecast, forecast
+from fdscale.planning.memory import size_text
+from fdscale.planning.placement import Placement
+from fdscale.training.allocator import peak_of_step
+from fdscale.training.metrics import Sinks
+from fdscale.training.run_directory import write_text
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+logger = logging.getLogger(__name__)
+
+MEASURED_AFTER, FEWEST = 20, 3  # steps of an attempt; before the third, not every buffer is there
+
+
+def forecast_of(
+    traces: Traces,
+    settings: AnySettings,
+    deepspeed_json: Mapping[str, Any],
+    placements: Mapping[str, Placement],
+    ranks: int,
+    cuda: bool,
+) -> Forecast:
+    """The memory of one rank; raises UserError where the global batch does not divide."""
+    micro_batch = int(deepspeed_json["train_micro_batch_size_per_gpu"])
+    return forecast(
+        traces.student,
+        traces.teachers,
+        placements,
+        deepspeed_json,
+        ranks,
+        accumulation_steps(settings.data.global_batch, ranks, micro_batch),
+        fused=cuda,
+        image_bytes=micro_batch * IMAGE_CHANNELS * traces.image_size**2,
+        ema=settings.optim.ema_decay > 0,
+    )
+
+
+def step_watch(
+    run: Run,
+    teachers: Mapping[str, nn.Module],
+    outline: Callable[[], Outline] | None,
+    engine: DeepSpeedEngine,
+    sinks: Sinks,
+    first_step: int,
+) -> Callable[[int], AbstractContextManager[None]]:
+    """What the loop puts around each step: rank 0 measures one of them, its 20th or the last of a shorter run.
+
+    Planned and measured bytes are told and kept in `memory.json`. `outline` None: networks given in Python are
+    measured only.
+    """
+    measured_at = min(first_step + MEASURED_AFTER, run.last_step) - 1
+    wanted = run.connection.rank.is_main and measured_at - first_step + 1 >= FEWEST
+
+    @contextmanager
+    def watch(step: int) -> Iterator[None]:
+        if not wanted or step != measured_at:
+            yield
+            return
+        with peak_of_step(run.device, engine, list(teachers.values())) as peak:
+            yield
+        _tell(run, outline, peak.size, step + 1, sinks)
+
+    return watch
+
+
+def _tell(run: Run, outline: Callable[[], Outline] | None, measured: int, step: int, sinks: Sinks) -> None:
+    planned = None if outline is None else _planned(run, outline)
+    device = "GPU" if run.device.type == "cuda" else "CPU allocator"
+    told = f"memory of rank 0 at its peak in step {step}: {size_text(measured)} measured ({device})"
+    if planned is not None:
+        told += f", {size_text(planned.peak)} planned, {measured / planned.peak - 1:+.1%}"
+    sinks.say(told)
+    kept = {"step": step, "measured_bytes": measured, "planned_bytes": None if planned is None else planned.peak}
+    phases = {} if planned is None else {"states": planned.states.resident, **planned.phases}
+    write_text(run.directory.folder / "memory.json", json.dumps({**kept, "planned": phases}, indent=2) + "\n")
+
+
+def _planned(run: Run, outline: Callable[[], Outline]) -> Forecast:
+    cuda = run.device.type == "cuda"
+    traces = traces_of(outline(), run.settings, run.deepspeed_json, run.micro_batch, cuda)
+    ranks = run.connection.rank.world_size
+    return forecast_of(traces, run.settings, run.deepspeed_json, run.placements, ranks, cuda)
