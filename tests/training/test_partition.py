@@ -102,7 +102,7 @@ def trained(connection: Connection, geometry: Geometry, config: dict[str, Any], 
         loss = (tokens - torch.randn(tokens.shape)).square().mean()
         engine.backward(loss)
         engine.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
         norms.append(float(engine.get_global_grad_norm()))
     decays = [(len(group["params"]), group["weight_decay"]) for group in groups]
     return {"losses": losses, "norms": norms, "decays": decays, "weights": full_state(engine, module, wanted=True)}
