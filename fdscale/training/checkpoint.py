@@ -80,6 +80,7 @@ class Checkpoints:
             _, state = engine.load_checkpoint(str(self.folder), tag=chosen.name, load_lr_scheduler_states=False)
         else:
             state = load_universal(engine, converted(chosen, self.connection))
+        _divide_persistent(engine)
         self._restore_generators(chosen, saved_by, engine.global_steps)
         return state
 
@@ -138,6 +139,17 @@ class Checkpoints:
     def _tell(self, text: str) -> None:
         if self.rank == 0:
             logger.info(text)
+
+
+def _divide_persistent(engine: DeepSpeedEngine) -> None:
+    """Divide ZeRO-3's persistent weights again, as they are before the first step.
+
+    DeepSpeed gathers them after loading; the order of fetches that it then notes in the first micro batch is not that
+    of the second, which ends in its "tracing error" (found by running).
+    """
+    persistent = getattr(engine.optimizer, "persistent_parameters", [])
+    if persistent:
+        persistent[0].partition(persistent)
 
 
 def optimizer_names(engine: DeepSpeedEngine) -> list[str]:

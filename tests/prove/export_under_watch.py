@@ -1,7 +1,8 @@
 """Export a run's weights in this process, watched: bytes from torch's allocator, and from the system.
 
-Prints JSON: `allocated`, the peak of the allocator's events that `torch.profiler` recorded; `anonymous`, the growth of
-RssAnon, which leaves mapped files out; `peak`, that of VmHWM, which does not.
+Prints JSON: `allocated`, the peak of the allocator's events that `torch.profiler` recorded, without those of mapping a
+file, which torch reports as if it were an allocation; `mapped`, what those come to; `anonymous`, the growth of RssAnon,
+which leaves mapped files out; `peak`, that of VmHWM, which counts the pages of mapped files that are in memory.
 """
 
 from __future__ import annotations
@@ -41,18 +42,20 @@ class Anonymous(threading.Thread):
         return self.largest - self.begun
 
 
-def peak_of(watched: Any) -> int:
-    """The largest sum of all allocations less all frees so far."""
+def peak_of(watched: Any, mapped: set[int], of_files: bool) -> int:
+    """The largest sum of all allocations less all frees so far; `mapped` are the sizes of the files that are mapped."""
     held = largest = 0
     events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        largest = max(largest, held)
+        if (abs(event.nbytes()) in mapped) == of_files:
+            held += event.nbytes()
+            largest = max(largest, held)
     return largest
 
 
 def watched_export(run: Path, output: Path) -> dict[str, float]:
     """Export, and what it took."""
+    mapped = {path.stat().st_size for path in run.glob("checkpoints/*/*_states.pt")}
     peak, anonymous = status("VmHWM"), Anonymous()
     anonymous.start()
     began = time.perf_counter()
@@ -61,7 +64,8 @@ def watched_export(run: Path, output: Path) -> dict[str, float]:
     anonymous.ended.set()
     return {
         "bytes": written.stat().st_size,
-        "allocated": peak_of(watched),
+        "allocated": peak_of(watched, mapped, of_files=False),
+        "mapped": peak_of(watched, mapped, of_files=True),
         "anonymous": anonymous.growth,
         "peak": status("VmHWM") - peak,
         "seconds": time.perf_counter() - began,

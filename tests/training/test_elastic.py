@@ -18,7 +18,7 @@ from fdscale.distill.distiller import Distiller, Lesson
 from fdscale.distill.layout import TokenLayout
 from fdscale.distill.targets import TargetMaker
 from fdscale.students.drop_path import drop_path_rows
-from fdscale.students.geometry import ViTGeometry
+from fdscale.students.geometry import SwinV2Geometry, ViTGeometry
 from fdscale.students.student import build_student
 from fdscale.training import universal
 from fdscale.training.average import keep_average
@@ -27,6 +27,7 @@ from fdscale.training.engine import Connection, full_state, set_learning_rate, s
 from fdscale.training.loop import train_step
 from fdscale.training.optim import Schedule, adamw, layer_scales, parameter_groups
 
+SWIN = SwinV2Geometry(16, (1, 1), (2, 4), window_size=4, image_size=32)
 VIT = ViTGeometry(30, 2, 3, patch_size=8, image_size=32)
 LEAN = {
     "stage3_max_live_parameters": 0,
@@ -41,21 +42,22 @@ WIDTH, GLOBAL_BATCH, MICRO_BATCH, LAST = 7, 8, 4, 6
 class Distillation:
     """A tiny distillation: drop path, layer decay (six groups), an average, a frozen weight and a moving buffer."""
 
-    def __init__(self, connection: Connection, stage: int, seed: int) -> None:
-        self.student = build_student(VIT, 0.3, seed)
+    def __init__(self, connection: Connection, stage: int, seed: int, persistent: int = 0) -> None:
+        self.student = build_student(SWIN if persistent else VIT, 0.3, seed)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.student.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
         self.student.backbone.patch_embed.proj.bias.requires_grad_(False)
+        self.connection, self.schedule = connection, Schedule(LAST, 2, peak=1e-3)
         self.student.register_buffer("seen", torch.tensor(float(seed)))
         layout = TokenLayout(self.student.grid, self.student.prefix_tokens)
         lesson = Lesson("teacher", WIDTH, TargetMaker(layout, layout))
         torch.manual_seed(seed)
         self.distiller = Distiller(self.student, self.student.width, [lesson], beta=2.0)
-        self.connection, self.schedule = connection, Schedule(LAST, 2, peak=1e-3)
         self.accumulation = GLOBAL_BATCH // (connection.rank.world_size * MICRO_BATCH)
         zero = {"stage": stage, **(LEAN if stage == 3 else {})}
+        zero |= {"stage3_param_persistence_threshold": persistent} if persistent else {}
         config = {"train_micro_batch_size_per_gpu": MICRO_BATCH, "zero_optimization": zero}
         self.engine = start_engine(self.distiller, self._optimizer(), config, self.accumulation, clip=0.1)
 
@@ -297,3 +299,21 @@ def test_the_conversion_is_committed_by_a_manifest_of_its_own(tmp_path: Path, on
     assert manifest["source"] == "step_00000003"
     assert "zero/projectors.0.weight/ema.pt" in manifest["files"]
     assert len(manifest["files"]) == len(written(folder))
+
+
+def resumed_with_persistent_weights(connection: Connection, folder: str) -> list[list[float]]:
+    run = Distillation(connection, 3, seed=1, persistent=1000)
+    run.steps(0, 2)
+    Checkpoints(Path(folder), connection, keep=2).save(run.engine, 2, {"step": 2})
+    undisturbed = run.steps(2, 4)
+    run.engine.destroy()
+    other = Distillation(connection, 3, seed=2, persistent=1000)
+    Checkpoints(Path(folder), connection, keep=2).load(other.engine)
+    resumed = other.steps(2, 4)
+    other.engine.destroy()
+    return [undisturbed, resumed]
+
+
+def test_weights_that_stay_resident_do_not_disturb_the_first_steps(tmp_path: Path, one_rank: Any) -> None:
+    undisturbed, resumed = one_rank(resumed_with_persistent_weights, str(tmp_path))[0]
+    assert resumed == undisturbed
