@@ -121,6 +121,12 @@ def one_rank() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Ranks]:
+    """Four warm CPU ranks, for what is measured over numbers of ranks."""
+    yield from _warm(4)
+
+
+@pytest.fixture(scope="session")
 def environment_of_rank() -> Callable[[int, int, int], dict[str, str]]:
     """`rank_environment`, for tests that start real ranks of their own."""
     return rank_environment
