@@ -174,4 +174,4 @@ def test_leaf_modules_are_named_in_lists(path: Path) -> None:
 def test_the_keys_of_leaf_modules_are_deepspeeds_own() -> None:
     from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
 
-    assert LEAF_MODULE == set(DeepSpeedZeroLeafModuleConfig.model_fields)
+    assert set(DeepSpeedZeroLeafModuleConfig.model_fields) == LEAF_MODULE

@@ -41,7 +41,9 @@ class Page:
         head = [f"# {title}", "", how, "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
         body = [f"| {' | '.join(line[column] for column in columns)} |" for line in lines]
         given = sorted({f"commit {row['commit']}, {row['date']}, {row['machine']}" for row in self.rows.values()})
-        self.path.with_suffix(".md").write_text("\n".join([*head, *body, "", *(f"Given by {one}." for one in given), ""]))
+        self.path.with_suffix(".md").write_text(
+            "\n".join([*head, *body, "", *(f"Given by {one}." for one in given), ""])
+        )
 
 
 def measured_commit() -> str:
@@ -57,4 +59,6 @@ def machine() -> str:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.strip()

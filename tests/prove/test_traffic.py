@@ -152,8 +152,10 @@ def test_zero_plus_plus_keeps_the_backward_gathers_within_a_node(page: Page, fou
     )
     plain = page.rows[f"{network}, checkpointing blocks, 4 ranks, after, nothing ahead"]
     write_table(page)
-    across = {name: one["bytes_in_groups"].get("4", one["bytes_in_groups"].get(4)) for name, one in
-              (("hpz", row), ("plain", plain))}
+    across = {
+        name: one["bytes_in_groups"].get("4", one["bytes_in_groups"].get(4))
+        for name, one in (("hpz", row), ("plain", plain))
+    }
     assert across["hpz"] <= 0.7 * across["plain"]
 
 

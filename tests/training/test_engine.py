@@ -133,7 +133,9 @@ def test_activation_checkpointing_is_bit_equal(geometry: Geometry, two_ranks: An
 
 
 @pytest.mark.parametrize("geometry", [SWIN, VIT], ids=["swin_v2", "vit"])
-def test_leaf_modules_of_the_shipped_jsons_change_no_bit(geometry: SwinV2Geometry | ViTGeometry, two_ranks: Any) -> None:
+def test_leaf_modules_of_the_shipped_jsons_change_no_bit(
+    geometry: SwinV2Geometry | ViTGeometry, two_ranks: Any
+) -> None:
     leaves = load_deepspeed_json("laptop")["zero_optimization"]["leaf_module"]["classes"]
     plain = two_ranks(curve, geometry, engine_config(3, 4), 3)[0]
     assert plain["leaves"] == 0

@@ -1,0 +1,137 @@
+"""Five hundred steps hold no more at their end than at their beginning: nothing grows, in tensors, in C or in Python.
+
+`python -m pytest -m prove tests/prove/test_soak.py` writes docs/measurements/soak.json and soak.md.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from fdscale.training.sharding import place
+from torch import Tensor
+
+from fdscale.build.networks import prepare_teacher
+from fdscale.config.deepspeed_json import load_deepspeed_json
+from fdscale.config.settings import TeacherSettings
+from fdscale.data.batches import Batch
+from fdscale.distill.distiller import Distiller
+from fdscale.distill.layout import TokenLayout
+from fdscale.distill.targets import TargetMaker
+from fdscale.students.geometry import SwinV2Geometry
+from fdscale.students.student import build_student, set_activation_checkpointing
+from fdscale.training.engine import Connection, set_learning_rate, start_engine
+from fdscale.training.loop import train_step
+from fdscale.training.metrics import JsonLines, Sinks
+from fdscale.training.optim import Schedule, adamw, parameter_groups
+from tests.prove.memory import allocated_by_c, live_storages, python_blocks
+from tests.prove.page import Page
+
+pytestmark = [pytest.mark.prove, pytest.mark.timeout(1500)]
+
+STEPS, WARM_UP, ROWS = 500, 100, 4
+SERIES = ("live tensors, bytes", "malloc, bytes", "Python blocks")
+STUDENT = SwinV2Geometry(32, (2, 2), (2, 4), window_size=4, image_size=32, extra_norm_period=2)
+TEACHER = TeacherSettings(
+    name="dino_vit_s16",
+    weights="random",
+    image_size=32,
+    geometry={"embed_dim": 64, "depth": 3, "num_heads": 2, "patch_size": 8},
+)
+
+
+def soak(connection: Connection, placement: Any, folder: str) -> list[list[int]]:
+    """What this rank holds after each step: tensors, malloc, Python, in a table that was allocated before."""
+    json = load_deepspeed_json("laptop") | {"train_micro_batch_size_per_gpu": ROWS}
+    student = build_student(STUDENT, 0.2, seed=1)
+    set_activation_checkpointing(student, "blocks")
+    teacher = prepare_teacher(TEACHER, "random", torch.float32)
+    targets = TargetMaker(TokenLayout(teacher.grid, 1), TokenLayout(student.grid, 0), prefix_tokens="drop")
+    distiller = Distiller(student, student.width, teacher.width, targets, beta=2.0)
+    teacher = place(teacher, placement, json, connection)
+    optimizer = adamw(parameter_groups(distiller, 0.05, set()), 1e-3, (0.9, 0.999), 1e-8)
+    engine = start_engine(distiller, optimizer, json, 1, clip=3.0)
+    sinks = Sinks([JsonLines(Path(folder) / f"metrics{connection.rank.rank}.jsonl")])
+    schedule = Schedule(STEPS, 10, peak=1e-3)
+    table = torch.zeros(STEPS, len(SERIES), dtype=torch.int64)
+
+    def terms(engine: Any, batch: Batch, step: int) -> dict[str, Tensor]:
+        pixels = torch.rand(ROWS, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+        draws = torch.rand(student.drop_path_sites, ROWS) if student.drop_path_sites else None
+        return engine(pixels, targets(teacher(pixels)), draws)
+
+    unused = torch.zeros(ROWS)
+    batch = Batch(unused, unused, unused, slice(0, ROWS), [])
+    for step in range(STEPS):
+        set_learning_rate(engine, schedule, step)
+        row = train_step(engine, terms, [batch], step)
+        values = torch.stack(list(row.values()))
+        dist.all_reduce(values)
+        sinks.write(step, dict(zip(row, values.tolist(), strict=True)))
+        table[step, 0] = sum(live_storages().values())
+        table[step, 1], table[step, 2] = allocated_by_c(), python_blocks()
+    sinks.close()
+    engine.destroy()
+    return table.tolist()
+
+
+def slope(values: list[float]) -> tuple[float, float]:
+    """Growth a step by least squares over equal blocks of ten steps, and half its 95 % confidence interval.
+
+    Means of blocks: what swings from step to step (a buffer that is sometimes kept) is no independent error.
+    """
+    blocks = [sum(values[i : i + 10]) / 10 for i in range(0, len(values), 10)]
+    count, middle = len(blocks), (len(blocks) - 1) / 2
+    mean = sum(blocks) / count
+    spread = sum((i - middle) ** 2 for i in range(count))
+    rise = sum((i - middle) * (block - mean) for i, block in enumerate(blocks)) / spread
+    left = sum((block - mean - rise * (i - middle)) ** 2 for i, block in enumerate(blocks)) / (count - 2)
+    return rise / 10, 2.02 * math.sqrt(left / spread) / 10  # Student's t for 38 degrees of freedom
+
+
+@pytest.fixture(scope="module")
+def page() -> Page:
+    return Page("soak")
+
+
+@pytest.mark.parametrize("placement", ["zero3", "replicated"])
+def test_nothing_grows(placement: str, page: Page, two_ranks: Any, tmp_path: Path) -> None:
+    row = page.row(f"{placement} teacher, zero3 student", lambda: _measured(two_ranks, placement, tmp_path))
+    _write(page)
+    for name in SERIES:
+        for found in row[name]:
+            assert abs(found["slope"]) <= found["half_interval"], f"{name} grows: {found}"
+
+
+def _measured(two_ranks: Any, placement: str, folder: Path) -> dict[str, Any]:
+    tables = two_ranks(soak, placement, str(folder), timeout=1200)
+    row: dict[str, Any] = {"steps": STEPS, "warm_up": WARM_UP}
+    for column, name in enumerate(SERIES):
+        row[name] = [_found([line[column] for line in table[WARM_UP:]]) for table in tables]
+    return row
+
+
+def _found(values: list[float]) -> dict[str, float]:
+    growth, half = slope(values)
+    return {"slope": round(growth, 3), "half_interval": round(half, 3), "first": values[0], "last": values[-1]}
+
+
+def _write(page: Page) -> None:
+    how = (
+        f"Growth a step over steps {WARM_UP} to {STEPS} on each of two ranks, with its 95 % confidence interval: live tensor "
+        "storages (after a garbage collection), what malloc has given out (mallinfo2), blocks of Python's allocator."
+    )
+    lines = [
+        {
+            "case": key,
+            "rank": str(rank),
+            **{n: f"{row[n][rank]['slope']:+.1f} ± {row[n][rank]['half_interval']:.1f}" for n in SERIES},
+        }
+        for key, row in page.rows.items()
+        for rank in range(2)
+    ]
+    page.write_table("Soak", how, ("case", "rank", *SERIES), lines)
