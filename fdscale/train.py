@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from fdscale.build.networks import as_pixels, prepare_student, prepare_teacher, seeded
+from fdscale.build.networks import as_pixels, seeded, student_of, teacher_of
 from fdscale.build.run import open_run
 from fdscale.build.training import train
 from fdscale.config.errors import UserError
@@ -19,7 +19,6 @@ from fdscale.students.drop_path import drop_path_rows
 from fdscale.students.student import Student
 from fdscale.teachers.table import OWN
 from fdscale.teachers.teacher import Teacher
-from fdscale.training.engine import compute_dtype
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -37,9 +36,8 @@ def distill(settings: DistillSettings, student: Student | None = None, teacher: 
     run = open_run(settings)
     if run.is_complete():
         return True
-    dtype = compute_dtype(run.deepspeed_json)
-    frozen = (teacher or prepare_teacher(settings.teacher, run.weights["teacher"].path, dtype)).to(run.device)
-    trained = student or prepare_student(settings.student, settings.seed)
+    frozen = teacher_of(run, "teacher", settings.teacher, run.weights["teacher"].path, teacher)
+    trained = student or student_of(run)
     targets = target_maker(settings, trained, frozen)
     with seeded(settings.seed):
         distiller = Distiller(trained, trained.width, frozen.width, targets, settings.loss.beta)

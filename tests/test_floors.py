@@ -22,6 +22,7 @@ FLOORS = {
     "fdscale.cluster.ranks": 0,
     "fdscale.terminal": 0,
     "fdscale.tokens": 0,
+    "fdscale.blocks": 0,
     "fdscale.data": 1,
     "fdscale.students": 1,
     "fdscale.teachers": 1,
@@ -45,13 +46,13 @@ ONE_ROOM = {"fdscale.cluster.supervise": "fdscale.cluster.launch"}  # the launch
 
 # Heavy libraries, and the only modules that may import them when they run (for types alone, anyone may).
 HEAVY = {
-    "deepspeed": ("fdscale.training.engine", "fdscale.export.gather"),
+    "deepspeed": ("fdscale.training.engine", "fdscale.training.partition", "fdscale.export.gather"),
     "open_clip": ("fdscale.teachers.from_open_clip",),
     "transformers": ("fdscale.export.transformers_format",),
     "prometheus_client": ("fdscale.training.prometheus",),
     "huggingface_hub": ("fdscale.fetch",),
     "matplotlib": ("fdscale.diagnostics.plots",),
-    "fairscale": ("fdscale.training.sharding",),
+    "fairscale": ("fdscale.training.sharding", "fdscale.students.offload"),
 }
 
 

@@ -23,11 +23,12 @@ from fdscale.students.files import save_student
 from fdscale.students.student import Student
 from fdscale.terminal import terminal
 from fdscale.training.checkpoint import Checkpoints
-from fdscale.training.engine import full_state, start_engine
+from fdscale.training.engine import full_state, parameter_dtype, start_engine
 from fdscale.training.evaluate import SampleTerms, evaluate
 from fdscale.training.loop import BatchTerms, Plan, Progress, fit
 from fdscale.training.metrics import Sinks
 from fdscale.training.optim import Schedule, adamw, layer_scales, parameter_groups
+from fdscale.training.partition import divide, is_divided
 from fdscale.training.sinks import open_sinks
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ def _record(run: Run, progress: Progress, fresh: bool) -> None:
 def _engine(run: Run, module: nn.Module, student: Student, schedule: Schedule) -> DeepSpeedEngine:
     optim = run.settings.optim
     module.to(run.device)
+    if any(is_divided(parameter) for parameter in module.parameters()):  # what stands beside a divided student, too
+        divide(module, run.deepspeed_json, run.connection, parameter_dtype(run.deepspeed_json))
     optimizer = adamw(optimizer_groups(module, student, optim), schedule.for_step(0), optim.betas, optim.eps)
     accumulation = accumulation_steps(run.settings.data.global_batch, run.connection.rank.world_size, run.micro_batch)
     return start_engine(module, optimizer, run.deepspeed_json, accumulation, optim.clip)

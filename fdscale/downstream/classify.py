@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fdscale.build.networks import as_pixels, prepare_student, seeded
+from fdscale.build.networks import as_pixels, seeded, student_of
 from fdscale.build.run import open_run
 from fdscale.build.training import train
 from fdscale.config.errors import UserError
@@ -36,7 +36,7 @@ def finetune(settings: FinetuneSettings) -> bool:
     for name, index in (("data.shards", run.index), ("eval.shards", run.held_out)):
         _check_labels(name, index, settings.classes)
     mix = mixing(settings)
-    student = prepare_student(settings.student, settings.seed)
+    student = student_of(run)
     with seeded(settings.seed):
         head = settings.head
         classifier = Classifier(student, settings.classes, settings.label_smoothing, head.norm, head.init_scale)

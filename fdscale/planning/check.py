@@ -11,6 +11,7 @@ from fdscale.config.errors import SettingsError, attempt
 from fdscale.config.settings import DistillSettings
 from fdscale.data.order import accumulation_steps
 from fdscale.planning.data_check import AnySettings, DataFacts, augment_problems, data_facts, data_problems
+from fdscale.planning.engine_check import engine_problems
 from fdscale.planning.memory import RankMemory, machine_memory, memory_per_rank, refuse_if_it_cannot_fit
 from fdscale.planning.networks import (
     TeacherGeometry,
@@ -65,11 +66,6 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
     problems: list[str] = []
     micro_batch = deepspeed_json["train_micro_batch_size_per_gpu"]
     global_batch = settings.data.global_batch
-    if settings.student.name.startswith("timm:swinv2") and deepspeed_json.get("bf16", {}).get("enabled"):
-        problems.append(
-            f"student.name: {settings.student.name} fails under bf16.enabled, which leaves its fp32 coordinates beside "
-            "bf16 weights; use torch_autocast in the JSON, or a swinv2_* of our own"
-        )
     accumulation = attempt(lambda: accumulation_steps(global_batch, ranks, micro_batch), problems)
     student = attempt(lambda: planned_student(settings.student), problems)
     teacher = None
@@ -79,6 +75,7 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
     memory = None if student is None else _memory(student, teacher, ranks, deepspeed_json)
     if memory is not None and local_ranks is not None:
         attempt(lambda: refuse_if_it_cannot_fit(memory, ranks, local_ranks, machine_memory()), problems)
+    problems += engine_problems(settings, deepspeed_json, here=local_ranks is not None)
     problems += augment_problems(settings, micro_batch)
     facts = attempt(lambda: data_facts(settings), problems)
     problems += data_problems(settings, facts)

@@ -75,6 +75,11 @@ def load_weights(student: Student, weights: Path) -> None:
         )
     with torch.no_grad():
         student.backbone.load_state_dict(state)
+    load_statistics(student, weights)
+
+
+def load_statistics(student: Student, weights: Path) -> None:
+    """The input normalisation that stands beside a student file, without its weights."""
     if weights.with_suffix(".json").is_file():
         described = file_description(weights)
         for buffer, values in ((student.mean, described["mean"]), (student.std, described["std"])):

@@ -12,6 +12,7 @@ from fdscale.students.drop_path import use_table
 from fdscale.students.from_timm import TIMM_ERRORS, build_timm
 from fdscale.students.geometry import Geometry, OwnGeometry, SwinV2Geometry, TimmGeometry, ViTGeometry
 from fdscale.students.layers import swin_v2_layer, timm_layers, vit_layer
+from fdscale.students.offload import offload_activations
 from fdscale.students.swin_v2 import SwinV2
 from fdscale.students.vit import build_vit
 from fdscale.tokens import as_tokens
@@ -158,8 +159,13 @@ def _grid_of(backbone: nn.Module, image_size: int, width: int, prefix_tokens: in
 
 
 def set_activation_checkpointing(student: Student, mode: str) -> None:
-    """Recompute each block's activations in the backward pass (`blocks`), or keep them (`none`)."""
-    if mode == "none":
+    """Recompute each block's activations in the backward pass (`blocks`), or keep them (`none`).
+
+    `offload` recomputes, too, and keeps what goes into a block in the host's memory meanwhile.
+    """
+    if mode == "offload":
+        offload_activations(student.backbone)
+    if mode != "blocks":
         return
     if not hasattr(student.backbone, "set_grad_checkpointing"):
         raise UserError("student.activation_checkpointing: this network cannot checkpoint its blocks; use 'none'")

@@ -37,7 +37,7 @@ def connect(rank: Rank) -> Connection:
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     export_rank(rank)
-    deepspeed = _quiet_deepspeed()
+    deepspeed = quiet_deepspeed()
     device = torch.device("cpu")
     if on_gpu:
         device = torch.device("cuda", rank.local_rank % torch.cuda.device_count())  # one is seen where SLURM binds them
@@ -54,7 +54,8 @@ def gather_lists(mine: list[Any], connection: Connection) -> list[Any]:
     return [item for part in parts for item in part]
 
 
-def _quiet_deepspeed() -> Any:
+def quiet_deepspeed() -> Any:
+    """DeepSpeed, imported without its chatter."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import deepspeed.ops
@@ -86,7 +87,7 @@ def start_engine(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    return _quiet_deepspeed().initialize(model=module, optimizer=optimizer, config=config)[0]
+    return quiet_deepspeed().initialize(model=module, optimizer=optimizer, config=config)[0]
 
 
 def set_learning_rate(engine: DeepSpeedEngine, schedule: Schedule, step: int) -> None:
@@ -122,12 +123,17 @@ def _whole(tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
 
 
-def compute_dtype(deepspeed_json: Mapping[str, Any]) -> torch.dtype:
-    """The type in which a DeepSpeed JSON computes: what a frozen teacher's weights are kept in."""
+def parameter_dtype(deepspeed_json: Mapping[str, Any]) -> torch.dtype | None:
+    """The type to which a DeepSpeed JSON's engine casts parameters; None where it leaves them."""
     for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         if deepspeed_json.get(key, {}).get("enabled"):
             return dtype
+    return None
+
+
+def compute_dtype(deepspeed_json: Mapping[str, Any]) -> torch.dtype:
+    """The type in which a DeepSpeed JSON computes: what a frozen teacher's weights are kept in."""
     autocast = deepspeed_json.get("torch_autocast", {})
     if autocast.get("enabled"):
         return torch.float16 if autocast.get("dtype") == "float16" else torch.bfloat16
-    return torch.float32
+    return parameter_dtype(deepspeed_json) or torch.float32

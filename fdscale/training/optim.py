@@ -59,7 +59,8 @@ def parameter_groups(
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.ndim == 1 or name.endswith(".bias") or name in undecayed
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # a divided parameter is empty itself
+        plain = len(shape) == 1 or name.endswith(".bias") or name in undecayed
         scale = (lr_scales or {}).get(name, 1.0)
         new = {"params": [], "weight_decay": 0.0 if plain else weight_decay, "lr_scale": scale}
         groups.setdefault((scale, plain), new)["params"].append(parameter)

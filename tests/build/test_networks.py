@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fdscale.build.networks import as_pixels, prepare_student, prepare_teacher, seeded
+from fdscale.build.networks import as_pixels, prepare_student, prepare_teacher, seeded, student_of, teacher_of
+from fdscale.build.run import Run
 from fdscale.config.errors import UserError
-from fdscale.config.settings import StudentSettings, TeacherSettings
+from fdscale.config.settings import FinetuneSettings, StudentSettings, TeacherSettings
+from fdscale.planning.placement import Placement
 from fdscale.students.files import save_student
 from fdscale.students.geometry import SwinV2Geometry, TimmGeometry, ViTGeometry
 from fdscale.students.student import Student, build_student
+from fdscale.training.engine import Connection
+from fdscale.training.sharding import place
 
 SWIN = SwinV2Geometry(16, (1, 1), (2, 4), window_size=4, image_size=32)
 VIT = ViTGeometry(32, 2, 4, patch_size=8, image_size=32)
@@ -140,3 +146,115 @@ def test_pixels_are_fp32_between_zero_and_one() -> None:
     pixels = as_pixels(torch.tensor([[[[0, 128, 255]]]], dtype=torch.uint8))
     assert pixels.dtype == torch.float32
     assert pixels.flatten().tolist() == pytest.approx([0.0, 128 / 255, 1.0])
+
+
+LEAN = {
+    "stage3_max_live_parameters": 0,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_param_persistence_threshold": 0,
+}
+FILES = Path(__file__).parents[1] / "teachers" / "original_files.py"
+
+
+def run_of(connection: Connection, settings: Any, placement: Placement = "zero3", bf16: bool = False) -> Run:
+    """What the networks of a run are built from, and nothing else of a run."""
+    deepspeed_json = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 3, **LEAN},
+        "bf16": {"enabled": bf16},
+    }
+    absent: Any = None
+    places = {"teacher": placement}
+    return Run(settings, deepspeed_json, connection, absent, absent, absent, absent, {}, places)
+
+
+def original_file(teacher: str, folder: Path) -> tuple[TeacherSettings, str]:
+    """A teacher's file in its published layout, and the settings for it."""
+    spec = importlib.util.spec_from_file_location("original_files", FILES)
+    assert spec is not None
+    assert spec.loader is not None
+    files = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(files)
+    row = files.row_of(teacher)
+    weights = files.written(row, files.filled(row.shapes), folder)
+    return TeacherSettings(name=teacher, weights=weights, geometry=row.geometry), weights
+
+
+def divided_teacher(
+    connection: Connection, settings: TeacherSettings, weights: str, elsewhere: str, bf16: bool
+) -> list[bool]:
+    """Whether a teacher whose file rank 0 alone has is the plain one: its tokens, its final norm, its statistics."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    plain = place(prepare_teacher(settings, weights, dtype), "replicated", {}, connection)
+    mine = weights if connection.rank.is_main else elsewhere
+    run = run_of(connection, None, bf16=bf16)
+    divided = teacher_of(run, "teacher", settings.model_copy(update={"weights": mine}), mine, whole_up_to=0)
+    pixels = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(connection.rank.rank))
+    norms = [teacher.final_norm.state_dict() for teacher in (plain, divided) if teacher.final_norm is not None]
+    return [
+        all(parameter.numel() == 0 for parameter in divided.backbone.parameters()),
+        *(torch.equal(plain(pixels), divided(pixels)) for _ in range(3)),
+        all(torch.equal(norms[0][name], norms[1][name]) for name in norms[0]),
+        torch.equal(plain.scale, divided.scale) and torch.equal(plain.shift, divided.shift),
+        (plain.width, plain.grid, plain.mean, plain.std) == (divided.width, divided.grid, divided.mean, divided.std),
+    ]
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["clip_vit_b16", "dinov3_vit_l16", "eva02_clip_l14", "esvit_swin_b"])
+def test_a_large_teacher_is_read_by_rank_0_alone(name: str, bf16: bool, tmp_path: Path, two_ranks: Any) -> None:
+    settings, weights = original_file(name, tmp_path)
+    assert two_ranks(divided_teacher, settings, weights, "nowhere", bf16) == [[True] * 7] * 2
+
+
+def test_a_student_file_that_teaches_likewise(tmp_path: Path, two_ranks: Any) -> None:
+    student = perturbed(SWIN)
+    student.mean.fill_(0.4)
+    weights = student_file(tmp_path, student)
+    elsewhere = tmp_path / "described.safetensors"
+    elsewhere.with_suffix(".json").write_text(Path(weights).with_suffix(".json").read_text())
+    settings = TeacherSettings(name="student_file", weights=weights)
+    assert two_ranks(divided_teacher, settings, weights, str(elsewhere), True) == [[True] * 7] * 2
+
+
+def divided_student(connection: Connection, settings: StudentSettings, whole_up_to: int) -> list[str]:
+    """What differs between the student of a run and the plain one, by name, buffers included."""
+    import deepspeed
+
+    plain = prepare_student(settings, seed=3)
+    run = run_of(connection, FinetuneSettings.model_construct(student=settings, seed=3))
+    student = student_of(run, whole_up_to)
+    whole = [parameter.numel() > 0 for parameter in student.parameters()]
+    assert all(whole) if whole_up_to else not any(whole)
+    with deepspeed.zero.GatheredParameters(list(student.parameters()) if not whole_up_to else []):
+        values = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+        expected = {**dict(plain.named_parameters()), **dict(plain.named_buffers())}
+        assert values.keys() == expected.keys()
+        return [name for name, value in expected.items() if not torch.equal(values[name], value)]
+
+
+def test_a_large_student_is_built_or_read_by_rank_0_alone(tmp_path: Path, two_ranks: Any) -> None:
+    small = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
+    drawn = StudentSettings(name="swinv2_t", image_size=32, geometry=small)
+    student = perturbed(VIT)
+    student.std.fill_(0.3)
+    read = StudentSettings(name="student_file", weights=student_file(tmp_path, student))
+    for settings in (drawn, read):
+        assert two_ranks(divided_student, settings, 0) == [[], []]
+    assert two_ranks(divided_student, drawn, 10**9) == [[], []]  # a small one is whole everywhere
+
+
+def refusal(connection: Connection, settings: TeacherSettings) -> str:
+    try:
+        teacher_of(run_of(connection, None), "teacher", settings, str(settings.weights), whole_up_to=0)
+    except UserError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_what_rank_0_finds_wrong_is_told_on_every_rank(tmp_path: Path, two_ranks: Any) -> None:
+    settings, weights = original_file("esvit_swin_b", tmp_path)
+    Path(weights).write_bytes(Path(weights).read_bytes()[:1000])
+    first, second = two_ranks(refusal, settings)
+    assert "cannot be read" in first
+    assert first == second

@@ -204,14 +204,14 @@ def test_timms_networks_follow_their_own_rule() -> None:
 @OWN
 def test_activation_checkpointing_computes_the_blocks_again(geometry: Geometry) -> None:
     counts = {}
-    for mode in ("none", "blocks"):
+    for mode in ("none", "blocks", "offload"):
         student, calls = build_student(geometry), []
         set_activation_checkpointing(student, mode)
         norm = next(module for name, module in student.named_modules() if name.endswith("norm1"))
         norm.register_forward_hook(lambda *call, calls=calls: calls.append(1))
         student(torch.rand(1, 3, 32, 32)).sum().backward()
         counts[mode] = len(calls)
-    assert counts == {"none": 1, "blocks": 2}
+    assert counts == {"none": 1, "blocks": 2, "offload": 2}
 
 
 def test_a_network_that_cannot_recompute_is_refused() -> None:
