@@ -32,21 +32,8 @@ def _tensors() -> Iterator[torch.Tensor]:
 class _Mallinfo2(ctypes.Structure):
     """glibc's account of the heap; the names are its own (man mallinfo2)."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in [
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        ]
-    )
+    NAMES = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in NAMES)
 
 
 def allocated_by_c() -> int:

@@ -1,4 +1,4 @@
-"""Bytes of a rank against the ZeRO arithmetic, on 1, 2 and 4 ranks, for a partitioned student and its partitioned teacher.
+"""Bytes of a rank against the ZeRO arithmetic, on 1, 2 and 4 ranks, for a divided student and its divided teacher.
 
 `python -m pytest -m prove tests/prove/test_memory.py` writes docs/measurements/memory.json, memory.md and memory.png.
 """
@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from fdscale.training.sharding import place
 from torch import nn
 
 from fdscale.build.networks import prepare_teacher
 from fdscale.config.settings import TeacherSettings
 from fdscale.training.engine import Connection
+from fdscale.training.sharding import place
 from tests.prove.memory import live_storages
 from tests.prove.networks import (
     PERSISTENT,
@@ -50,7 +50,7 @@ def measure(connection: Connection, student_name: str, threshold: int) -> dict[s
     settings = TeacherSettings(name=PAIRS[student_name], weights="random", image_size=64)
     teacher = prepare_teacher(settings, "random", torch.float32)
     elements = sum(parameter.numel() for parameter in teacher.parameters())
-    frozen_expected = teacher_arithmetic(teacher, connection.rank.world_size)
+    frozen_expected = teacher_arithmetic(teacher, connection.rank.world_size, threshold)
     json = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     teacher = place(teacher, "zero3", json, connection)
     for _ in range(2):
@@ -74,20 +74,24 @@ def _new_bytes(before: dict[int, int]) -> int:
 def student_arithmetic(module: nn.Module, ranks: int, threshold: int, bucket: int) -> int:
     """Each tensor's share, rounded up, in five fp32 copies; persistent tensors whole beside it; buckets and buffers.
 
-    `reduce_bucket_size` elements are allocated once, for gradients on their way (`contiguous_gradients`). One rank
-    has nothing to gather, and yet DeepSpeed keeps the whole beside the share of what is persistent.
+    `reduce_bucket_size` elements are allocated once, for gradients on their way (`contiguous_gradients`).
     """
     sizes = parameter_sizes(module)
     shares = sum(math.ceil(size / ranks) for size in sizes)
-    persistent = sum(math.ceil(size / ranks) * ranks for size in sizes if size <= threshold) if threshold else 0
-    return shares * STUDENT_BYTES + persistent * FP32 + bucket * FP32 + _buffers(module)
+    return shares * STUDENT_BYTES + _persistent(sizes, ranks, threshold) * FP32 + bucket * FP32 + _buffers(module)
 
 
-def teacher_arithmetic(teacher: nn.Module, ranks: int) -> int:
-    """Each of the backbone's tensors' share, rounded up, once; the final norm and the buffers whole."""
+def _persistent(sizes: list[int], ranks: int, threshold: int) -> int:
+    """Elements that stay whole beside their shares; on one rank the share is the whole."""
+    return sum(math.ceil(size / ranks) * ranks for size in sizes if size <= threshold) if ranks > 1 else 0
+
+
+def teacher_arithmetic(teacher: nn.Module, ranks: int, threshold: int) -> int:
+    """Each of the backbone's tensors' share, rounded up, once; what is persistent, the final norm and buffers whole."""
     backbone = [parameter.numel() for parameter in teacher.backbone.parameters()]  # type: ignore[union-attr, operator]
     whole = sum(parameter.numel() for parameter in teacher.parameters()) - sum(backbone)
-    return (sum(math.ceil(size / ranks) for size in backbone) + whole) * FP32 + _buffers(teacher)
+    shares = sum(math.ceil(size / ranks) for size in backbone)
+    return (shares + _persistent(backbone, ranks, threshold) + whole) * FP32 + _buffers(teacher)
 
 
 def _buffers(module: nn.Module) -> int:
@@ -102,13 +106,10 @@ def page() -> Page:
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("threshold", [0, PERSISTENT])
 @pytest.mark.parametrize("student", PAIRS)
-def test_a_rank_holds_its_share(
-    student: str, threshold: int, ranks: int, page: Page, request: pytest.FixtureRequest
-) -> None:
-    on_ranks = request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[ranks])
+def test_a_rank_holds_its_share(student: str, threshold: int, ranks: int, page: Page, fresh_ranks: Any) -> None:
     found = page.row(
         f"{student}, persistence threshold {threshold}, {ranks} ranks",
-        lambda: {"ranks": ranks, "per_rank": on_ranks(measure, student, threshold, timeout=400)},
+        lambda: {"ranks": ranks, "per_rank": fresh_ranks(ranks)(measure, student, threshold, timeout=400)},
     )["per_rank"]
     write_page(page)
     for row in found:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fdscale.training.sharding import place
 from torch import Tensor
 
 from fdscale.build.networks import prepare_teacher
@@ -28,6 +27,7 @@ from fdscale.training.engine import Connection, set_learning_rate, start_engine
 from fdscale.training.loop import train_step
 from fdscale.training.metrics import JsonLines, Sinks
 from fdscale.training.optim import Schedule, adamw, parameter_groups
+from fdscale.training.sharding import place
 from tests.prove.memory import allocated_by_c, live_storages, python_blocks
 from tests.prove.page import Page
 
@@ -36,12 +36,8 @@ pytestmark = [pytest.mark.prove, pytest.mark.timeout(1500)]
 STEPS, WARM_UP, ROWS = 500, 100, 4
 SERIES = ("live tensors, bytes", "malloc, bytes", "Python blocks")
 STUDENT = SwinV2Geometry(32, (2, 2), (2, 4), window_size=4, image_size=32, extra_norm_period=2)
-TEACHER = TeacherSettings(
-    name="dino_vit_s16",
-    weights="random",
-    image_size=32,
-    geometry={"embed_dim": 64, "depth": 3, "num_heads": 2, "patch_size": 8},
-)
+SMALL = {"embed_dim": 64, "depth": 3, "num_heads": 2, "patch_size": 8}
+TEACHER = TeacherSettings(name="dino_vit_s16", weights="random", image_size=32, geometry=SMALL)
 
 
 def soak(connection: Connection, placement: Any, folder: str) -> list[list[int]]:
@@ -122,16 +118,17 @@ def _found(values: list[float]) -> dict[str, float]:
 
 def _write(page: Page) -> None:
     how = (
-        f"Growth a step over steps {WARM_UP} to {STEPS} on each of two ranks, with its 95 % confidence interval: live tensor "
-        "storages (after a garbage collection), what malloc has given out (mallinfo2), blocks of Python's allocator."
+        f"Growth a step over steps {WARM_UP} to {STEPS} on each of two ranks, with its 95 % confidence interval: live "
+        "tensor storages (after a garbage collection), what malloc has given out (mallinfo2), blocks of Python's "
+        "allocator."
     )
     lines = [
-        {
-            "case": key,
-            "rank": str(rank),
-            **{n: f"{row[n][rank]['slope']:+.1f} ± {row[n][rank]['half_interval']:.1f}" for n in SERIES},
-        }
+        {"case": key, "rank": str(rank), **{name: _told(row[name][rank]) for name in SERIES}}
         for key, row in page.rows.items()
         for rank in range(2)
     ]
     page.write_table("Soak", how, ("case", "rank", *SERIES), lines)
+
+
+def _told(found: dict[str, float]) -> str:
+    return f"{found['slope']:+.1f} ± {found['half_interval']:.1f}"

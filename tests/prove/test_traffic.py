@@ -1,4 +1,4 @@
-"""What ZeRO-3 sends in a step: collectives and bytes of a rank beside the least that it can be, before and after tuning.
+"""What ZeRO-3 sends in a step: collectives and bytes of a rank beside the least that it can be; before and after tuning.
 
 `python -m pytest -m prove tests/prove/test_traffic.py` writes docs/measurements/traffic.json and traffic.md.
 """
@@ -55,7 +55,7 @@ CASES = [
         ("swinv2_g depths", "blocks", (2, 4)),
     )
     for ranks in all_ranks
-    for variant in VARIANTS[network]
+    for variant in (VARIANTS[network] if ranks > 1 else ("after",))
 ]
 
 
@@ -124,31 +124,25 @@ def page() -> Page:
     return Page("traffic")
 
 
-@pytest.fixture
-def ranks_of(request: pytest.FixtureRequest) -> Any:
-    """The warm ranks by their number."""
-    return lambda number: request.getfixturevalue({1: "one_rank", 2: "two_ranks", 4: "four_ranks"}[number])
-
-
 @pytest.mark.parametrize(("network", "checkpointing", "ranks", "variant"), CASES)
 def test_traffic_of_a_step(
-    network: str, checkpointing: str, ranks: int, variant: str, page: Page, ranks_of: Any
+    network: str, checkpointing: str, ranks: int, variant: str, page: Page, fresh_ranks: Any
 ) -> None:
     zero = VARIANTS[network][variant]
     key = f"{network}, checkpointing {checkpointing}, {ranks} ranks, {variant}"
-    row = page.row(key, lambda: ranks_of(ranks)(measure, network, checkpointing, zero, timeout=1000)[0])
+    row = page.row(key, lambda: fresh_ranks(ranks)(measure, network, checkpointing, zero, timeout=1000)[0])
     write_table(page)
     if ranks > 1 and variant.startswith("after"):
         assert row["bytes"] <= 1.05 * row["least_bytes"]
         assert row["collectives"] <= 1.05 * row["least_collectives"]
 
 
-def test_zero_plus_plus_keeps_the_backward_gathers_within_a_node(page: Page, four_ranks: Any) -> None:
+def test_zero_plus_plus_keeps_the_backward_gathers_within_a_node(page: Page, fresh_ranks: Any) -> None:
     """Four ranks as two nodes of two."""
     network = "swinv2_g depths"
     row = page.row(
         f"{network}, checkpointing blocks, 4 ranks, hpz 2",
-        lambda: four_ranks(measure, network, "blocks", SLOW_LINKS | NO_PREFETCH, timeout=1000)[0],
+        lambda: fresh_ranks(4)(measure, network, "blocks", SLOW_LINKS | NO_PREFETCH, timeout=1000)[0],
     )
     plain = page.rows[f"{network}, checkpointing blocks, 4 ranks, after, nothing ahead"]
     write_table(page)
@@ -159,14 +153,19 @@ def test_zero_plus_plus_keeps_the_backward_gathers_within_a_node(page: Page, fou
     assert across["hpz"] <= 0.7 * across["plain"]
 
 
+def bytes_among(row: dict[str, Any], ranks: int) -> int:
+    """What was sent in groups of so many ranks."""
+    return {int(size): sent for size, sent in row["bytes_in_groups"].items()}[ranks]
+
+
 @pytest.mark.parametrize("reuse", [1_000_000_000, 0])
 @pytest.mark.parametrize("leaves", [False, True], ids=["modules", "leaves"])
-def test_the_slow_second_step(leaves: bool, reuse: int, page: Page, two_ranks: Any) -> None:
+def test_the_slow_second_step(leaves: bool, reuse: int, page: Page, fresh_ranks: Any) -> None:
     """DeepSpeed's search for a weight's next use, over all modules within that distance, at SwinV2-G's depths."""
     sizes = {"stage3_max_reuse_distance": reuse, "stage3_prefetch_bucket_size": 50_000_000}
     zero = (GIANT if leaves else untuned(GIANT, stage3_param_persistence_threshold=100_000)) | sizes
     key = f"second step, {'leaf modules' if leaves else 'every module'}, reuse distance {reuse}"
-    row = page.row(key, lambda: two_ranks(measure, "swinv2_g depths", "blocks", zero, False, 4, timeout=1000)[0])
+    row = page.row(key, lambda: fresh_ranks(2)(measure, "swinv2_g depths", "blocks", zero, False, 4, timeout=1000)[0])
     write_table(page)
     if reuse == 0:
         assert row["step_seconds"][1] < 3 * max(row["step_seconds"][2:])
