@@ -1,4 +1,4 @@
-"""Runs each part in a process of its own, so that a failure or a full GPU costs that part alone, and reports them all."""
+"""Each part in a process of its own, so that a failure or a full GPU costs that part alone; a report of them all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHORTEST = 15.0  # seconds in which a part cannot even start
 
 
 def bench(tiny: bool, output: Path, seconds: float, only: Sequence[str] | None) -> int:
-    """Run the parts, writing the report after each; returns 1 when one failed. Raises UserError without a CUDA device."""
+    """Run the parts, writing the report after each; 1 when one failed. Raises UserError without a CUDA device."""
     if not torch.cuda.is_available() and not tiny:
         raise UserError(
             "bench gpu: no CUDA device is visible here; run it where there is one, or add --tiny for the same path "

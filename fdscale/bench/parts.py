@@ -19,7 +19,7 @@ from fdscale.distill.distiller import Distiller
 from fdscale.distill.layout import TokenLayout
 from fdscale.distill.targets import TargetMaker
 from fdscale.planning.memory import memory_per_rank
-from fdscale.students.geometry import STUDENTS, student_geometry
+from fdscale.students.geometry import STUDENTS, SwinV2Geometry, ViTGeometry, student_geometry
 from fdscale.teachers.table import teacher_geometry
 from fdscale.training.engine import Connection, compute_dtype, start_engine
 from fdscale.training.optim import adamw, parameter_groups
@@ -114,11 +114,13 @@ def _wait(device: torch.device) -> None:
 def planned(part: TrainingStep, config: Mapping[str, Any]) -> Row:
     """Parameters, floating point operations and planned bytes of a step's pair, from their geometries alone."""
     student = student_geometry(part.student.name, part.student.image_size, part.student.geometry)
+    assert isinstance(student, ViTGeometry | SwinV2Geometry), "the benchmark's students are of the table"
     teacher = _teacher_geometry(part.teacher)
-    needed = memory_per_rank(student.parameters(), teacher.parameters(), 1, config)
+    trained, frozen = student.parameters(), teacher.parameters()
+    needed = memory_per_rank(trained, frozen, 1, config)
     return {
-        "student_parameters": student.parameters(),
-        "teacher_parameters": teacher.parameters(),
+        "student_parameters": trained,
+        "teacher_parameters": frozen,
         # a backward pass is two forwards; what checkpointing recomputes is no useful work and not counted here
         "flops_per_image": 3 * student.flops() + teacher.flops(),
         "flops_per_image_with_recomputing": 4 * student.flops() + teacher.flops(),
@@ -161,8 +163,9 @@ def _measured_step(part: TrainingStep, config: dict[str, Any], connection: Conne
     device, rows = connection.device, config["train_micro_batch_size_per_gpu"]
     teacher = prepare_teacher(part.teacher, "random", compute_dtype(config)).to(device)
     student = prepare_student(part.student, seed=0)
-    layouts = (TokenLayout(n.grid, n.prefix_tokens) for n in (teacher, student))
-    targets = TargetMaker(*layouts)
+    targets = TargetMaker(
+        TokenLayout(teacher.grid, teacher.prefix_tokens), TokenLayout(student.grid, student.prefix_tokens)
+    )
     distiller = Distiller(student, student.width, teacher.width, targets, beta=2.0).to(device)
     optimizer = adamw(parameter_groups(distiller, 0.05, set()), 1e-4, (0.9, 0.999), 1e-8)
     engine = start_engine(distiller, optimizer, config, 1, clip=3.0)

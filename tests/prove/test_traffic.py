@@ -1,4 +1,4 @@
-"""What ZeRO-3 sends in a step: collectives and bytes of a rank beside the least that it can be; before and after tuning.
+"""What ZeRO-3 sends in a step: collectives and bytes of a rank beside the least possible, before and after tuning.
 
 `python -m pytest -m prove tests/prove/test_traffic.py` writes docs/measurements/traffic.json and traffic.md.
 """
