@@ -33,7 +33,7 @@ from tests.prove.page import Page
 
 pytestmark = [pytest.mark.prove, pytest.mark.timeout(1500)]
 
-STEPS, WARM_UP, ROWS = 500, 100, 4
+STEPS, WARM_UP, EVERY, ROWS = 500, 100, 5, 4  # what is held is counted after every fifth step
 SERIES = ("live tensors, bytes", "malloc, bytes", "Python blocks")
 STUDENT = SwinV2Geometry(32, (2, 2), (2, 4), window_size=4, image_size=32, extra_norm_period=2)
 SMALL = {"embed_dim": 64, "depth": 3, "num_heads": 2, "patch_size": 8}
@@ -41,7 +41,7 @@ TEACHER = TeacherSettings(name="dino_vit_s16", weights="random", image_size=32, 
 
 
 def soak(connection: Connection, placement: Any, folder: str) -> list[list[int]]:
-    """What this rank holds after each step: tensors, malloc, Python, in a table that was allocated before."""
+    """What this rank holds after every fifth step: tensors, malloc, Python, in a table that was allocated before."""
     json = load_deepspeed_json("laptop") | {"train_micro_batch_size_per_gpu": ROWS}
     student = build_student(STUDENT, 0.2, seed=1)
     set_activation_checkpointing(student, "blocks")
@@ -53,7 +53,7 @@ def soak(connection: Connection, placement: Any, folder: str) -> list[list[int]]
     engine = start_engine(distiller, optimizer, json, 1, clip=3.0)
     sinks = Sinks([JsonLines(Path(folder) / f"metrics{connection.rank.rank}.jsonl")])
     schedule = Schedule(STEPS, 10, peak=1e-3)
-    table = torch.zeros(STEPS, len(SERIES), dtype=torch.int64)
+    table = torch.zeros(STEPS // EVERY, len(SERIES), dtype=torch.int64)
 
     def terms(engine: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         pixels = torch.rand(ROWS, 3, 32, 32, generator=torch.Generator().manual_seed(step))
@@ -68,25 +68,23 @@ def soak(connection: Connection, placement: Any, folder: str) -> list[list[int]]
         values = torch.stack(list(row.values()))
         dist.all_reduce(values)
         sinks.write(step, dict(zip(row, values.tolist(), strict=True)))
-        table[step, 0] = sum(live_storages().values())
-        table[step, 1], table[step, 2] = allocated_by_c(), python_blocks()
+        if step % EVERY == EVERY - 1:
+            held = table[step // EVERY]
+            held[0] = sum(live_storages().values())
+            held[1], held[2] = allocated_by_c(), python_blocks()
     sinks.close()
     engine.destroy()
     return table.tolist()
 
 
 def slope(values: list[float]) -> tuple[float, float]:
-    """Growth a step by least squares over equal blocks of ten steps, and half its 95 % confidence interval.
-
-    Means of blocks: what swings from step to step (a buffer that is sometimes kept) is no independent error.
-    """
-    blocks = [sum(values[i : i + 10]) / 10 for i in range(0, len(values), 10)]
-    count, middle = len(blocks), (len(blocks) - 1) / 2
-    mean = sum(blocks) / count
+    """Growth a step of values that are `EVERY` steps apart, by least squares, and half its 95 % confidence interval."""
+    count, middle = len(values), (len(values) - 1) / 2
+    mean = sum(values) / count
     spread = sum((i - middle) ** 2 for i in range(count))
-    rise = sum((i - middle) * (block - mean) for i, block in enumerate(blocks)) / spread
-    left = sum((block - mean - rise * (i - middle)) ** 2 for i, block in enumerate(blocks)) / (count - 2)
-    return rise / 10, 2.02 * math.sqrt(left / spread) / 10  # Student's t for 38 degrees of freedom
+    rise = sum((i - middle) * (value - mean) for i, value in enumerate(values)) / spread
+    left = sum((value - mean - rise * (i - middle)) ** 2 for i, value in enumerate(values)) / (count - 2)
+    return rise / EVERY, 1.99 * math.sqrt(left / spread) / EVERY  # Student's t for 78 degrees of freedom
 
 
 @pytest.fixture(scope="module")
@@ -95,19 +93,19 @@ def page() -> Page:
 
 
 @pytest.mark.parametrize("placement", ["zero3", "replicated"])
-def test_nothing_grows(placement: str, page: Page, two_ranks: Any, tmp_path: Path) -> None:
-    row = page.row(f"{placement} teacher, zero3 student", lambda: _measured(two_ranks, placement, tmp_path))
+def test_nothing_grows(placement: str, page: Page, fresh_ranks: Any, tmp_path: Path) -> None:
+    row = page.row(f"{placement} teacher, zero3 student", lambda: _measured(fresh_ranks(2), placement, tmp_path))
     _write(page)
     for name in SERIES:
         for found in row[name]:
             assert abs(found["slope"]) <= found["half_interval"], f"{name} grows: {found}"
 
 
-def _measured(two_ranks: Any, placement: str, folder: Path) -> dict[str, Any]:
-    tables = two_ranks(soak, placement, str(folder), timeout=1200)
-    row: dict[str, Any] = {"steps": STEPS, "warm_up": WARM_UP}
+def _measured(ranks: Any, placement: str, folder: Path) -> dict[str, Any]:
+    tables = ranks(soak, placement, str(folder), timeout=1200)
+    row: dict[str, Any] = {"steps": STEPS, "warm_up": WARM_UP, "every": EVERY, "held": tables}
     for column, name in enumerate(SERIES):
-        row[name] = [_found([line[column] for line in table[WARM_UP:]]) for table in tables]
+        row[name] = [_found([line[column] for line in table[WARM_UP // EVERY :]]) for table in tables]
     return row
 
 
