@@ -93,7 +93,11 @@ def page() -> Page:
 
 
 @pytest.mark.parametrize("placement", ["zero3", "replicated"])
-def test_nothing_grows(placement: str, page: Page, fresh_ranks: Any, tmp_path: Path) -> None:
+def test_nothing_grows(
+    placement: str, page: Page, fresh_ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # torch's flight recorder keeps the last 2000 collectives: it would fill up for some 250 steps, and then no more
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "0")
     row = page.row(f"{placement} teacher, zero3 student", lambda: _measured(fresh_ranks(2), placement, tmp_path))
     _write(page)
     for name in SERIES:

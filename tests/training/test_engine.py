@@ -105,9 +105,19 @@ def curve(
         norms.append(float(engine.get_global_grad_norm() or 0.0))  # stage 0 has none
     weights = full_state(engine, student.backbone, wanted=connection.rank.is_main)
     rates = [(group["lr_scale"], group["lr"]) for group in engine.optimizer.param_groups]
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    unfinished = [type(module).__name__ for module in FWD_MODULE_STACK if module in set(student.modules())]
     leaves = sum(getattr(module, "_z3_leaf", False) for module in distiller.modules())
     engine.destroy()
-    return {"losses": losses, "norms": norms, "weights": weights, "rates": rates, "leaves": leaves}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "weights": weights,
+        "rates": rates,
+        "leaves": leaves,
+        "unfinished": unfinished,
+    }
 
 
 def largest_difference(a: list[float], b: list[float]) -> float:
@@ -143,6 +153,7 @@ def test_leaf_modules_of_the_shipped_jsons_change_no_bit(
     for checkpointing in ("none", "blocks"):
         gathered_at_once = two_ranks(curve, geometry, engine_config(3, 4, tuple(leaves)), 3, 0.3, checkpointing)[0]
         assert gathered_at_once["leaves"] >= geometry.blocks
+        assert gathered_at_once["unfinished"] == []
         assert gathered_at_once["losses"] == plain["losses"]
         assert gathered_at_once["norms"] == plain["norms"]
         assert all(torch.equal(gathered_at_once["weights"][name], plain["weights"][name]) for name in plain["weights"])
