@@ -121,6 +121,26 @@ def one_rank() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Ranks]:
+    """Four warm CPU ranks, for what is measured over numbers of ranks."""
+    yield from _warm(4)
+
+
+@pytest.fixture
+def fresh_ranks() -> Iterator[Callable[[int], Ranks]]:
+    """So many ranks of this test's own: what they hold goes with them."""
+    started: list[Ranks] = []
+
+    def start(world_size: int) -> Ranks:
+        started.append(Ranks(world_size))
+        return started[-1]
+
+    yield start
+    for ranks in started:
+        ranks.stop()
+
+
+@pytest.fixture(scope="session")
 def environment_of_rank() -> Callable[[int, int, int], dict[str, str]]:
     """`rank_environment`, for tests that start real ranks of their own."""
     return rank_environment

@@ -25,6 +25,13 @@ def module_at(path: str) -> ModuleType:
     return MODULES[path]
 
 
+def forget_engines() -> None:
+    """DeepSpeed keeps every module that ever had a ZeRO-3 engine in a list of the process, with all its states."""
+    offload = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
+    if offload is not None:
+        offload.FWD_MODULE_STACK.clear()
+
+
 def serve(pytest_session: Connection) -> None:
     """Run what is asked for, one function at a time, and answer with its result or its traceback."""
     from fdscale.cluster.ranks import rank_from_environment
@@ -38,6 +45,7 @@ def serve(pytest_session: Connection) -> None:
             answer = (True, getattr(module_at(path), function)(connection, *arguments))
         except Exception:
             answer = (False, traceback.format_exc())
+        forget_engines()
         pytest_session.send_bytes(pickle.dumps(answer))
 
 

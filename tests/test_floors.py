@@ -30,6 +30,7 @@ FLOORS = {
     "fdscale.training": 2,
     "fdscale.planning": 2,
     "fdscale.build": 3,
+    "fdscale.bench": 4,
     "fdscale.train": 4,
     "fdscale.cluster.launch": 4,
     "fdscale.cluster.supervise": 4,

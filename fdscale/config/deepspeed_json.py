@@ -77,6 +77,7 @@ BLOCKS = {  # the keys of typed blocks: DeepSpeed refuses others as well, but on
     "torch_autocast": _words("enabled dtype lower_precision_safe_modules"),
     "data_types": _words("grad_accum_dtype"),
 }
+LEAF_MODULE = _words("classes names name_suffixes")
 COUNTS = ("_size", "_threshold", "_parameters", "_distance")  # endings of the keys whose value is a count
 
 
@@ -168,6 +169,20 @@ def _zero_problems(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"unknown key 'zero_optimization.{key}'{nearest(key, ZERO)}"
         elif key.endswith(COUNTS) and zero[key] != "auto" and not _is_count(zero[key]):
             yield f"zero_optimization.{key}: got {zero[key]!r}, allowed: a whole number, at least 0"
+    yield from _leaf_problems(zero.get("leaf_module", {}))
+
+
+def _leaf_problems(leaves: Any) -> Iterator[str]:
+    """DeepSpeed takes each entry for a string, whatever it is, and only logs where none of them matches."""
+    where = "zero_optimization.leaf_module"
+    if not isinstance(leaves, dict):
+        yield f'{where}: got {leaves!r}, allowed: an object such as {{"classes": ["SwinV2Block"]}}'
+        return
+    for key, names in leaves.items():
+        if key not in LEAF_MODULE:
+            yield f"unknown key '{where}.{key}'{nearest(key, LEAF_MODULE)}"
+        elif not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            yield f"{where}.{key}: got {names!r}, allowed: a list of names"
 
 
 def _precision_problems(config: Mapping[str, Any]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from fdscale.cluster.ranks import StopSignals
 from fdscale.data.batches import Batch
 from fdscale.data.loader import check_bad_ratio
 from fdscale.training.checkpoint import Checkpoints
-from fdscale.training.engine import Connection, gather_lists, set_learning_rate
+from fdscale.training.engine import Connection, balanced_module_stack, gather_lists, set_learning_rate
 from fdscale.training.metrics import Sinks
 from fdscale.training.optim import Schedule
 
@@ -143,9 +143,10 @@ def train_step(
     engine.train()
     terms = []
     for batch in micro_batches:
-        of_batch = batch_terms(engine, batch, step)
-        engine.backward(of_batch["loss"])
-        engine.step()
+        with balanced_module_stack():
+            of_batch = batch_terms(engine, batch, step)
+            engine.backward(of_batch["loss"])
+            engine.step()
         terms.append({name: value.detach() for name, value in of_batch.items()})
     return {name: torch.stack([of_batch[name] for of_batch in terms]).mean() for name in terms[0]}
 

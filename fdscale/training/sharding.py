@@ -52,6 +52,8 @@ def _start_frozen_engine(backbone: nn.Module, deepspeed_json: Mapping[str, Any],
     Divided beforehand, each parameter keeps its own type, and none gets hpZ's second copy.
     """
     config = frozen_config(deepspeed_json, next(backbone.parameters()).dtype)
+    # the weights of a block travel together, not module by module
+    config["zero_optimization"]["leaf_module"] = {"names": list(blocks_of(backbone))}
     divide(backbone, config, connection)
     quiet_deepspeed().initialize(model=backbone, config=config)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fdscale.config.deepspeed_json import BLOCKS, HOMES, TOP_LEVEL, ZERO, load_deepspeed_json
+from fdscale.config.deepspeed_json import BLOCKS, HOMES, LEAF_MODULE, TOP_LEVEL, ZERO, load_deepspeed_json
 from fdscale.config.errors import SettingsError, UserError
 
 GOOD: dict[str, Any] = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}}
@@ -157,3 +157,21 @@ def test_the_keys_of_typed_blocks_are_deepspeeds_own() -> None:
 
     assert BLOCKS["bf16"] == set(DeepSpeedBF16Config.model_fields)
     assert BLOCKS["fp16"] == set(DeepSpeedFP16Config.model_fields)
+
+
+def test_leaf_modules_are_named_in_lists(path: Path) -> None:
+    leaves = {"classes": "SwinV2Block", "names": ["", "layers.0"], "clases": [], "name_suffixes": ["attn"]}
+    told = problems(path, {**GOOD, "zero_optimization": {"stage": 3, "leaf_module": leaves}})
+    assert [problem.split(", allowed")[0] for problem in told] == [
+        "mine.json: zero_optimization.leaf_module.classes: got 'SwinV2Block'",
+        "mine.json: zero_optimization.leaf_module.names: got ['', 'layers.0']",
+        "mine.json: unknown key 'zero_optimization.leaf_module.clases'; did you mean 'classes'?",
+    ]
+    (problem,) = problems(path, {**GOOD, "zero_optimization": {"stage": 3, "leaf_module": ["SwinV2Block"]}})
+    assert "allowed: an object such as" in problem
+
+
+def test_the_keys_of_leaf_modules_are_deepspeeds_own() -> None:
+    from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
+
+    assert set(DeepSpeedZeroLeafModuleConfig.model_fields) == LEAF_MODULE

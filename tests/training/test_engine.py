@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.data.batches import Batch
 from fdscale.distill.distiller import Distiller, Lesson
 from fdscale.distill.layout import TokenLayout
@@ -59,8 +60,8 @@ def data_of_step(student: Student, step: int) -> tuple[Tensor, Tensor]:
     return pixels, torch.randn(GLOBAL_BATCH, tokens, WIDTH, generator=generator)
 
 
-def engine_config(stage: int, micro_batch: int, **more: Any) -> dict[str, Any]:
-    zero = {"stage": stage, **(LEAN if stage == 3 else {})}
+def engine_config(stage: int, micro_batch: int, leaves: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
+    zero = {"stage": stage, **(LEAN if stage == 3 else {}), **({"leaf_module": {"classes": leaves}} if leaves else {})}
     return {"train_micro_batch_size_per_gpu": micro_batch, "zero_optimization": zero, **more}
 
 
@@ -104,8 +105,19 @@ def curve(
         norms.append(float(engine.get_global_grad_norm() or 0.0))  # stage 0 has none
     weights = full_state(engine, student.backbone, wanted=connection.rank.is_main)
     rates = [(group["lr_scale"], group["lr"]) for group in engine.optimizer.param_groups]
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    unfinished = [type(module).__name__ for module in FWD_MODULE_STACK if module in set(student.modules())]
+    leaves = sum(getattr(module, "_z3_leaf", False) for module in distiller.modules())
     engine.destroy()
-    return {"losses": losses, "norms": norms, "weights": weights, "rates": rates}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "weights": weights,
+        "rates": rates,
+        "leaves": leaves,
+        "unfinished": unfinished,
+    }
 
 
 def largest_difference(a: list[float], b: list[float]) -> float:
@@ -129,6 +141,22 @@ def test_activation_checkpointing_is_bit_equal(geometry: Geometry, two_ranks: An
         assert kept["losses"] == recomputed["losses"]
         assert kept["norms"] == recomputed["norms"]
         assert all(torch.equal(kept["weights"][name], recomputed["weights"][name]) for name in kept["weights"])
+
+
+@pytest.mark.parametrize("geometry", [SWIN, VIT], ids=["swin_v2", "vit"])
+def test_leaf_modules_of_the_shipped_jsons_change_no_bit(
+    geometry: SwinV2Geometry | ViTGeometry, two_ranks: Any
+) -> None:
+    leaves = load_deepspeed_json("laptop")["zero_optimization"]["leaf_module"]["classes"]
+    plain = two_ranks(curve, geometry, engine_config(3, 4), 3)[0]
+    assert plain["leaves"] == 0
+    for checkpointing in ("none", "blocks"):
+        gathered_at_once = two_ranks(curve, geometry, engine_config(3, 4, tuple(leaves)), 3, 0.3, checkpointing)[0]
+        assert gathered_at_once["leaves"] >= geometry.blocks
+        assert gathered_at_once["unfinished"] == []
+        assert gathered_at_once["losses"] == plain["losses"]
+        assert gathered_at_once["norms"] == plain["norms"]
+        assert all(torch.equal(gathered_at_once["weights"][name], plain["weights"][name]) for name in plain["weights"])
 
 
 def test_under_layer_decay_every_zero_stage_moves_each_layer_at_its_rate(two_ranks: Any) -> None:

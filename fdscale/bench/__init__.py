@@ -1,0 +1,1 @@
+"""Benchmarks beside the machine's measured ceiling: `python -m fdscale.bench gpu`."""
