@@ -186,7 +186,7 @@ def _machine(gpu: Gpu | None, local_ranks: int, asked: str | None) -> Machine:
     here = machine_memory()
     on_gpu = bool(here.gpus) and asked is None
     memory = here.of_rank(local_ranks) if on_gpu else here.host // local_ranks
-    return Machine("GPU of this machine" if on_gpu else "rank on this machine's CPUs", memory, on_gpu, here.host)
+    return Machine("GPU of this machine" if on_gpu else "ranks on this machine's CPUs", memory, on_gpu, here.host)
 
 
 def _without_files(settings: AnySettings) -> AnySettings:

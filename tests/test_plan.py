@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -24,6 +25,7 @@ SMALL = [
 ]
 
 
+@functools.cache
 def outlook(*overrides: str, nodes: int = 1, gpus: int = 2, gpu: str = "RTX4090-24GB") -> Outlook:
     settings = load_recipe("vit_b_clip_b", [*SMALL, *overrides])
     assert isinstance(settings, DistillSettings)
@@ -103,7 +105,7 @@ def test_the_json_is_stable() -> None:
 def test_fine_tuning_has_a_plan_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "digits_teacher", "--gpus-per-node", "2", "--gpu", "cpu"]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "digits_teacher on 1 x 2 rank on this machine's CPUs = 2 ranks" in told
+    assert "digits_teacher on 1 x 2 ranks on this machine's CPUs = 2 ranks" in told
     assert "fits" in told
     assert "teacher's weights" not in told
 

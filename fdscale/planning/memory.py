@@ -81,7 +81,9 @@ def memory_per_rank(
     masters, moments = rules.master * divided, ADAM_MOMENTS * rules.moment * divided
     weights = rules.weight * (share if rules.stage >= 3 else whole)
     gradients = rules.gradient * (share if rules.stage >= 2 else whole)
-    on_host = (masters + moments) * (rules.offload_optimizer == "cpu") + weights * (rules.offload_weights == "cpu")
+    average = FP32 * divided if ema else 0
+    states = masters + moments + average
+    on_host = states * (rules.offload_optimizer == "cpu") + weights * (rules.offload_weights == "cpu")
     return RankMemory(
         weights=0 if rules.offload_weights else weights,
         gradients=0 if rules.offload_optimizer else gradients,
@@ -90,7 +92,7 @@ def memory_per_rank(
         teacher=teacher,
         offloaded=on_host + share * _gradient_on_host(rules),
         persistent=_persistent(sizes, rules, ranks) if not isinstance(trained, int) else 0,
-        ema=FP32 * divided if ema else 0,
+        ema=0 if rules.offload_optimizer else average,
         buckets=_buckets(rules) if not isinstance(trained, int) else 0,
     )
 

@@ -63,7 +63,7 @@ def _memory(outlook: Outlook) -> Table:
     largest = max(forecast.phases, key=lambda name: forecast.phases[name])
     for name, size in forecast.phases.items():
         if size:
-            mark = "the largest of the phases: it counts" if name == largest else "smaller"
+            mark = "the phase that adds most" if name == largest else "adds less, at another time"
             table.add_row(f"+ {name}", size_text(size), mark)
             if name == "forward and backward":
                 for part, of_part in vars(forecast.step).items():

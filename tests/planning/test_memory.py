@@ -153,6 +153,9 @@ def test_a_moving_average_is_one_more_fp32_number_of_the_partition() -> None:
     config = {"zero_optimization": {"stage": 3}, **BF16}
     assert memory_per_rank(P, 0, RANKS, config, ema=True).ema == 4 * P // RANKS
     assert memory_per_rank(P, 0, RANKS, {"zero_optimization": {"stage": 0}}, ema=True).ema == 4 * P
+    offloading = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}, **BF16}
+    with_it, without = (memory_per_rank(P, 0, RANKS, offloading, ema=kept) for kept in (True, False))
+    assert (with_it.ema, with_it.offloaded - without.offloaded) == (0, 4 * P // RANKS)
 
 
 def test_a_teacher_by_placement() -> None:
