@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from fdscale.bench.parts import FULL, TINY, Ceiling, Row, TrainingStep, ceiling, forward, training_step
+from fdscale.bench.measured import ceiling, forward, training_step
+from fdscale.bench.parts import FULL, TINY, Ceiling, Row, TrainingStep
 from fdscale.bench.report import markdown
 from fdscale.cluster.ranks import rank_from_environment
 from fdscale.config.errors import UserError

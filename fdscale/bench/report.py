@@ -37,9 +37,9 @@ def _steps(rows: dict[str, dict[str, Any]], ceiling: float | None) -> list[str]:
     if not rows:
         return []
     head = ["part", "parameters", "images", "step", "images/s", "of the ceiling", "with recomputing"]
-    head += ["states planned", "held", "peak"]
+    head += ["states planned", "held", "peak planned", "peak", "measured / planned"]
     lines = [_line(name, row, ceiling) for name, row in rows.items()]
-    told = "Distillation in bf16 under ZeRO-3 on one rank, blocks recomputed; planned bytes have no activations."
+    told = "Distillation in bf16 under ZeRO-3 on one rank, blocks recomputed; planned as by `fdscale plan`."
     return [told, "", *_table(head, lines)]
 
 
@@ -55,7 +55,8 @@ def _line(name: str, row: dict[str, Any], ceiling: float | None) -> list[str]:
         f"{row['images_per_second']:.1f}",
         fraction(row["flops_per_image"]),
         fraction(row["flops_per_image_with_recomputing"]),
-        *(_gib(row.get(key)) for key in ("planned_state_bytes", "held_bytes", "peak_bytes")),
+        *(_gib(row.get(key)) for key in ("planned_state_bytes", "held_bytes", "planned_peak_bytes", "peak_bytes")),
+        f"{row['peak_bytes'] / row['planned_peak_bytes']:.3f}" if "peak_bytes" in row else "-",
     ]
 
 

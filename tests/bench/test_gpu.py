@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fdscale.bench.__main__ import main
-from fdscale.bench.parts import FULL, TINY, Forward, TrainingStep, first_micro_batch, forward, planned, training_step
+from fdscale.bench.measured import forward, training_step
+from fdscale.bench.parts import FULL, TINY, Forward, TrainingStep
+from fdscale.bench.planned import first_micro_batch, planned
 from fdscale.bench.report import markdown
-from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.training.engine import Connection
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -50,13 +51,20 @@ def test_full_and_tiny_have_the_same_parts_and_the_giant_is_the_giant() -> None:
     assert list(FULL) == list(TINY)
     giant = FULL["step swinv2_g"]
     assert isinstance(giant, TrainingStep)
-    plan = planned(giant, load_deepspeed_json("swinv2_g"))
+    plan = planned(giant, 16, cuda=True)
     assert plan["student_parameters"] == plan["teacher_parameters"] == 2_997_843_680
-    # bf16 weights, fp32 gradients, masters and moments, and the teacher in bf16
-    assert plan["planned_state_bytes"] == 2_997_843_680 * (2 + 4 + 4 + 8 + 2)
-    assert first_micro_batch(giant, plan["planned_state_bytes"], 80 * 2**30) == 16
-    assert first_micro_batch(giant, plan["planned_state_bytes"], 141 * 2**30) == 32
-    assert first_micro_batch(giant, plan["planned_state_bytes"], 24 * 2**30) == 1
+    # bf16 weights, fp32 gradients, masters and moments, the teacher in bf16; projector and buckets on top
+    assert plan["planned_state_bytes"] == pytest.approx(2_997_843_680 * (2 + 4 + 4 + 8 + 2), rel=0.02)
+    assert plan["planned_peak_bytes"] > plan["planned_state_bytes"] + 4 * 2**30  # the activations of 16 images
+
+
+def test_the_images_of_a_step_are_what_the_plan_has_room_for() -> None:
+    small = TINY["step swinv2_g"]
+    assert isinstance(small, TrainingStep)
+    eight, sixteen = (planned(small, images, cuda=True)["planned_peak_bytes"] for images in (8, 16))
+    assert first_micro_batch(small, 10 * sixteen) == small.micro_batch
+    assert first_micro_batch(small, int((eight + sixteen) / 2 / 0.95)) == 8
+    assert first_micro_batch(small, 1) == 1
 
 
 @without_gpu
