@@ -7,7 +7,6 @@ What is measured comes from torch.profiler's memory events alone; what is planne
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,8 +164,3 @@ def highest_in_steps(profiler: Any) -> int:
     steps = [event for event in profiler.profiler.kineto_results.events() if event.name() == "step"]
     begins = min(event.start_ns() for event in steps)
     return max(live for time, live in live_bytes(profiler) if time >= begins)
-
-
-def test_the_cases_can_travel() -> None:
-    for chosen in CASES.values():
-        assert json.loads(json.dumps(dataclasses.asdict(chosen)))["recipe"]
