@@ -18,6 +18,7 @@ from fdscale.planning.smoke import smoke_patch
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
+CONTRIBUTING = (REPOSITORY / "CONTRIBUTING.md").read_text()
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
 
 
@@ -79,6 +80,6 @@ def test_links_lead_to_files(path: str) -> None:
 
 
 def test_the_tree_names_every_module() -> None:
-    tree = README[README.index("├── cli.py") : README.index("tests/  ")]
+    tree = CONTRIBUTING[CONTRIBUTING.index("├── cli.py") : CONTRIBUTING.index("tests/  ")]
     modules = [path for path in (REPOSITORY / "fdscale").rglob("*.py") if not path.name.startswith("__")]
     assert [path.name for path in modules if path.name not in tree] == []
