@@ -35,10 +35,11 @@ SCALED = {"parameters": SMALL_G, "of": SWINV2_G}
 LAPTOP, GIANT = shipped_zero("laptop"), shipped_zero("swinv2_g", **SCALED)
 SLOW_LINKS = shipped_zero("swinv2_g_slow_links", **SCALED) | {"zero_hpz_partition_size": 2}
 NO_PREFETCH = {"stage3_prefetch_bucket_size": 0}
+AHEAD = {"stage3_prefetch_bucket_size": 1_000_000}  # what laptop.json said before
 # network -> what was shipped before, what is now; the threshold's 100 k are scaled, too
 VARIANTS = {
-    "swinv2_t": {"before": untuned(LAPTOP), "after": LAPTOP, "after, nothing ahead": LAPTOP | NO_PREFETCH},
-    "vit_b16": {"before": untuned(LAPTOP), "after": LAPTOP, "after, nothing ahead": LAPTOP | NO_PREFETCH},
+    "swinv2_t": {"before": untuned(LAPTOP, **AHEAD), "after": LAPTOP},
+    "vit_b16": {"before": untuned(LAPTOP, **AHEAD), "after": LAPTOP},
     "swinv2_g depths": {
         "before": untuned(GIANT, stage3_param_persistence_threshold=105, stage3_max_reuse_distance=SMALL_G // 3),
         "after": GIANT,
@@ -98,15 +99,25 @@ def least_traffic(distiller: torch.nn.Module, bucket: int, ranks: int) -> dict[s
     3 * (n - 1) / n of the weights' bytes, each tensor rounded up to whole shares. A block that is recomputed needs its
     weights for that and for its backward pass right after: one gather serves both. Collectives: one gather for each
     unit (a block, a merging, any other module with weights of its own) and pass, one reduce-scatter for each
-    bucketful of gradients, one all-reduce for the gradient norm.
+    bucketful of whole gradients in the order of the backward pass, one all-reduce for the gradient norm.
     """
     elements = sum(math.ceil(size / ranks) for size in parameter_sizes(distiller)) * ranks
     units = len(list(_units(distiller)))
     return {
         "least_bytes": round(3 * (ranks - 1) / ranks * elements * BYTES),
-        "least_collectives": (2 * units + math.ceil(elements / bucket) + 1) if ranks > 1 else 0,
+        "least_collectives": (2 * units + _bucketfuls(parameter_sizes(distiller), bucket) + 1) if ranks > 1 else 0,
         "units": units,
     }
+
+
+def _bucketfuls(sizes: list[int], bucket: int) -> int:
+    """How often a bucket is sent that takes whole tensors, from the last to the first."""
+    sent, inside = 1, 0
+    for size in reversed(sizes):
+        if inside and inside + size > bucket:
+            sent, inside = sent + 1, 0
+        inside += size
+    return sent
 
 
 def _units(module: torch.nn.Module) -> Any:
