@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fdscale.bench.__main__ import parser as bench_parser
 from fdscale.cli import app
 from fdscale.config.recipe import load_recipe
 from fdscale.config.shipped import shipped_files
@@ -66,10 +67,15 @@ def test_every_other_command_exists_and_its_settings_are_valid(words: list[str])
     if "where" in words:
         assert shipped_files(words[words.index("where") + 1].rstrip(")"))
         launchers = words
-    if words[1] in ("models", "import"):
-        assert words[1] in {command.name or command.callback.__name__ for command in app.registered_commands}
+    if words[:3] == ["python", "-m", "fdscale.bench"]:
+        assert bench_parser().parse_args(words[3:]).what == "gpu"
         return
-    recipe = "swinv2_g" if launchers else words[words.index("fetch" if "fetch" in words else "distill") + 1]
+    if words[1] in ("models", "import", "checkpoint", "export"):
+        commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+        assert words[1] in commands | {group.name for group in app.registered_groups}
+        return
+    before = next((word for word in words if word in ("fetch", "plan", "distill")), "")
+    recipe = "swinv2_g" if launchers else words[words.index(before) + 1]
     overrides = [word for word in words if re.fullmatch(r"[a-z_.]+=.+", word)]
     load_recipe(recipe, overrides, smoke_patch if "--smoke" in words else None)
 

@@ -91,6 +91,7 @@ def test_a_run_leaves_what_ran_and_its_student(undisturbed: Path) -> None:
         "versions.json",
         "data.json",
         "weights.json",
+        "memory.json",
         "metrics.jsonl",
         "checkpoints",
     }

@@ -13,7 +13,7 @@ from fdscale.config.errors import UserError
 
 def main(arguments: list[str] | None = None) -> int:
     """0: every part gave its figures; 1: some failed, which the report tells; 2: nothing could be run."""
-    given = _parser().parse_args(arguments)
+    given = parser().parse_args(arguments)
     try:
         if given.part:
             part_alone(given.part, given.tiny, given.micro_batch, given.result)
@@ -24,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m fdscale.bench", description=__doc__)
     parser.add_argument("what", choices=["gpu"], help="the benchmark")
     parser.add_argument("--tiny", action="store_true", help="the same path with tiny networks, on CPUs too")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MEASURED_AFTER, FEWEST = 20, 3  # steps of an attempt; before the third, not every buffer is there
+MEASURED_AFTER, FEWEST = 20, 5  # steps of an attempt; in the first ones not every buffer is there
 
 
 def forecast_of(

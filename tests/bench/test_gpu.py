@@ -59,12 +59,11 @@ def test_full_and_tiny_have_the_same_parts_and_the_giant_is_the_giant() -> None:
 
 
 def test_the_images_of_a_step_are_what_the_plan_has_room_for() -> None:
-    small = TINY["step swinv2_g"]
+    small = TINY["step vit_l14"]
     assert isinstance(small, TrainingStep)
-    eight, sixteen = (planned(small, images, cuda=True)["planned_peak_bytes"] for images in (8, 16))
-    assert first_micro_batch(small, 10 * sixteen) == small.micro_batch
-    assert first_micro_batch(small, int((eight + sixteen) / 2 / 0.95)) == 8
-    assert first_micro_batch(small, 1) == 1
+    half, whole = (planned(small, images, cuda=True)["planned_peak_bytes"] for images in (64, 128))
+    assert first_micro_batch(small, 2 * whole) == small.micro_batch == 128
+    assert first_micro_batch(small, int((half + whole) / 2 / 0.95)) == 64
 
 
 @without_gpu

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdscale.training.metrics import METRICS, JsonLines, Sinks, read_rows
@@ -84,6 +84,7 @@ def test_events_reach_the_console_and_nobody_where_there_is_none():
     assert said == ["resumed"]
 
 
+@settings(deadline=None)  # files are written
 @given(loss=st.floats(allow_nan=False, allow_infinity=False))
 def test_floats_read_back_bit_for_bit(tmp_path_factory, loss):
     path = tmp_path_factory.mktemp("run") / "metrics.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,14 @@ def test_a_read_weight_is_the_gathered_one(stage: int, bf16: bool, tmp_path: Pat
 
 def test_nothing_in_a_file_is_run_and_deepspeed_is_not_needed(tmp_path: Path, two_ranks: Any) -> None:
     two_ranks(saved, str(tmp_path), 3, False)
-    assert "deepspeed" not in sys.modules
-    partitions = open_partitions(tmp_path / "step_00000002")
-    partitions.read("second.weight")
-    assert "deepspeed" not in sys.modules
+    program = (
+        "import sys, pathlib; from fdscale.training.partitions import open_partitions; "
+        "open_partitions(pathlib.Path(sys.argv[1])).read('second.weight'); print('deepspeed' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "step_00000002")], capture_output=True, text=True
+    )
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_states_offloaded_to_nvme_are_refused_by_name(tmp_path: Path) -> None:
