@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from fdscale.cluster.gpus import visible_gpus
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
 from fdscale.config.errors import UserError
 from fdscale.config.recipe import load_recipe
@@ -317,6 +318,14 @@ def _set_up_logging() -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO if rank == "0" else logging.WARNING)
     logger.propagate = False
+    _quiet_profiler()
+
+
+def _quiet_profiler() -> None:
+    """On CPUs torch's profiler measures a step's memory, and its C++ side tells so; read when torch is imported."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not visible_gpus(os.environ):
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def _tell(error: UserError) -> None:
