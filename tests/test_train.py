@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fdscale.train
 from fdscale.config.recipe import load_recipe
 from fdscale.config.settings import DistillSettings
 from fdscale.planning.smoke import smoke_patch
@@ -79,6 +80,27 @@ def test_two_networks_of_ones_own_are_distilled_by_a_python_call(tmp_path: Path,
     assert (run_dir / "student.safetensors").exists()
     memory = json.loads((run_dir / "memory.json").read_text())
     assert (memory["step"], memory["planned_bytes"]) == (12, None)  # shapes of one's own are not known beforehand
+    assert memory["measured_bytes"] > 0
+
+
+def untraceable(connection: Connection, run_dir: str, digits: str) -> bool:
+    """A run whose networks cannot be traced: torch raises what it raises for operations that need values."""
+
+    def outline(settings: DistillSettings) -> Any:
+        raise RuntimeError("data-dependent operation")
+
+    original, fdscale.train.outline = fdscale.train.outline, outline
+    try:
+        return distill(settings_of(run_dir, digits, *SWIN, "max_steps=5"))
+    finally:
+        fdscale.train.outline = original
+
+
+def test_a_network_that_cannot_be_traced_is_trained_all_the_same(tmp_path: Path, digits: Path, two_ranks: Any) -> None:
+    run_dir = tmp_path / "run"
+    assert two_ranks(untraceable, str(run_dir), str(digits)) == [True, True]
+    memory = json.loads((run_dir / "memory.json").read_text())
+    assert memory["planned_bytes"] is None
     assert memory["measured_bytes"] > 0
 
 

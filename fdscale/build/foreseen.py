@@ -91,8 +91,12 @@ def _tell(run: Run, outline: Callable[[], Outline] | None, measured: int, step: 
     write_text(run.directory.folder / "memory.json", json.dumps({**kept, "planned": phases}, indent=2) + "\n")
 
 
-def _planned(run: Run, outline: Callable[[], Outline]) -> Forecast:
-    cuda = run.device.type == "cuda"
-    traces = traces_of(outline(), run.settings, run.deepspeed_json, run.micro_batch, cuda)
-    ranks = run.connection.rank.world_size
-    return forecast_of(traces, run.settings, run.deepspeed_json, run.placements, ranks, cuda)
+def _planned(run: Run, outline: Callable[[], Outline]) -> Forecast | None:
+    """None for a network that cannot be traced: what is only told must not end a run."""
+    cuda, ranks = run.device.type == "cuda", run.connection.rank.world_size
+    try:
+        traces = traces_of(outline(), run.settings, run.deepspeed_json, run.micro_batch, cuda)
+        return forecast_of(traces, run.settings, run.deepspeed_json, run.placements, ranks, cuda)
+    except Exception as error:  # networks raise whatever their operations do on fake tensors
+        logger.warning("the memory of this run cannot be planned (%s: %s)", type(error).__name__, error)
+        return None

@@ -68,7 +68,9 @@ def teacher_of(
 
 
 def _size_of(build: Callable[..., nn.Module]) -> int:
-    return sum(parameter.numel() for parameter in build(device="meta").parameters())
+    """Parameters of a network; 0 for one that cannot be built without values, which every rank then builds whole."""
+    network = attempt(lambda: build(device="meta"), [])
+    return 0 if network is None else sum(parameter.numel() for parameter in network.parameters())
 
 
 def _on_first_rank(build: Callable[..., Network], connection: Connection) -> Network:
