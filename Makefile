@@ -23,7 +23,7 @@ demo: $(stamp)
 	$(in_venv) bash launchers/demo.sh
 
 test: $(stamp)
-	$(in_venv) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(in_venv) python -m pytest -n 2 --dist loadfile
 
 # What takes hours in all: each measures, compares and writes its page in docs/measurements; done ones are skipped.
 prove: $(stamp)

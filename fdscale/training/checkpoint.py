@@ -81,6 +81,7 @@ class Checkpoints:
         else:
             state = load_universal(engine, converted(chosen, self.connection))
         _divide_persistent(engine)
+        _forget_second_copies(engine)
         self._restore_generators(chosen, saved_by, engine.global_steps)
         return state
 
@@ -150,6 +151,16 @@ def _divide_persistent(engine: DeepSpeedEngine) -> None:
     persistent = getattr(engine.optimizer, "persistent_parameters", [])
     if persistent:
         persistent[0].partition(persistent)
+
+
+def _forget_second_copies(engine: DeepSpeedEngine) -> None:
+    """Let go of ZeRO++'s copies inside a node (hpZ), which are of the weights before loading.
+
+    DeepSpeed does so itself for trained weights, not for frozen ones (found by running).
+    """
+    for parameter in engine.module.parameters():
+        if getattr(parameter, "ds_secondary_tensor", None) is not None:
+            parameter.ds_secondary_tensor = None
 
 
 def optimizer_names(engine: DeepSpeedEngine) -> list[str]:

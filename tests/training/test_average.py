@@ -102,6 +102,19 @@ def test_a_skipped_step_does_not_move_it(stage: int, two_ranks: Any) -> None:
     assert_equal(found["average"], expected(found["start"], [weights[0], weights[1], weights[3]]))
 
 
+def resumed_under_hpz(connection: Connection, folder: str) -> list[dict[str, Tensor]]:
+    """The same under ZeRO++'s second copies inside a node, whose group lasts as long as the process."""
+    zero = {**LEAN, "stage": 3, "zero_hpz_partition_size": 2}
+    averaged_engine(3, zero_optimization=zero).destroy()
+    return resumed_average(connection, 3, folder)
+
+
+def test_second_copies_inside_a_node_are_of_the_loaded_weights(tmp_path: Path, two_ranks: Any) -> None:
+    at_two, at_once, undisturbed, resumed = two_ranks(resumed_under_hpz, str(tmp_path))[0]
+    assert_equal(at_once, at_two)
+    assert_equal(resumed, undisturbed)
+
+
 def resumed_average(connection: Connection, stage: int, folder: str) -> list[dict[str, Tensor]]:
     """The average after four steps undisturbed; saved after two by one engine and resumed by another; and at once."""
     checkpoints, engine = Checkpoints(Path(folder), connection, keep=2), averaged_engine(stage)
