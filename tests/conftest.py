@@ -120,12 +120,6 @@ def one_rank() -> Iterator[Ranks]:
     yield from _warm(1)
 
 
-@pytest.fixture(scope="session")
-def four_ranks() -> Iterator[Ranks]:
-    """Four warm CPU ranks, for what is measured over numbers of ranks."""
-    yield from _warm(4)
-
-
 @pytest.fixture
 def fresh_ranks() -> Iterator[Callable[[int], Ranks]]:
     """So many ranks of this test's own: what they hold goes with them."""
