@@ -1,4 +1,4 @@
-"""The two errors a user is told about: one mistake, or every problem of a recipe at once."""
+"""What a run ends with on purpose: one mistake, every problem of a recipe at once, or the wish to start again."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ class SettingsError(UserError):
         assert problems, "a SettingsError without a problem"
         self.problems = list(problems)
         super().__init__("\n".join(self.problems))
+
+
+class StartAgain(Exception):
+    """Nobody's mistake, and no state to go on with: start the same run again, it goes on from its last checkpoint."""
 
 
 def attempt(compute: Callable[[], T], problems: list[str]) -> T | None:

@@ -168,10 +168,31 @@ class EvalSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """Steps between checkpoints, and how many complete ones are kept."""
+    """Steps between checkpoints; the newest `keep` stay, and for ever those every `keep_every` steps (0: none).
+
+    Every `verify_every`-th is read back from the disk before it counts (0: none).
+    """
 
     every: Positive = 1000
     keep: Positive = 2
+    keep_every: Count = 0
+    verify_every: Count = 10
+
+
+class GuardSettings(Settings):
+    """What ends a step or a run before harm is done.
+
+    Without progress for `hang_seconds` (0: for ever) every rank writes down where it is, and the run starts again.
+    After `skipped_in_a_row` steps whose loss or gradient is not finite it goes back to its last checkpoint. The
+    `canary` looks for changed teacher weights and faulty arithmetic before each checkpoint, and every `canary_every`
+    steps (0: not in between). After so many `attempts` of one submission without a new checkpoint the next is refused.
+    """
+
+    hang_seconds: NonNegative = 900.0
+    skipped_in_a_row: Positive = 3
+    canary: bool = True
+    canary_every: Count = 0
+    attempts: Positive = 3
 
 
 class LogSettings(Settings):
@@ -196,6 +217,7 @@ class RunSettings(Settings):
     optim: OptimSettings
     eval: EvalSettings = EvalSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    guards: GuardSettings = GuardSettings()
     log: LogSettings = LogSettings()
 
 

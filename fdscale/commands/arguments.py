@@ -1,0 +1,35 @@
+"""Arguments that several commands share, and the settings that they make. No torch in here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fdscale.config.errors import UserError
+from fdscale.config.recipe import load_recipe
+from fdscale.config.settings import DistillSettings, FinetuneSettings
+
+USER_ERROR_EXIT_CODE = 2
+
+Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name, or a path to one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. optim.lr=1e-3.")]
+RunDirectory = Annotated[Path, typer.Argument(help="A run directory.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="The same path, shrunk to fit a laptop.")]
+
+
+def settings_of(
+    program: str | None, recipe: str, overrides: list[str] | None, smoke: bool
+) -> DistillSettings | FinetuneSettings:
+    """The settings of a recipe, for the program that wants it, with a run directory named."""
+    from fdscale.planning.smoke import smoke_patch
+
+    settings = load_recipe(recipe, overrides or [], smoke_patch if smoke else None)
+    if program not in (None, settings.program):
+        raise UserError(
+            f"{recipe} is a recipe of `fdscale {settings.program}`, not of `fdscale {program}`; run it with that"
+        )
+    if settings.run_dir:
+        return settings
+    return settings.model_copy(update={"run_dir": f"runs/{Path(recipe).stem}{'-smoke' if smoke else ''}"})

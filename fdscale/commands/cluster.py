@@ -1,0 +1,34 @@
+"""Commands that start the ranks of a program."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fdscale.commands.arguments import Overrides, Recipe, Smoke, settings_of
+
+SMOKE_RANKS = 2  # --smoke's global batch of 32 is two ranks' micro batch of 16
+
+
+def launch(
+    context: typer.Context,
+    program: Annotated[str, typer.Argument(help="distill or finetune")],
+    recipe: Recipe,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    ranks: Annotated[int | None, typer.Option(help="Ranks; default: one per GPU, or 2; smoke: 2 at most.")] = None,
+    hostfile: Annotated[str | None, typer.Option(help="Lines of `HOST slots=N`; starts over pdsh.")] = None,
+) -> None:
+    """Start a program's ranks: in a SLURM allocation, over a hostfile, or on this machine."""
+    from fdscale.cluster.launch import launch as start
+    from fdscale.cluster.launch import ranks_here
+    from fdscale.planning.check import load_and_check
+
+    at_most = SMOKE_RANKS if smoke else None
+    settings = settings_of(program, recipe, overrides, smoke)
+    local_ranks = ranks_here(ranks, hostfile, at_most)
+    if local_ranks is not None:  # the ranks check for themselves; here it is told once, before any starts
+        load_and_check(settings, local_ranks, local_ranks)
+    arguments = [program, recipe, *(["--smoke"] if smoke else []), *(overrides or []), *context.args]
+    raise typer.Exit(start(arguments, ranks, hostfile, at_most))

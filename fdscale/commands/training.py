@@ -1,0 +1,83 @@
+"""Commands that run a recipe, or say beforehand what running it would mean."""
+
+from __future__ import annotations
+
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
+from fdscale.commands.arguments import USER_ERROR_EXIT_CODE, Overrides, Recipe, Smoke, settings_of
+from fdscale.config.settings import DistillSettings, FinetuneSettings
+from fdscale.planning.cost import EFFICIENCY
+from fdscale.terminal import terminal
+
+
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    ranks: Annotated[int, typer.Option(help="Ranks the run would have, over all nodes.")] = 1,
+) -> None:
+    """Validate a recipe, its DeepSpeed JSON and the batch arithmetic; nothing is started."""
+    from fdscale.planning.check import load_and_check
+    from fdscale.planning.report import plan_table
+
+    settings = settings_of(None, recipe, overrides, smoke)
+    plan, _ = load_and_check(settings, ranks)
+    terminal().print(plan_table(settings, plan))
+
+
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on each; default: this machine's.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="A kind, e.g. H100-80GB, or cpu; default: this machine's.")] = None,
+    efficiency: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of the GPUs' peak that is assumed to be reached.")
+    ] = EFFICIENCY,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object in place of tables.")] = False,
+) -> None:
+    """Foresee memory, time and what would fit, for a cluster that need not be at hand; exit code 2 if it does not."""
+    from fdscale.plan import plan as foresee
+    from fdscale.planning.outlook import as_json
+    from fdscale.planning.outlook_report import outlook_tables
+
+    settings = settings_of(None, recipe, overrides, smoke)
+    if isinstance(settings, DistillSettings):
+        from fdscale.train import outline
+    else:
+        from fdscale.downstream.classify import outline  # type: ignore[assignment]
+    outlook = foresee(settings, outline, Path(recipe).stem, nodes, gpus_per_node, gpu, efficiency)
+    if json:
+        print(dumps(as_json(outlook), indent=2))
+    else:
+        terminal().print(outlook_tables(outlook))
+    raise typer.Exit(0 if outlook.fits else USER_ERROR_EXIT_CODE)
+
+
+def distill(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -> None:
+    """Distil a teacher into a student on this rank (a launcher starts the ranks)."""
+    settings = settings_of("distill", recipe, overrides, smoke)
+    assert isinstance(settings, DistillSettings)
+    from fdscale.train import distill as run
+
+    _leave(run(settings))
+
+
+def finetune(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -> None:
+    """Fine-tune a student with labels on this rank (a launcher starts the ranks)."""
+    settings = settings_of("finetune", recipe, overrides, smoke)
+    assert isinstance(settings, FinetuneSettings)
+    from fdscale.downstream.classify import finetune as run
+
+    _leave(run(settings))
+
+
+def _leave(complete: bool) -> None:
+    """Exit 0 when the run is complete, 85 ("requeue me") when a signal stopped it."""
+    raise typer.Exit(0 if complete else REQUEUE_EXIT_CODE)
