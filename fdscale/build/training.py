@@ -103,6 +103,7 @@ def _guards(run: Run, teachers: Mapping[str, Teacher]) -> Guards:
     if chosen.canary and teachers:
         canary = Canary(teachers, run.placements, run.connection, run.directory.folder / "canary.json")
     folder = run.directory.folder / "attempt"
+    run.connection.on_main(lambda: folder.mkdir(exist_ok=True))
     return Guards(run.connection, folder, chosen.hang_seconds, chosen.skipped_in_a_row, canary, chosen.canary_every)
 
 

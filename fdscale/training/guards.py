@@ -32,7 +32,7 @@ SKIPPED = "skipped.jsonl"
 
 
 class Guards:
-    """The guards of one attempt, whose `folder` holds what they write; every rank has its own, made together.
+    """The guards of one attempt, whose `folder`, which is there, holds what they write; every rank has its own, made together.
 
     As a context they watch for hangs. `hang_seconds` 0: no watchdog; `canary` None: no teacher, or not wanted.
     """
@@ -110,10 +110,15 @@ class Guards:
                 "step %d was applied on no rank: %s is not finite (samples: %s)", step, whose, self._keys_file
             )
             row = {"step": step, "time": time.time(), "losses": list(map(str, losses))}
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self._keys_file.open("a") as file:
-                file.write(json.dumps({**row, "keys": [own["keys"] for own in everyone]}) + "\n")
+            self._keep({**row, "keys": [own["keys"] for own in everyone]})
         return losses
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        try:
+            with self._keys_file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:  # what is only told must not end a run, least of all on one rank
+            logger.warning("could not write %s: %s", self._keys_file, error)
 
     @property
     def _keys_file(self) -> Path:

@@ -116,7 +116,10 @@ class Phases:
             for rank, (host, own) in enumerate(zip(self.hosts, ranks, strict=True))
         ]
         contents = {"step": step, "time": time.time(), "seconds": rows, "slowest": vars(slowest)}
-        write_text(self.file, json.dumps(contents, indent=1) + "\n")
+        try:
+            write_text(self.file, json.dumps(contents, indent=1) + "\n")
+        except OSError as error:  # what is only told must not end a run, least of all on one rank
+            logger.warning("could not write %s: %s", self.file, error)
 
     def _warn(self, slowest: Slowest) -> None:
         rank, rows = self._in_a_row

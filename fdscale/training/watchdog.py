@@ -118,7 +118,10 @@ class Watchdog:
 
     def _give_up(self) -> None:
         at = self._at
-        self._write_stacks(at)
+        try:
+            self._write_stacks(at)
+        except OSError as error:
+            logger.warning("could not write stacks: %s", error)
         frozen = self._without_stacks(min(max(self.limit / 10, GRACE[0]), GRACE[1]))
         for member in frozen:
             self._kill(member)
