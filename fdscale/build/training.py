@@ -23,7 +23,7 @@ from fdscale.students.student import Student
 from fdscale.teachers.teacher import Teacher
 from fdscale.terminal import terminal
 from fdscale.training.average import keep_average
-from fdscale.training.canary import Canary
+from fdscale.training.canary import Canary, chip_of
 from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import parameter_dtype, start_engine
 from fdscale.training.evaluate import SampleTerms, evaluate
@@ -101,7 +101,8 @@ def _guards(run: Run, teachers: Mapping[str, Teacher]) -> Guards:
     chosen = run.settings.guards
     canary = None
     if chosen.canary and teachers:
-        canary = Canary(teachers, run.placements, run.connection, run.directory.folder / "canary.json")
+        file = run.directory.folder / "canary.json"
+        canary = Canary(teachers, run.placements, run.connection, chip_of(run.device), file)
     folder = run.directory.folder / "attempt"
     run.connection.on_main(lambda: folder.mkdir(exist_ok=True))
     return Guards(run.connection, folder, chosen.hang_seconds, chosen.skipped_in_a_row, canary, chosen.canary_every)

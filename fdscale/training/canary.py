@@ -37,16 +37,21 @@ PROBE_IMAGES = 2
 class Canary:
     """Compares the teachers of this rank with what they were, and the ranks with each other.
 
-    `teachers`: by the setting that names each, with their weights in place, `placements` likewise; `file`: where a run
-    keeps its first features. Every rank makes one and calls `check` at the same time: a divided teacher's forward is
-    a collective. Raises StartAgain when the ranks differ from the start.
+    `teachers`: by the setting that names each, with their weights in place, `placements` likewise; `chip`: what
+    computes here; `file`: where a run keeps its first features. Every rank makes one and calls `check` at the same
+    time: a divided teacher's forward is a collective. Raises StartAgain when the ranks differ from the start.
     """
 
     def __init__(
-        self, teachers: Mapping[str, Teacher], placements: Mapping[str, str], connection: Connection, file: Path
+        self,
+        teachers: Mapping[str, Teacher],
+        placements: Mapping[str, str],
+        connection: Connection,
+        chip: str,
+        file: Path,
     ) -> None:
         self.teachers, self.placements = dict(teachers), {where: placements[where] for where in teachers}
-        self.connection, self.file = connection, file
+        self.connection, self.chip, self.file = connection, chip, file
         self.here = f"rank {connection.rank.rank} on {socket.gethostname()}"
         self.storages = self._storages()
         self.probing = self._same_chips()
@@ -92,7 +97,7 @@ class Canary:
         return pixels.to(self.connection.device)
 
     def _same_chips(self) -> bool:
-        chips = sorted(set(gather_lists([chip(self.connection.device)], self.connection)))
+        chips = sorted(set(gather_lists([self.chip], self.connection)))
         if len(chips) > 1 and self.connection.rank.is_main:
             logger.warning("the ranks run on several chips (%s): their features are not compared", ", ".join(chips))
         return len(chips) == 1
@@ -134,7 +139,7 @@ class Canary:
     def _conditions(self) -> dict[str, Any]:
         """What decides the bits of a teacher's features, beside weights and pixels."""
         return {
-            "chip": chip(self.connection.device),
+            "chip": self.chip,
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
@@ -187,7 +192,7 @@ def odd_ones(values: Mapping[str, str], first: str | None) -> str:
     return f"{' against '.join(listed)}; which of them is wrong cannot be told"
 
 
-def chip(device: torch.device) -> str:
+def chip_of(device: torch.device) -> str:
     """What computes here, by its name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -32,7 +32,7 @@ SKIPPED = "skipped.jsonl"
 
 
 class Guards:
-    """The guards of one attempt, whose `folder`, which is there, holds what they write; every rank has its own, made together.
+    """The guards of one attempt, made by all ranks together; `folder`, which is there, holds what they write.
 
     As a context they watch for hangs. `hang_seconds` 0: no watchdog; `canary` None: no teacher, or not wanted.
     """

@@ -31,7 +31,7 @@ LIMIT = 3
 
 
 class Batches:
-    """Two samples a step on each rank, whose keys tell rank and step; the highest bit is set, as half of keys have it."""
+    """Two samples a step on each rank, whose keys tell rank and step; half of all keys have the highest bit set."""
 
     data_wait_seconds = 0.0
 
