@@ -12,6 +12,7 @@ from torch import nn
 
 from fdscale.build.result import BACKBONE, Save, save_backbone, save_result
 from fdscale.build.run import Run
+from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
 from fdscale.config.errors import UserError
 from fdscale.config.settings import DistillSettings, FinetuneSettings, OptimSettings
 from fdscale.data.augment import FILTERS, Augmentation
@@ -58,18 +59,36 @@ def train(
 
     `watch_of` makes what the loop puts around a step; `teachers`, by the setting that names each, are looked after.
     """
+    with run.attempt:
+        done = _train(run, module, student, batch_terms, sample_terms, save, watch_of, teachers or {})
+        received = run.stop.received
+        run.attempt.end(0 if done else REQUEUE_EXIT_CODE, "complete" if done else f"stopped by {received or 'a peer'}")
+    return done
+
+
+def _train(
+    run: Run,
+    module: nn.Module,
+    student: Student,
+    batch_terms: BatchTerms,
+    sample_terms: SampleTerms,
+    save: Save,
+    watch_of: WatchOf | None,
+    teachers: Mapping[str, Teacher],
+) -> bool:
     settings = run.settings
     loader = _train_loader(run, student)
     schedule = schedule_of(settings.optim, settings.data.global_batch, run.order.steps_per_epoch, run.total_steps)
     torch.manual_seed(settings.seed + run.connection.rank.rank)  # a network's own dropout; nothing of ours draws
     engine = _engine(run, module, student, schedule)
-    checkpoints = Checkpoints(run.directory.checkpoints, run.connection, settings.checkpoint.keep)
+    kept = settings.checkpoint
+    checkpoints = Checkpoints(run.attempt, run.connection, kept.keep, kept.keep_every, kept.verify_every)
     state = checkpoints.load(engine)
     progress = Progress.resumed(state)
     _record(run, student, progress, fresh=state is None)
     sinks = _sinks(run, progress.step if state else None)
     try:
-        guards = _guards(run, teachers or {})
+        guards = _guards(run, teachers)
         held_out = _held_out(run, engine, student.image_size, sample_terms, guards)
         with guards:
             done = fit(
@@ -103,9 +122,9 @@ def _guards(run: Run, teachers: Mapping[str, Teacher]) -> Guards:
     if chosen.canary and teachers:
         file = run.directory.folder / "canary.json"
         canary = Canary(teachers, run.placements, run.connection, chip_of(run.device), file)
-    folder = run.directory.folder / "attempt"
-    run.connection.on_main(lambda: folder.mkdir(exist_ok=True))
-    return Guards(run.connection, folder, chosen.hang_seconds, chosen.skipped_in_a_row, canary, chosen.canary_every)
+    return Guards(
+        run.connection, run.attempt.folder, chosen.hang_seconds, chosen.skipped_in_a_row, canary, chosen.canary_every
+    )
 
 
 def _sinks(run: Run, resumed_step: int | None) -> Sinks:

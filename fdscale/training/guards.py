@@ -137,7 +137,7 @@ class Guards:
             raise UserError(
                 f"{progress.skipped_in_a_row} steps in a row, up to step {failed}, had a loss or gradient that is not "
                 f"finite, {why}. Their samples are in {self._keys_file}. Look at those, lower optim.lr or set "
-                f"optim.clip; `fdscale doctor {checkpoints.folder.parent}` has a look at the run"
+                f"optim.clip; `fdscale doctor {self.folder.parent.parent}` reads the run"
             )
         progress.become(Progress.resumed(state))
         progress.skipped_in_a_row = 0

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import TypeVar
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
 from fdscale.training.engine import Connection, gather_lists
 from fdscale.training.run_directory import write_text
+from fdscale.training.writer import process_start, this_process
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -29,37 +29,31 @@ GRACE = (3.0, 30.0)  # seconds the others are given to write theirs, at least an
 
 @dataclass(frozen=True)
 class Member:
-    """One rank's process: `started` is the kernel's clock tick of its start, which a later process of its id lacks."""
+    """One rank's process: `kernel` is where its pid means it, `started` what a later process of its pid lacks."""
 
     rank: int
     host: str
+    kernel: str
     pid: int
-    started: int
+    started: int | None
 
 
 def members_of(connection: Connection) -> list[Member]:
     """The processes of all ranks, in rank order; every rank calls it."""
-    me = os.getpid()
-    return gather_lists([Member(connection.rank.rank, socket.gethostname(), me, started_at(me) or 0)], connection)
-
-
-def started_at(pid: int) -> int | None:
-    """The clock tick at which a process of this host was started; None where there is none."""
-    fields = _stat(pid)
-    return int(fields[19]) if fields else None
-
-
-def _stat(pid: int | str) -> list[str]:
-    """/proc/PID/stat after the name, which may hold anything: state, parent, …"""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
+    return gather_lists([Member(connection.rank.rank, **this_process())], connection)
 
 
 def _children(pid: int) -> list[int]:
-    found = [path.name for path in Path("/proc").iterdir() if path.name.isdigit()]
-    return [int(child) for child in found if (fields := _stat(child)) and int(fields[1]) == pid]
+    """The processes of this machine whose parent is `pid`."""
+    found = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
+    return [child for child in found if _parent(child) == pid]
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+    except (OSError, IndexError):
+        return None
 
 
 class Watchdog:
@@ -164,8 +158,8 @@ class Watchdog:
         return missing
 
     def _kill(self, member: Member) -> None:
-        """End a frozen process of this host, and its workers, if it is still the one that was there at the start."""
-        if member.host == self.me.host and started_at(member.pid) == member.started:
+        """End a frozen process of this machine, and its workers, if it is still the one that was there at the start."""
+        if member.kernel == self.me.kernel and process_start(member.pid) == member.started is not None:
             children = _children(member.pid)
             for pid in (member.pid, *children):
                 _send(pid, signal.SIGKILL)

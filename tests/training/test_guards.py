@@ -22,6 +22,7 @@ from fdscale.training.loop import Plan, fit
 from fdscale.training.metrics import JsonLines, Sinks, read_rows
 from fdscale.training.optim import Schedule, adamw, parameter_groups
 from fdscale.training.progress import Progress
+from tests.training.first_attempt import first_attempt
 
 PLAN = Plan(
     last=9, steps_per_epoch=20, global_batch=4, log_every=1, eval_every=0, checkpoint_every=4, samples=40,
@@ -61,7 +62,8 @@ def guarded(
     (engine, module), rank = engine_of(stage), connection.rank.rank
     torch.manual_seed(rank)
     left, done, said = dict(broken), [], []
-    checkpoints, progress = Checkpoints(Path(folder), connection, keep=9), Progress()
+    attempt, progress = first_attempt(folder), Progress()
+    checkpoints = Checkpoints(attempt, connection, keep=9)
     rows = [JsonLines(Path(folder) / "metrics.jsonl")] if connection.rank.is_main else []
 
     def terms(engine: Any, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -72,7 +74,7 @@ def guarded(
         return {"loss": loss * torch.nan if wrong else loss}
 
     error = None
-    guards = Guards(connection, Path(folder), hang_seconds=0, skipped_in_a_row=LIMIT)
+    guards = Guards(connection, attempt.folder, hang_seconds=0, skipped_in_a_row=LIMIT)
     sinks, schedule = Sinks(rows, said.append), Schedule(10, 4, peak=1e-2, start=1e-3)
     try:
         everything = (engine, terms, Batches(rank), schedule, plan, connection, checkpoints, sinks, progress)
@@ -86,7 +88,7 @@ def guarded(
 
 
 def saved_steps(folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
+    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("0001/step_*"))
 
 
 def losses_in(folder: Path) -> list[tuple[int, float]]:
@@ -115,7 +117,7 @@ def test_after_so_many_in_a_row_the_run_is_what_it_was_at_its_last_checkpoint(
 
 def test_the_samples_of_a_step_that_was_left_out_are_kept(tmp_path: Path, two_ranks: Any) -> None:
     found = two_ranks(guarded, str(tmp_path), 1, {(1, 2): 1, (0, 4): 1, (1, 4): 1}, PLAN)
-    rows = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "0001" / "skipped.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 5]
     assert rows[0]["keys"] == [[20, 2**64 - 3], [21, 2**64 - 3]]
     assert [loss == "nan" for loss in rows[0]["losses"]] == [False, True]
@@ -136,7 +138,7 @@ def test_the_same_stretch_twice_ends_the_run(tmp_path: Path, two_ranks: Any) -> 
         assert rank["error"].startswith(
             "3 steps in a row, up to step 7, had a loss or gradient that is not finite, again, after going back"
         )
-        assert str(tmp_path / "skipped.jsonl") in rank["error"]
+        assert str(tmp_path / "0001" / "skipped.jsonl") in rank["error"]
         assert "lower optim.lr" in rank["error"]
     assert saved_steps(tmp_path) == [4]
 

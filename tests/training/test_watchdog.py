@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,13 +17,15 @@ from typing import Any
 import pytest
 
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
-from fdscale.training.watchdog import Member, Watchdog, members_of, started_at
+from fdscale.training.watchdog import Member, Watchdog, members_of
+from fdscale.training.writer import process_start, this_process
 
 LIMIT = 3.0
 PROGRAM = """
 import json, os, subprocess, sys, time
 from pathlib import Path
-from fdscale.training.watchdog import Member, Watchdog, started_at
+from fdscale.training.watchdog import Member, Watchdog
+from fdscale.training.writer import this_process
 
 def wait_for(*files):
     while not all(file.exists() for file in files):
@@ -36,10 +38,10 @@ folder, rank, limit = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 worker = subprocess.Popen(["sleep", "600"])  # holds the pipe that the launcher reads from
 own = [folder / f"member_{of}.json" for of in (0, 1)]
 beside = own[rank].with_suffix(".new")
-beside.write_text(json.dumps([rank, "here", os.getpid(), started_at(os.getpid())]))
+beside.write_text(json.dumps({"rank": rank, **this_process(), "host": "here"}))
 beside.rename(own[rank])
 wait_for(*own)
-with Watchdog(folder / "stacks", [Member(*json.loads(file.read_text())) for file in own], rank, limit) as watchdog:
+with Watchdog(folder / "stacks", [Member(**json.loads(file.read_text())) for file in own], rank, limit) as watchdog:
     for step in range(10**6):
         watchdog.mark("training", step)
         (folder / f"step_{rank}").write_text(str(step))
@@ -99,22 +101,21 @@ def test_a_frozen_rank_is_named_and_killed_and_the_run_starts_again(
 
 def test_a_process_that_has_taken_a_frozen_ones_number_is_left_alone(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "60"]) as other:
-        me = Member(0, "here", os.getpid(), started_at(os.getpid()) or 0)
-        began = started_at(other.pid)
-        assert began is not None
+        me = Member(0, **this_process())
+        it = dataclasses.replace(me, rank=1, pid=other.pid, started=process_start(other.pid))
+        assert it.started is not None
         for frozen, killed in (
-            (Member(1, "here", other.pid, began - 1), False),
-            (Member(1, "elsewhere", other.pid, began), False),
-            (Member(1, "here", other.pid, began), True),
+            (dataclasses.replace(it, started=it.started - 1), False),
+            (dataclasses.replace(it, kernel="of another machine"), False),
+            (it, True),
         ):
             Watchdog(tmp_path, [me, frozen], 0, LIMIT)._kill(frozen)
             time.sleep(0.2)
             assert (other.poll() is not None) == killed
-    assert started_at(other.pid) is None
 
 
 def test_it_ends_with_its_context_and_0_is_none(tmp_path: Path) -> None:
-    me = [Member(0, "here", os.getpid(), 0)]
+    me = [Member(0, **this_process())]
     threads = threading.active_count()
     for limit, more in ((60.0, 1), (0.0, 0)):
         with contextlib.suppress(KeyError), Watchdog(tmp_path, me, 0, limit) as watchdog:
@@ -133,4 +134,4 @@ def test_everyone_knows_everyone(two_ranks: Any) -> None:
     first, second = two_ranks(members_here)
     assert first == second
     assert [member.rank for member in first] == [0, 1]
-    assert all(started_at(member.pid) == member.started for member in first)
+    assert all(process_start(member.pid) == member.started for member in first)
