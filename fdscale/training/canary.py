@@ -54,8 +54,8 @@ class Canary:
         self.connection, self.chip, self.file = connection, chip, file
         self.here = f"rank {connection.rank.rank} on {socket.gethostname()}"
         self.storages = self._storages()
-        self.probing = self._same_chips()
-        self.features = self._features() if self.probing else {}
+        self.features: dict[str, str] = {}
+        self.probing = self._same_chips() and self._repeats()
         if self.probing:
             self._settle()
 
@@ -101,6 +101,18 @@ class Canary:
         if len(chips) > 1 and self.connection.rank.is_main:
             logger.warning("the ranks run on several chips (%s): their features are not compared", ", ".join(chips))
         return len(chips) == 1
+
+    def _repeats(self) -> bool:
+        """Take the features twice: whether they are the same, bit for bit; raises where a minority's are not."""
+        self.features = self._features()
+        unlike = gather_lists([] if self._features() == self.features else [self.here], self.connection)
+        if not unlike:
+            return True
+        if len(unlike) <= self.connection.rank.world_size / 2:
+            raise StartAgain(f"the teachers' features are others each time on {', '.join(unlike)}, and there alone")
+        if self.connection.rank.is_main:
+            logger.warning("the teachers' features do not repeat bit for bit here: they are not compared")
+        return False
 
     def _settle(self) -> None:
         """Compare the features at a start among the ranks, and with the run's first ones."""

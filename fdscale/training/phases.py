@@ -6,7 +6,7 @@ import json
 import logging
 import statistics
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,6 +54,7 @@ class Phases:
         self._on_gpu = connection.device.type == "cuda"
         self._host: dict[str, float] = defaultdict(float)
         self._events: dict[str, deque[tuple[Any, Any]]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self._counts: Counter[str] = Counter()
         self._step, self._waited = 0, 0.0
         self._probe, self._probed, self._written = 0.0, float("-inf"), float("-inf")
         self._in_a_row: tuple[int, int] = (-1, 0)
@@ -68,6 +69,7 @@ class Phases:
             yield
             ended.record()
             self._events[phase].append((began, ended))
+            self._counts[phase] += 1
             return
         start = time.perf_counter()
         yield
@@ -77,6 +79,7 @@ class Phases:
         """Measure from `step` on; `waited` is the loader's count of seconds by now."""
         self._host.clear()
         self._events.clear()
+        self._counts.clear()
         self._step, self._waited = step, waited
 
     def row(self, step: int, waited: float) -> dict[str, float]:
@@ -102,7 +105,8 @@ class Phases:
         sums = {**self._host, "data": waited - self._waited}
         steps = max(step - self._step, 1)
         for phase, pairs in self._events.items():
-            sums[phase] = sum(began.elapsed_time(ended) for began, ended in pairs) / 1000
+            mean = sum(began.elapsed_time(ended) for began, ended in pairs) / len(pairs) / 1000
+            sums[phase] = mean * self._counts[phase]
         if time.monotonic() - self._probed > SECONDS_APART:
             self._probe, self._probed = probe_seconds(self.connection.device), time.monotonic()
         return [*(sums.get(phase, 0.0) / steps for phase in PHASES), self._probe]

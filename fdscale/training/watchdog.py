@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -114,8 +115,8 @@ class Watchdog:
         at = self._at
         try:
             self._write_stacks(at)
-        except OSError as error:
-            logger.warning("could not write stacks: %s", error)
+        except OSError:  # a full disk: on the error stream they are better than nowhere
+            faulthandler.dump_traceback(all_threads=True)
         frozen = self._without_stacks(min(max(self.limit / 10, GRACE[0]), GRACE[1]))
         for member in frozen:
             self._kill(member)
@@ -129,7 +130,8 @@ class Watchdog:
             listed = ", ".join(f"rank {member.rank} ({member.host}, pid {member.pid})" for member in frozen)
             told += f"; frozen, as they wrote none: {listed}"
             if self.me == next(member for member in self.members if member not in frozen):
-                write_text(self.folder / "frozen.json", json.dumps([vars(member) for member in frozen]) + "\n")
+                with suppress(OSError):
+                    write_text(self.folder / "frozen.json", json.dumps([vars(member) for member in frozen]) + "\n")
         logger.error("%s; the run is to be started again", told)
 
     def _write_stacks(self, at: str) -> None:
@@ -149,13 +151,12 @@ class Watchdog:
         return self.folder / f"rank_{member.rank}.txt"
 
     def _without_stacks(self, grace: float) -> list[Member]:
-        """The ranks that have written no stacks when `grace` seconds are over."""
+        """The other ranks that have written no stacks when `grace` seconds are over."""
+        others = [member for member in self.members if member != self.me]
         until = time.monotonic() + grace
-        while (missing := [member for member in self.members if not self._stacks_of(member).exists()]) and (
-            time.monotonic() < until
-        ):
+        while any(not self._stacks_of(member).exists() for member in others) and time.monotonic() < until:
             time.sleep(0.1)
-        return missing
+        return [member for member in others if not self._stacks_of(member).exists()]
 
     def _kill(self, member: Member) -> None:
         """End a frozen process of this machine, and its workers, if it is still the one that was there at the start."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -126,6 +127,23 @@ def test_a_start_is_compared_with_the_runs_first(tmp_path: Path, two_ranks: Any)
     (tmp_path / "canary.json").write_text(json.dumps({**first, "conditions": {**first["conditions"], "torch": "1"}}))
     assert two_ranks(started, str(tmp_path), []) == [None, None]
     assert json.loads((tmp_path / "canary.json").read_text()) == first
+
+
+def restless(connection: Connection, folder: str, ranks: list[int]) -> tuple[str | None, bool]:
+    """A start with a teacher whose features are others each time on these ranks."""
+    tests, count = sharding_tests(), itertools.count()
+    teacher = place(tests.teacher_named("clip_vit_b16"), "replicated", tests.JSON, connection)
+    if connection.rank.rank in ranks:
+        teacher.final_norm.register_forward_hook(lambda _, __, output: output + next(count))
+    arguments = ({"teacher": teacher}, {"teacher": "replicated"}, connection, "a chip", Path(folder) / "canary.json")
+    birds: list[Canary] = []
+    return told(lambda: birds.append(Canary(*arguments))), any(bird.probing for bird in birds)
+
+
+def test_features_that_never_repeat_are_not_compared_but_a_minoritys_are_told(tmp_path: Path, two_ranks: Any) -> None:
+    assert two_ranks(restless, str(tmp_path), [0, 1]) == [(None, False)] * 2
+    for text, _ in two_ranks(restless, str(tmp_path), [1]):
+        assert "are others each time on rank 1 on" in text
 
 
 def test_on_several_chips_features_are_not_compared(tmp_path: Path, two_ranks: Any) -> None:
