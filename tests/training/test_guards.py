@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fdscale.cluster.ranks import StopSignals
-from fdscale.config.errors import UserError
+from fdscale.config.errors import StartAgain, UserError
 from fdscale.data.batches import Batch
+from fdscale.teachers.teacher import Teacher
+from fdscale.training.canary import Canary
 from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import Connection, full_state, start_engine
 from fdscale.training.guards import Guards
@@ -85,6 +87,43 @@ def guarded(
     sinks.close()
     engine.destroy()
     return {"done": done, "said": said, "error": error, "weights": weights, "progress": vars(progress)}
+
+
+def with_teacher(connection: Connection, folder: str, every: int) -> tuple[int, str | None]:
+    """A run beside a teacher, of which a bit flips on rank 1 in step 3: how far it came, and what was said."""
+    (engine, _), attempt, progress = engine_of(1), first_attempt(folder), Progress()
+    statistics = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    network = nn.Sequential(nn.Conv2d(3, 4, 8, 8))
+    for parameter in network.parameters():
+        nn.init.constant_(parameter, 0.1)
+    teacher = Teacher(network, width=4, grid=(2, 2), prefix_tokens=0, image_size=16, **statistics)
+    canary = Canary({"teacher": teacher}, {"teacher": "replicated"}, connection, "a chip", Path(folder) / "canary.json")
+    guards = Guards(connection, attempt.folder, 0, LIMIT, canary, every)
+
+    def terms(engine: Any, batch: Batch, step: int) -> dict[str, Tensor]:
+        if (connection.rank.rank, step) == (1, 2):
+            network[0].weight.data.view(torch.int32)[1, 2, 3, 4] ^= 1
+        return {"loss": engine(batch.images).square().mean()}
+
+    schedule, checkpoints = Schedule(10, 4, peak=1e-2, start=1e-3), Checkpoints(attempt, connection, keep=9)
+    loader, error = Batches(connection.rank.rank), None
+    try:
+        everything = (engine, terms, loader, schedule, PLAN, connection, checkpoints, Sinks(), progress)
+        fit(*everything, StopSignals(), None, guards)
+    except StartAgain as change:
+        error = str(change)
+    engine.destroy()
+    return progress.step, error
+
+
+@pytest.mark.parametrize(("every", "noticed"), [(0, 4), (1, 3)])
+def test_a_changed_teacher_ends_the_attempt_before_anything_is_saved(
+    every: int, noticed: int, tmp_path: Path, two_ranks: Any
+) -> None:
+    for step, error in two_ranks(with_teacher, str(tmp_path), every):
+        assert step == noticed
+        assert error.startswith(f"step {noticed}: rank 1 on ")
+    assert saved_steps(tmp_path) == []
 
 
 def saved_steps(folder: Path) -> list[int]:
