@@ -61,6 +61,7 @@ MAY_CHANGE_IN_JSON = {
         "logging",
     ),
 }
+LOGS = "logs"  # what the launcher writes there before a run begins: one file for each life of a SLURM job
 PACKAGES = ("fdscale", "torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "fairscale", "webdataset")
 
 
@@ -83,7 +84,7 @@ class RunDirectory:
     def check(self, settings: RunSettings, deepspeed_json: Mapping[str, Any]) -> None:
         """Raise UserError, with the differences, when the folder holds something else than this run."""
         if not self.recipe.exists():
-            if self.folder.exists() and any(self.folder.iterdir()):
+            if self.folder.exists() and any(path.name != LOGS for path in self.folder.iterdir()):
                 raise UserError(f"run_dir: {self.folder} is not empty and not a run; name a new folder with run_dir=…")
             return
         before, now = self._recorded_recipe(), tomllib.loads(to_toml(settings))

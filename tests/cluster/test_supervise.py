@@ -19,7 +19,7 @@ SUPERVISOR = """
 import os, signal, sys
 from fdscale.cluster.supervise import supervise
 ranks = [{**os.environ, "RANK": str(r)} for r in range(2)]
-sys.exit(supervise([sys.executable, "-c", sys.argv[1]], ranks, commit=float(sys.argv[2])))
+sys.exit(supervise([sys.executable, "-c", sys.argv[1]], ranks, commit=float(sys.argv[2])).code)
 """
 CHILD = """
 import os, signal, sys, time
@@ -61,7 +61,7 @@ Start = Callable[..., subprocess.Popen[bytes]]
 
 def run(program: str, ranks: int = 2, grace: float = 30.0) -> int:
     environments = [{**os.environ, "RANK": str(rank)} for rank in range(ranks)]
-    return supervise([sys.executable, "-c", CHILD + program], environments, grace=grace)
+    return supervise([sys.executable, "-c", CHILD + program], environments, grace=grace).code
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
