@@ -169,7 +169,7 @@ def _check(rank: Rank) -> None:
 
 
 def hold_stop_signals(env: Mapping[str, str]) -> None:
-    """Let signals to a rank wait until `StopSignals` is installed: its imports take seconds, in which one would kill."""
+    """Let a rank's stop signals wait until `StopSignals` is installed: one that came during its imports would kill."""
     if "RANK" in env or in_srun_step(env):
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 

@@ -72,7 +72,9 @@ def _container(env: Mapping[str, str]) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        raise UserError(f"FDSCALE_CONTAINER={text!r}: {error}; write it as in a shell, e.g. 'run \"my image.sif\"'") from error
+        raise UserError(
+            f"FDSCALE_CONTAINER={text!r}: {error}; write it as in a shell, e.g. 'run \"my image.sif\"'"
+        ) from error
 
 
 def _for_srun(env: Mapping[str, str]) -> dict[str, str]:

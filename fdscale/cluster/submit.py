@@ -42,9 +42,11 @@ class Job:
 
 
 def batch_script(job: Job, python: str, site: Path | None) -> str:
-    """The exact script, which bash reads once for each life of the job. Raises UserError for a time limit of no kind."""
+    """The exact script, which bash runs once for each life of the job. Raises UserError for what is no time limit."""
     if job.time is not None and not TIME.fullmatch(job.time):
-        raise UserError(f"--time {job.time!r}: allowed: minutes, [hours:]minutes:seconds, days-hours[:minutes[:seconds]]")
+        raise UserError(
+            f"--time {job.time!r}: allowed: minutes, [hours:]minutes:seconds, days-hours[:minutes[:seconds]]"
+        )
     options = {
         "nodes": job.nodes,
         "ntasks-per-node": job.ranks_per_node,
@@ -70,7 +72,7 @@ def quoted(word: str) -> str:
 
 
 def site_file(env: Mapping[str, str]) -> Path | None:
-    """What a site has to say: $FDSCALE_SITE, else launchers/site.env where there is one. Raises UserError if not there."""
+    """A site's variables: $FDSCALE_SITE, else launchers/site.env if there is one. Raises UserError for no file."""
     if named := env.get("FDSCALE_SITE"):
         if not Path(named).is_file():
             raise UserError(f"FDSCALE_SITE={named!r} is no file: copy launchers/site.example.env there, or unset it")
@@ -80,7 +82,7 @@ def site_file(env: Mapping[str, str]) -> Path | None:
 
 
 def sbatch_command(job: Job, further: Sequence[str], site: Path | None) -> list[str]:
-    """The command line that takes the script from its standard input; `further` are the user's own arguments of sbatch."""
+    """The command line that takes the script from standard input; `further` are arguments of sbatch's own."""
     name = re.sub(r"[^\w.-]", "_", job.name, flags=re.ASCII)
     sbatch = ["sbatch", "--parsable", f"--job-name={name}", *further]
     return ["bash", "-c", SOURCE_SITE, "site", str(site), *sbatch] if site else sbatch

@@ -123,7 +123,7 @@ def _wait(
 
 
 def _tell_others(code: int, running: Sequence[Process]) -> None:
-    """A rank that asks to be started again leaves after its peers' commit; one that failed leaves them in the middle."""
+    """Those of a rank that failed must be told to stop; one that asks to be started again has agreed with them."""
     if code != REQUEUE_EXIT_CODE:
         log.error("a rank ended with code %d: stopping the other %d", code, len(running))
         _send(running, signal.SIGTERM)

@@ -44,7 +44,6 @@ def launch(
     raise typer.Exit(start(arguments, Path(settings.run_dir), ranks, hostfile, at_most))
 
 
-
 def submit(
     recipe: Recipe,
     words: Annotated[
@@ -76,7 +75,9 @@ def submit(
         return
     run_dir = Path(settings.run_dir or "").resolve()
     if (step := completed(run_dir, settings)) is not None:
-        terminal().print(f"already complete at step {step}: {escape(str(run_dir))}; nothing was submitted", soft_wrap=True)
+        terminal().print(
+            f"already complete at step {step}: {escape(str(run_dir))}; nothing was submitted", soft_wrap=True
+        )
         return
     number = send(script, command)
     told = f"job {number}\nrun {run_dir}\nlog {run_dir}/logs/{number}_0.log, and one more for each restart"

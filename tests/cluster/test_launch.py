@@ -7,7 +7,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,6 +101,17 @@ def test_the_cpu_accelerator_is_chosen_without_a_gpu_only(
     assert "DS_ACCELERATOR" not in told(folder)[0]
 
 
+def test_the_codes_are_kept_beside_the_attempt_that_this_launch_began(folder: Path) -> None:
+    claims = "import os, sys; os.makedirs('run/attempts/0010', exist_ok=True); sys.exit(7 * int(os.environ['RANK']))"
+    (RUN / "attempts" / "0009").mkdir(parents=True)
+    assert start_ranks([sys.executable, "-c", claims], 2, RUN) == 7
+    codes = json.loads((RUN / "attempts" / "0010" / "launcher.json").read_text())["codes"]
+    assert codes["1"] == 7
+    assert not list((RUN / "attempts" / "0009").iterdir())
+    assert start_ranks([sys.executable, "-c", "pass"], 1, RUN) == 0  # it began none: the former one's stay
+    assert json.loads((RUN / "attempts" / "0010" / "launcher.json").read_text())["codes"] == codes
+
+
 @pytest.mark.parametrize("ranks", [0, -1])
 def test_a_run_has_a_rank(ranks: int) -> None:
     for start in (lambda: launch(["distill", "x"], RUN, ranks=ranks), lambda: ranks_here(ranks, None)):
@@ -169,65 +179,6 @@ def test_srun_is_told_the_cpus_per_task(folder: Path, tool: Tool, monkeypatch: p
     assert told(folder)[0]["SRUN_CPUS_PER_TASK"] == "4"
 
 
-@pytest.fixture
-def scontrol(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int, int], None]:
-    """Stand-ins: a batch job in that state, whose step ends with `code` and whose requeueing with `requeued`."""
-
-    def write(state: str, code: int, requeued: int) -> None:
-        monkeypatch.setenv("SLURM_JOB_ID", "7")
-        monkeypatch.setenv("SLURM_PROCID", "0")
-        tool("srun", f"#!/bin/sh\nexit {code}\n")
-        show = f'[ "$1" = show ] && {{ echo "JobId=7 Name=x\n   JobState={state} Reason=None"; exit; }}'
-        tool("scontrol", f'#!/bin/sh\n{show}\necho "$@" >> requeued\nexit {requeued}\n')
-
-    return write
-
-
-@pytest.mark.parametrize(
-    ("state", "code", "requeued"),
-    [("RUNNING", 85, True), ("RUNNING", 0, False), ("RUNNING", 1, False), ("COMPLETING", 85, False)],
-    ids=["asked", "done", "failed", "cancelled or preempted"],
-)
-def test_a_running_batch_job_that_asks_for_it_is_requeued(
-    folder: Path, scontrol: Callable[[str, int, int], None], state: str, code: int, requeued: bool
-) -> None:
-    scontrol(state, code, 0)
-    assert launch(["distill", "x"], RUN) == code
-    assert (folder / "requeued").exists() == requeued
-    if requeued:
-        assert (folder / "requeued").read_text() == "requeue 7\n"
-
-
-def test_an_salloc_shell_is_not_requeued(
-    folder: Path, scontrol: Callable[[str, int, int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scontrol("RUNNING", 85, 0)
-    monkeypatch.delenv("SLURM_PROCID")
-    assert launch(["distill", "x"], RUN) == 85
-    assert not (folder / "requeued").exists()
-
-
-def test_a_requeueing_that_fails_is_told(
-    folder: Path, scontrol: Callable[[str, int, int], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    scontrol("RUNNING", 85, 1)
-    assert launch(["distill", "x"], RUN) == 85
-    assert "job 7 is not requeued, submit it again" in caplog.text
-
-
-def test_a_missing_scontrol_is_told(
-    folder: Path,
-    scontrol: Callable[[str, int, int], None],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    scontrol("RUNNING", 85, 0)
-    (folder / "tools" / "scontrol").unlink()
-    monkeypatch.setenv("PATH", str(folder / "tools"))
-    assert launch(["distill", "x"], RUN) == 85
-    assert "job 7 is not requeued, submit it again" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("ranks", "tasks", "warned"), [(None, "32", True), (4, "32", True), (2, "32", False), (None, "2", False)]
 )
@@ -244,21 +195,6 @@ def test_a_small_run_on_a_big_allocation_is_told_what_to_say(
     monkeypatch.setenv("SLURM_NTASKS", tasks)
     assert launch(["distill", "x", "--smoke"], RUN, ranks=ranks, at_most=2) == 0
     assert ("add --ranks 2" in caplog.text) == warned
-
-
-def test_srun_would_kill_its_tasks_at_term_so_it_gets_usr1(folder: Path, tool: Tool) -> None:
-    answer = "sys.exit({signal.SIGUSR1: 85}.get(signal.sigwait({signal.SIGUSR1, signal.SIGTERM}), 1))"
-    block = "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})"
-    tool("srun", f"#!{sys.executable}\nimport signal, sys\n{block}\nopen('ready', 'w').close()\n{answer}\n")
-    program = "import sys; from pathlib import Path; from fdscale.cluster.launch import launch; sys.exit(launch(['distill', 'x'], Path('run')))"
-    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "SLURM_JOB_ID": "7", "PYTHONPATH": path}
-    launcher = subprocess.Popen([sys.executable, "-c", program], env=env)
-    while not (folder / "ready").exists():
-        assert launcher.poll() is None
-        time.sleep(0.02)
-    launcher.terminate()
-    assert launcher.wait(30) == 85
 
 
 def test_an_allocation_without_srun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""Machines that are namespaces: each has a network, a host name, mounts and a /dev/shm of its own, and shares the rest.
+"""Machines that are namespaces: each has a network, a host name, mounts and a /dev/shm of its own, no more.
 
-`n1` is 10.77.0.1 on a bridge that is in `ctl`'s network, `ctl` is 10.77.0.254. A sleeping process holds each machine, so
-that its daemons can be killed and started again; with that process the machine is gone.
+`n1` is 10.77.0.1 on a bridge that is in `ctl`'s network, `ctl` is 10.77.0.254. A sleeping process holds each machine,
+so that its daemons can be killed and started again; with that process the machine is gone.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ class Slurm:
         self._configure(node_timeout)
         self.nodes.up()
         munge = self.folder / "munge"
-        self._start(CONTROLLER, "munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/socket",
-                    f"--pid-file={munge}/pid", f"--seed-file={munge}/seed", f"--log-file={self.folder}/log/munged.log")  # fmt: skip
+        files = [f"--{name}-file={munge}/{name}" for name in ("key", "pid", "seed", "log")]
+        self._start(CONTROLLER, "munged", "--foreground", "--force", f"--socket={munge}/socket", *files)
         wait_until((munge / "socket").exists, 10, "munged's socket")
         self._start(CONTROLLER, "slurmctld", "-D", "-i", "-f", f"{self.folder}/slurm.conf")
         for name in self.nodes.names:

@@ -54,7 +54,9 @@ class Hosts:
         sshd = shutil.which("sshd", path=PATH)
         assert sshd, "sshd is not installed"
         Path("/run/sshd").mkdir(exist_ok=True)  # it refuses to start without
-        self._daemons.start("sshd", [sshd, "-D", "-f", self.folder / "sshd_config", "-E", self.folder / "log" / "sshd.log"])
+        self._daemons.start(
+            "sshd", [sshd, "-D", "-f", self.folder / "sshd_config", "-E", self.folder / "log" / "sshd.log"]
+        )
         for address in self.addresses:
             wait_until(lambda address=address: self._answers(address), 10, f"an answer from {address}")
 
