@@ -31,7 +31,7 @@ def note_launchers(env: MutableMapping[str, str]) -> None:
     """
     env.pop(NOTED, None)
     if "RANK" in env:
-        births = {pid: birth(pid) for pid in _launchers(os.getppid())}
+        births = {pid: process_start(pid) for pid in _launchers(os.getppid())}
         env[NOTED] = " ".join(f"{pid}:{born}" for pid, born in births.items() if born is not None)
 
 
@@ -44,7 +44,7 @@ def watch_launchers(stop: StopSignals, env: Mapping[str, str]) -> None:
 
 
 def _watch(launchers: Mapping[int, int], stop: StopSignals) -> None:
-    while all(birth(pid) == born for pid, born in launchers.items()):
+    while all(process_start(pid) == born for pid, born in launchers.items()):
         if stop.ended.wait(LOOK_SECONDS):
             return
     log.warning("the process that launched this rank has died: committing, then ending")
@@ -53,12 +53,13 @@ def _watch(launchers: Mapping[int, int], stop: StopSignals) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def birth(pid: int) -> int | None:
-    """When a process started, in the kernel's ticks: with it a pid names one process for ever; None when it is gone."""
-    with suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return None if fields[0] in "ZX" else int(fields[19])
-    return None
+def process_start(pid: int) -> int | None:
+    """When a process of this machine was started, in clock ticks since boot; None when it is gone or a zombie."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+    except (OSError, IndexError):
+        return None
+    return None if state in "ZX" else int(fields[18])
 
 
 def _launchers(parent: int) -> list[int]:
