@@ -7,12 +7,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from fdscale.training.run_directory import LOGS, write_text
+from fdscale.training.lineage import attempt_folders
+from fdscale.training.run_directory import LOGS, RunDirectory, write_text
 
 
 def newest_attempt(run_dir: Path) -> Path | None:
     """The folder of the last attempt at a run, `RUN/attempts/0003`; None before the first one."""
-    return max((run_dir / "attempts").glob("[0-9]*"), key=lambda folder: int(folder.name), default=None)
+    return next(reversed(attempt_folders(RunDirectory(run_dir).attempts)), None)
 
 
 def record_codes(run_dir: Path, before: Path | None, codes: Mapping[str, int]) -> bool:

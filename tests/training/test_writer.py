@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from fdscale.cluster.orphans import process_start
 from fdscale.training import writer
-from fdscale.training.writer import ALIVE, Heartbeat, is_alive, process_start, this_process
+from fdscale.training.writer import ALIVE, Heartbeat, is_alive, this_process
 
 ELSEWHERE = {"host": "n7", "kernel": "another", "pid": 1, "started": 1}
 
