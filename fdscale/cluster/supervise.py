@@ -108,6 +108,8 @@ def _wait(
     while running := _still_running(running):
         for signum in received[heeded:]:
             _send(running, forward_as.get(signum, signum))
+            if signum not in received[:heeded]:
+                log.info("%s: passed on, the ranks finish their step and commit", signum.name)
             heeded += 1
             if signum in (signal.SIGTERM, signal.SIGINT):  # SLURM and deepspeed may send TERM twice, only people INT
                 at_once = received[:heeded].count(signal.SIGINT) > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -15,8 +16,8 @@ from tests.cluster.lab.slurm import Slurm
 
 REPOSITORY = Path(__file__).parents[3]
 LAUNCHER = REPOSITORY / "launchers" / "fd_swinv2g.sh"
-STEPS = 55
-SETTINGS = ["--smoke", "epochs=5", "checkpoint.every=2", "log.every=1"]
+STEPS = 44
+SETTINGS = ["--smoke", "epochs=4", "checkpoint.every=2", "log.every=1"]
 # three blocks of ZeRO-3's start-up cost are enough; the extra norm stays
 SETTINGS += ["student.geometry.depths=[1,1,2,1]", "student.geometry.extra_norm_period=2"]
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
@@ -57,6 +58,12 @@ def codes(run_dir: Path) -> list[int | None]:
     return [json.loads(path.read_text())["codes"]["srun"] if path.exists() else None for path in told]
 
 
+def pids(run_dir: Path, number: int) -> list[int]:
+    """Those of an attempt's ranks, which nodes share with this machine; none before they are recorded."""
+    records = attempts(run_dir)
+    return [where["pid"] for where in records[number - 1].get("ranks", [])] if len(records) >= number else []
+
+
 def steps_of_this_life(run_dir: Path, number: int) -> int:
     """How many steps the attempt of that number has made so far; -1 before it knows where it goes on from."""
     records = attempts(run_dir)
@@ -84,6 +91,18 @@ class Watch:
     def steps(self, number: int, count: int) -> None:
         """Until the attempt of that number has made so many steps."""
         self.until(lambda: steps_of_this_life(self.run_dir, number) >= count, f"step {count} of attempt {number}")
+
+    def told_to_stop(self, restart: int) -> None:
+        """Until that life has heard of its time limit; its ranks hold still meanwhile, so as not to end before."""
+        log = self.run_dir / "logs" / f"{self.job}_{restart}.log"
+        frozen = pids(self.run_dir, restart + 1)
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            self.until(lambda: "SIGUSR1: passed on" in log.read_text(), "USR1 before the time limit")
+        finally:
+            for pid in frozen:
+                os.kill(pid, signal.SIGCONT)
 
     def completed(self) -> None:
         self.until(lambda: self.lab.state(self.job) == "COMPLETED", "completion", seconds=150)

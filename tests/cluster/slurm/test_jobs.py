@@ -20,6 +20,7 @@ from tests.cluster.slurm.runs import (
     codes,
     curve,
     environment,
+    pids,
     settings,
     steps_of_this_life,
 )
@@ -57,12 +58,13 @@ def test_a_signal_a_preemption_and_a_time_limit_are_outlived(
     job = submitted(lab, tmp_path, "--partition=low", LAUNCHER, *settings(run_dir, digits))
     watch = Watch(lab, job, run_dir)
 
-    watch.steps(1, 2)
+    watch.steps(1, 1)
     lab.client("scancel", "--signal=USR1", job)
-    watch.steps(2, 2)
+    watch.steps(2, 1)
     lab.sbatch("--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path}/high.out", "--wrap=sleep 2")
     watch.steps(3, 1)
     lab.client("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    watch.told_to_stop(restart=2)
     watch.until(lambda: lab.told(job, "Restarts") == "3", "the third restart")
     lab.client("scontrol", "update", f"JobId={job}", "TimeLimit=30")
     watch.completed()
@@ -71,7 +73,8 @@ def test_a_signal_a_preemption_and_a_time_limit_are_outlived(
     assert (run_dir / STUDENT).read_bytes() == (undisturbed / STUDENT).read_bytes()
     assert [record["slurm_restarts"] for record in attempts(run_dir)] == [None, "1", "2", "3"]
     assert codes(run_dir) == [85, 85, 85, 0]
-    assert len(list((run_dir / "logs").iterdir())) == 4
+    logs = sorted(path.name for path in (run_dir / "logs").iterdir())
+    assert logs == [f"{job}_{restart}.log" for restart in range(4)]
 
 
 def test_ranks_that_are_killed_at_random_moments_cost_nothing_but_time(
@@ -81,11 +84,11 @@ def test_ranks_that_are_killed_at_random_moments_cost_nothing_but_time(
     job = submitted(lab, tmp_path, LAUNCHER, *settings(run_dir, digits), f"guards.attempts={KILLS + 1}")
     watch = Watch(lab, job, run_dir)
     for number in range(1, KILLS + 1):
-        watch.until(lambda number=number: len(ranks(run_dir, number)) == 2, f"attempt {number}")
+        watch.until(lambda number=number: len(pids(run_dir, number)) == 2, f"attempt {number}")
         time.sleep(chance.uniform(0, 6))
         print(f"attempt {number}: killed after {steps_of_this_life(run_dir, number)} steps")
         with suppress(ProcessLookupError):
-            os.kill(ranks(run_dir, number)[chance.randrange(2)], signal.SIGKILL)
+            os.kill(pids(run_dir, number)[chance.randrange(2)], signal.SIGKILL)
     watch.completed()
 
     assert curve(run_dir) == curve(undisturbed)
@@ -93,9 +96,3 @@ def test_ranks_that_are_killed_at_random_moments_cost_nothing_but_time(
     assert len(attempts(run_dir)) == KILLS + 1, watch.logs()
     assert codes(run_dir)[-1] == 0
     assert not {0, 2, 85} & set(codes(run_dir)[:-1]), codes(run_dir)
-
-
-def ranks(run_dir: Path, number: int) -> list[int]:
-    """The pids of an attempt's ranks: nodes share them with this machine."""
-    records = attempts(run_dir)
-    return [where["pid"] for where in records[number - 1].get("ranks", [])] if len(records) >= number else []
