@@ -63,6 +63,12 @@ def submit(
 
     overrides, further = _apart(words or [])
     settings = settings_of(None, recipe, overrides, smoke)
+    run_dir = Path(settings.run_dir or "").resolve()
+    if (step := completed(run_dir, settings)) is not None:
+        terminal().print(
+            f"already complete at step {step}: {escape(str(run_dir))}; nothing was submitted", soft_wrap=True
+        )
+        return
     ranks = _ranks_per_node(gpus_per_node, gpu)
     arguments = [settings.program, recipe, *(["--smoke"] if smoke else []), *overrides]
     on_gpus = gpu is None or gpu.lower() != "cpu"
@@ -72,12 +78,6 @@ def submit(
     _refuse_what_does_not_fit(settings, recipe, nodes, ranks, gpu)
     if dry_run:
         print(f"{script}\n# {' '.join(map(quoted, command))}")
-        return
-    run_dir = Path(settings.run_dir or "").resolve()
-    if (step := completed(run_dir, settings)) is not None:
-        terminal().print(
-            f"already complete at step {step}: {escape(str(run_dir))}; nothing was submitted", soft_wrap=True
-        )
         return
     number = send(script, command)
     told = f"job {number}\nrun {run_dir}\nlog {run_dir}/logs/{number}_0.log, and one more for each restart"

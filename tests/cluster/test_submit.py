@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fdscale.cli import main
 from fdscale.cluster.submit import Job, batch_script, quoted, sbatch_command, site_file, submit
 from fdscale.config.errors import UserError
 
@@ -23,7 +24,7 @@ PRINT_ARGV = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([os.en
 WORDS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12) | st.text(
     st.sampled_from(" a$`\"'\\;*?!(){}=~#&|<>\t\n\r%@-\x1b"), max_size=12
 )
-VIT_B = ["vit_b_clip_b", "--gpu", "H100-80GB", "--gpus-per-node", "8"]
+SMALL = ["digits_teacher", "--gpu", "H100-80GB", "--gpus-per-node", "2"]
 
 
 def job(arguments: list[str], name: str = "vit_b", time: str | None = None) -> Job:
@@ -37,6 +38,7 @@ def executable(path: Path, text: str) -> Path:
     return path
 
 
+@settings(deadline=None)
 @given(arguments=st.lists(WORDS, max_size=4), folder=WORDS.filter(lambda name: "/" not in name and len(name) > 2))
 def test_bash_hands_on_every_word_as_it_was_typed(
     tmp_path_factory: pytest.TempPathFactory, arguments: list[str], folder: str
@@ -64,6 +66,7 @@ def test_sbatch_reads_numbers_and_fixed_text(arguments: list[str], python: str) 
     assert not any("\r" in line for line in lines), "sbatch refuses carriage returns"
 
 
+@settings(deadline=None)
 @given(WORDS)
 def test_a_quoted_word_is_one_line_and_one_word(word: str) -> None:
     assert "\n" not in quoted(word)
@@ -106,79 +109,82 @@ def test_a_site_that_is_named_must_be_there(tmp_path: Path) -> None:
     assert site_file({"FDSCALE_SITE": str(tmp_path / "one.env")}) == tmp_path / "one.env"
 
 
-Submit = Callable[..., subprocess.CompletedProcess[str]]
+Submit = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def submit_command(tmp_path: Path) -> Submit:
-    """`fdscale submit` in `tmp_path`, with an sbatch that keeps what it got and answers with a job's number."""
+def submit_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Submit:
+    """`fdscale submit` in `tmp_path`: code, output, errors; its sbatch keeps what it got and answers with a number."""
     told = "import json, sys\njson.dump([sys.argv[1:], sys.stdin.read()], open('got', 'w'))\nprint(12)\n"
     tool = executable(tmp_path / "tools" / "sbatch", f"#!{sys.executable}\n{told}")
-    site = tmp_path / "site.env"
-    site.write_text("")
-    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PATH": f"{tool.parent}:{os.environ['PATH']}", "PYTHONPATH": path, "FDSCALE_SITE": str(site)}
+    (tmp_path / "site.env").touch()
+    monkeypatch.setenv("PATH", str(tool.parent), prepend=os.pathsep)
+    monkeypatch.setenv("FDSCALE_SITE", str(tmp_path / "site.env"))
+    monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "fdscale", "submit", *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(["submit", *arguments])
+        return code, *capsys.readouterr()
 
     return run
 
 
 def test_a_recipe_is_planned_and_submitted(tmp_path: Path, submit_command: Submit) -> None:
-    settings = ["run_dir=my $(run)", "data.shards=a b"]
-    done = submit_command(*VIT_B, *settings, "--time", "2:00:00", "--", "-p", "low", "--comment=$(id) 'x'")
-    assert done.returncode == 0, done.stdout + done.stderr
+    typed = ["run_dir=my $(run)", "data.shards=a b"]
+    code, out, err = submit_command(*SMALL, *typed, "--time", "2:00:00", "--", "-p", "low", "--comment=$(id) 'x'")
+    assert code == 0, out + err
     arguments, script = json.loads((tmp_path / "got").read_text())
-    assert arguments == ["--parsable", "--job-name=vit_b_clip_b", "-p", "low", "--comment=$(id) 'x'"]
-    assert "#SBATCH --nodes=1\n#SBATCH --ntasks-per-node=8\n#SBATCH --gpus-per-node=8\n" in script
-    assert script.endswith(" -m fdscale launch distill vit_b_clip_b 'run_dir=my $(run)' 'data.shards=a b'\n")
-    told = done.stdout.splitlines()
-    assert told[0] == "job 12"
-    assert told[1] == f"run {tmp_path}/my $(run)"
+    assert arguments == ["--parsable", "--job-name=digits_teacher", "-p", "low", "--comment=$(id) 'x'"]
+    assert "#SBATCH --nodes=1\n#SBATCH --ntasks-per-node=2\n#SBATCH --gpus-per-node=2\n" in script
+    assert script.endswith(" -m fdscale launch finetune digits_teacher 'run_dir=my $(run)' 'data.shards=a b'\n")
+    told = out.splitlines()
+    assert told[:2] == ["job 12", f"run {tmp_path}/my $(run)"]
     assert told[2].startswith(f"log {tmp_path}/my $(run)/logs/12_0.log")
 
 
 def test_what_does_not_fit_never_reaches_the_queue(tmp_path: Path, submit_command: Submit) -> None:
-    small = ["deepspeed=vit_b_one_gpu", "data.global_batch=16384"]
-    (tmp_path / "big.json").write_text(json.dumps(_with_micro_batch(16384)))
-    done = submit_command(*VIT_B[:3], "--gpus-per-node", "1", *small[1:], f"deepspeed={tmp_path}/big.json")
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "does not fit" in done.stderr
-    assert "nothing was submitted" in done.stderr
-    assert "peak" in done.stdout
+    config = json.loads((REPOSITORY / "ds_configs" / "laptop.json").read_text())
+    (tmp_path / "big.json").write_text(json.dumps(config | {"train_micro_batch_size_per_gpu": 2**19}))
+    big = [f"deepspeed={tmp_path}/big.json", f"data.global_batch={2**20}"]
+    code, out, err = submit_command(*SMALL, *big)
+    assert code == 2, out + err
+    assert "digits_teacher does not fit on 1 x 2 ranks (see above): nothing was submitted" in err
+    assert "peak" in out
     assert not (tmp_path / "got").exists()
-
-
-def _with_micro_batch(rows: int) -> dict[str, object]:
-    config = json.loads((REPOSITORY / "ds_configs" / "vit_b_one_gpu.json").read_text())
-    return {**config, "train_micro_batch_size_per_gpu": rows}
 
 
 def test_a_dry_run_prints_the_script_and_the_command_and_nothing_else(tmp_path: Path, submit_command: Submit) -> None:
-    done = submit_command(*VIT_B, "--dry-run", "--", "-p", "low")
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
+    code, out, err = submit_command(*SMALL, "--dry-run", "--", "-p", "low")
+    assert code == 0, out + err
+    lines = out.splitlines()
     assert lines[0] == "#!/bin/bash"
-    assert lines[-1].endswith("sbatch --parsable --job-name=vit_b_clip_b -p low")
-    assert not (tmp_path / "got").exists()
-    assert not (tmp_path / "runs").exists()
-    subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
+    assert lines[-1].endswith("sbatch --parsable --job-name=digits_teacher -p low")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["site.env", "tools"]
+    subprocess.run(["bash", "-n"], input=out, text=True, check=True)
 
 
 def test_a_complete_run_is_not_submitted_again(tmp_path: Path, submit_command: Submit) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "complete.json").write_text('{"step": 9}')
-    (run / "recipe.toml").write_text("epochs = 300\n")
-    done = submit_command(*VIT_B, "run_dir=run")
-    assert f"already complete at step 9: {run}; nothing was submitted" in done.stdout
+    (run / "recipe.toml").write_text("epochs = 10\n")
+    _, out, _ = submit_command(*SMALL, "run_dir=run")
+    assert f"already complete at step 9: {run}; nothing was submitted" in out
     assert not (tmp_path / "got").exists()
-    assert submit_command(*VIT_B, "run_dir=run", "epochs=400").returncode == 0
+    assert submit_command(*SMALL, "run_dir=run", "epochs=400")[0] == 0
     assert (tmp_path / "got").exists()
 
 
-def test_a_login_node_without_gpus_must_be_told_what_the_nodes_have(submit_command: Submit) -> None:
-    assert "--gpu H100-80GB" in submit_command("vit_b_clip_b").stderr
-    assert "--gpus-per-node 8" in submit_command("vit_b_clip_b", "--gpu", "H100-80GB").stderr
+def test_a_login_node_without_gpus_must_be_told_what_the_nodes_have(
+    submit_command: Submit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "--gpu H100-80GB" in submit_command("digits_teacher")[2]
+    assert "--gpus-per-node 8" in submit_command("digits_teacher", "--gpu", "H100-80GB")[2]
+
+
+def test_on_cpus_no_gpus_are_asked_for(submit_command: Submit) -> None:
+    script = submit_command("digits_teacher", "--gpu", "cpu", "--gpus-per-node", "2", "--dry-run")[1]
+    assert "#SBATCH --ntasks-per-node=2" in script
+    assert "gpus-per-node" not in script
