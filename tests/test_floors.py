@@ -50,8 +50,11 @@ FLOORS = {
     "fdscale.cli": 5,
     "fdscale.__main__": 6,
 }
-ONE_ROOM = {  # the launcher's files; the command line's
+ONE_ROOM = {
+    "fdscale.cluster.orphans": "fdscale.cluster.ranks",
     "fdscale.cluster.supervise": "fdscale.cluster.launch",
+    "fdscale.cluster.slurm": "fdscale.cluster.launch",
+    "fdscale.cluster.lives": "fdscale.cluster.launch",
     "fdscale.commands": "fdscale.cli",
 }
 
