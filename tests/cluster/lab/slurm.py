@@ -103,7 +103,7 @@ class Slurm:
         for name in self.nodes.names:
             (self.folder / "spool" / name).mkdir(parents=True)
             self.start_slurmd(name)
-        wait_until(self._all_idle, 30, f"idle nodes; see {self.folder}/log")
+        wait_until(self.all_idle, 30, f"idle nodes; see {self.folder}/log")
 
     def start_slurmd(self, name: str) -> None:
         """Start a node's daemon, for the first time or after its death."""
@@ -140,7 +140,8 @@ class Slurm:
     def state(self, job: str) -> str:
         return self.told(job, "JobState")
 
-    def _all_idle(self) -> bool:
+    def all_idle(self) -> bool:
+        """Whether every node waits for work."""
         with suppress(subprocess.SubprocessError):
             states = self.client("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T", timeout=3).split()
             return states == ["idle"] * len(self.nodes.names)

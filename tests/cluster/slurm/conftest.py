@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import pytest
 from fdscale.data.pack import pack_digits
 from tests.cluster.lab.packages import missing, why_not
 from tests.cluster.lab.slurm import Slurm
-from tests.cluster.slurm.runs import environment, settings
+from tests.cluster.slurm.runs import run_here, settings
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +35,5 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     """The run directory of `fdscale launch` on this machine alone, two ranks."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    command = [sys.executable, "-m", "fdscale", "launch", "distill", "swinv2_g", *settings(run_dir, digits)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_here(settings(run_dir, digits))
     return run_dir

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -39,6 +40,13 @@ def environment() -> dict[str, str]:
 
 def settings(run_dir: Path, digits: Path, steps: int = STEPS) -> list[str]:
     return [*SETTINGS, f"max_steps={steps}", f"run_dir={run_dir}", f"data.shards={digits}"]
+
+
+def run_here(given: list[str], ranks: int = 2) -> None:
+    """`fdscale launch` on this machine alone, to its end."""
+    command = [sys.executable, "-m", "fdscale", "launch", "distill", "swinv2_g", f"--ranks={ranks}", *given]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def curve(run_dir: Path) -> list[tuple[int, float, float]]:
