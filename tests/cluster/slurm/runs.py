@@ -17,8 +17,8 @@ from tests.cluster.lab.slurm import Slurm
 
 REPOSITORY = Path(__file__).parents[3]
 LAUNCHER = REPOSITORY / "launchers" / "fd_swinv2g.sh"
-STEPS = 44
-SETTINGS = ["--smoke", "epochs=4", "checkpoint.every=2", "log.every=1"]
+STEPS = 33
+SETTINGS = ["--smoke", "epochs=3", "checkpoint.every=2", "log.every=1"]
 # three blocks of ZeRO-3's start-up cost are enough; the extra norm stays
 SETTINGS += ["student.geometry.depths=[1,1,2,1]", "student.geometry.extra_norm_period=2"]
 TWO_NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1"]
