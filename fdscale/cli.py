@@ -41,6 +41,8 @@ app = _group(
 )
 app.command("import")(weights.import_)
 app.command(context_settings=PASS_ON)(cluster.launch)
+app.command()(cluster.doctor)
+app.command(hidden=True)(cluster.examine)
 app.add_typer(_group("Make and inspect the shards that training reads.", shards.pack, shards.index), name="shards")
 app.add_typer(
     _group("List, verify and prune the checkpoints of a run.", runs.ls, runs.verify, runs.prune), name="checkpoint"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fdscale.commands.arguments import Overrides, Recipe, Smoke, settings_of
+from fdscale.commands.arguments import USER_ERROR_EXIT_CODE, Overrides, Recipe, Smoke, settings_of
+from fdscale.terminal import terminal
 
 SMOKE_RANKS = 2  # --smoke's global batch of 32 is two ranks' micro batch of 16
 
@@ -32,3 +34,33 @@ def launch(
         load_and_check(settings, local_ranks, local_ranks)
     arguments = [program, recipe, *(["--smoke"] if smoke else []), *(overrides or []), *context.args]
     raise typer.Exit(start(arguments, ranks, hostfile, at_most))
+
+
+def doctor(
+    target: Annotated[str, typer.Argument(help="A recipe that is to run, or the run directory of one that ended.")],
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    ranks: Annotated[int | None, typer.Option(help="Ranks; default: as `fdscale launch`.")] = None,
+    hostfile: Annotated[str | None, typer.Option(help="Lines of `HOST slots=N`; starts over pdsh.")] = None,
+) -> None:
+    """Before a run: find what would fail or slow it, on every rank. After it: say what ended it."""
+    if (Path(target) / "recipe.toml").is_file():
+        from fdscale.postmortem import post_mortem
+
+        for line in post_mortem(Path(target)):
+            terminal().print(line, soft_wrap=True)
+        return
+    from fdscale.cluster.launch import launch as start
+
+    settings_of(None, target, overrides, smoke)  # what is wrong with them is told once, before any rank starts
+    arguments = ["examine", target, *(["--smoke"] if smoke else []), *(overrides or [])]
+    raise typer.Exit(start(arguments, ranks, hostfile, SMOKE_RANKS if smoke else None))
+
+
+def examine(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -> None:
+    """What `fdscale doctor RECIPE` starts on every rank."""
+    from fdscale.doctor import examine_ranks, leave
+
+    sound = examine_ranks(settings_of(None, recipe, overrides, smoke))
+    leave(sound)
+    raise typer.Exit(0 if sound else USER_ERROR_EXIT_CODE)
