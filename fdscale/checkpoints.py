@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fdscale.config.errors import UserError
+from fdscale.training.lineage import STEP, attempt_folders, lineage_of, step_of
 from fdscale.training.manifest import MANIFEST, damage, read_manifest
 from fdscale.training.run_directory import RunDirectory
 
@@ -22,14 +23,25 @@ SHOWN = 3  # problems of one checkpoint
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of a run's checkpoints; without a manifest it was never committed."""
+    """A folder of a run's checkpoints; without a manifest it was never committed.
+
+    A `disowned` one was committed by an attempt after a newer one had gone on from an earlier step: it is never read.
+    """
 
     folder: Path
     manifest: dict[str, Any] | None
+    disowned: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+    @property
+    def is_converted(self) -> bool:
+        return self.folder.name.startswith(CONVERTED)
 
     @property
     def step(self) -> int:
-        return int(self.folder.name.rpartition("_")[2])
+        return step_of(self.folder)
 
     @property
     def size(self) -> int:
@@ -53,7 +65,7 @@ def checkpoint_table(run: Path) -> Table:
         written = (found.folder / MANIFEST if committed else found.folder).stat().st_mtime
         ranks = found.manifest.get("world_size", "any") if found.manifest else "?"
         cells = (
-            found.folder.name,
+            str(found),
             datetime.fromtimestamp(written).strftime("%Y-%m-%d %H:%M:%S"),
             _size(found.size),
             str(ranks),
@@ -68,7 +80,7 @@ def _state(found: Checkpoint) -> str:
         return "never committed"
     if problems := found.problems(hashes=False):
         return f"damaged: {len(problems)} of {len(found.manifest['files'])} files"
-    return "complete"
+    return "too late: not continued" if found.disowned else "complete"
 
 
 def verify_checkpoints(run: Path) -> Iterator[str]:
@@ -76,13 +88,13 @@ def verify_checkpoints(run: Path) -> Iterator[str]:
     damaged, whole = [], []
     for found in _found(run):
         problems = found.problems(hashes=True)
-        yield f"{found.folder.name}: {_shortened(problems) or 'whole'}"
-        if found.folder.name.startswith(SET_ASIDE) or found.manifest is None:
+        yield f"{found}: {_shortened(problems) or 'whole'}{', not continued' if found.disowned else ''}"
+        if found.disowned or found.manifest is None or found.folder.name.startswith(SET_ASIDE):
             continue
         if problems:
             damaged.append(f"{found.folder}: {_shortened(problems)}")
-        elif not found.folder.name.startswith(CONVERTED):
-            whole.append(found.folder.name)
+        elif not found.is_converted:
+            whole.append(str(found))
     if damaged:
         newest = f"the newest whole one is {whole[0]}" if whole else "no whole one is left"
         raise UserError("damaged: " + "\n  ".join([*damaged, newest]))
@@ -97,36 +109,39 @@ def prune_checkpoints(run: Path, keep: int, dry_run: bool) -> Iterator[str]:
     everything = _found(run)
     kept: list[Checkpoint] = []
     for found in everything:
-        if found.folder.name.startswith("step_") and len(kept) < keep and not found.problems(hashes=True):
+        candidate = found.folder.name.startswith(STEP) and not found.disowned
+        if candidate and len(kept) < keep and not found.problems(hashes=True):
             kept.append(found)
     if not kept:
         raise UserError(f"{run}: no checkpoint is whole: nothing was removed; `fdscale checkpoint verify` says more")
     for found in everything:
         under_way = found.manifest is None and found.step >= kept[0].step
-        if found in kept or under_way or _converted_from(found) in {one.folder.name for one in kept}:
+        if found in kept or under_way or _converted_from(found) in {one.folder for one in kept}:
             continue
         yield f"{'would remove' if dry_run else 'removed'} {found.folder} ({_size(found.size)})"
         if not dry_run:
             _remove(found.folder)
-    yield f"kept {', '.join(one.folder.name for one in kept)}"
+    yield f"kept {', '.join(map(str, kept))}"
 
 
 def _found(run: Path) -> list[Checkpoint]:
     """Every folder of checkpoints, newest first."""
-    folder = RunDirectory(run).checkpoints
-    if not folder.is_dir():
-        raise UserError(f"{run}: not a run directory: it has no folder {folder.name}")
-    paths = [path for path in folder.glob("*step_*") if path.is_dir() and path.name.rpartition("_")[2].isdigit()]
+    attempts = RunDirectory(run).attempts
+    if not attempts.is_dir():
+        raise UserError(f"{run}: not a run directory: it has no folder {attempts.name}")
+    disowned = {commit.folder for commit in lineage_of(attempts).disowned}
+    paths = [path for attempt in attempt_folders(attempts) for path in attempt.glob("*step_*")]
+    paths = [path for path in paths if path.is_dir() and path.name.rpartition("_")[2].isdigit()]
     if not paths:
         raise UserError(f"{run}: it has no checkpoint yet")
-    found = [Checkpoint(path, read_manifest(path)) for path in paths]
-    return sorted(found, key=lambda one: (one.step, one.folder.name.startswith("step_")), reverse=True)
+    found = [Checkpoint(path, read_manifest(path), path in disowned) for path in paths]
+    return sorted(found, key=lambda one: (one.step, not one.is_converted, one.folder.parent.name), reverse=True)
 
 
-def _converted_from(found: Checkpoint) -> str | None:
+def _converted_from(found: Checkpoint) -> Path | None:
     """The checkpoint that this is the converted form of, for another number of ranks."""
     name = found.folder.name
-    return name.removeprefix(CONVERTED) if name.startswith(CONVERTED) and found.manifest else None
+    return found.folder.with_name(name.removeprefix(CONVERTED)) if found.is_converted and found.manifest else None
 
 
 def _remove(folder: Path) -> None:

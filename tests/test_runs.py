@@ -93,11 +93,11 @@ def test_a_run_leaves_what_ran_and_its_student(undisturbed: Path) -> None:
         "weights.json",
         "memory.json",
         "metrics.jsonl",
-        "checkpoints",
+        "attempts",
     }
     assert kept | {"student.safetensors", "student.json", "complete.json"} == left
     assert [step for step, _, _ in curve(undisturbed)] == [1, 2, 3, 4, 5, 6]
-    assert len(list((undisturbed / "checkpoints").glob("step_*/manifest.json"))) == 2
+    assert len(list((undisturbed / "attempts" / "0001").glob("step_*/manifest.json"))) == 2
     description = json.loads((undisturbed / "student.json").read_text())
     assert description["geometry"]["family"] == "swin_v2"
 
@@ -174,18 +174,18 @@ def test_a_run_killed_in_a_save_and_again_between_saves_is_the_undisturbed_one(
     undisturbed: Path, environment: dict[str, str], digits: Path, tmp_path: Path, port: Callable[[], int]
 ) -> None:
     run_dir = tmp_path / "run"
-    same, saves = command("bash", run_dir, digits, port()), run_dir / "checkpoints"
-    newest = saves / "step_00000004"
+    same, saves = command("bash", run_dir, digits, port()), run_dir / "attempts"
+    newest = saves / "0001" / "step_00000004"
     kill_one_rank(same, environment, tmp_path, newest.exists)
     assert not (newest / "manifest.json").exists(), "the save was over before the kill"
 
     second = kill_one_rank(same, environment, tmp_path, lambda: steps_done(run_dir) >= 5)
     assert f"skipped {newest}: it was never committed" in second
-    assert f"resumed from {saves}/step_00000002" in second
+    assert f"resumed from step 2 of attempt 1: {saves}/0002/step_00000002" in second
 
     third = run(same, environment, tmp_path)
     assert third.returncode == 0, third.stdout + third.stderr
-    assert f"resumed from {saves}/step_0000000" in third.stdout
+    assert "resumed from step " in third.stdout
     assert curve(run_dir) == curve(undisturbed)
     assert (run_dir / "student.safetensors").read_bytes() == (undisturbed / "student.safetensors").read_bytes()
 
@@ -199,7 +199,7 @@ def test_sigterm_means_finish_the_step_commit_and_ask_for_a_requeue(
     wait_for(lambda: steps_done(run_dir) >= 2, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 85
-    committed = list((run_dir / "checkpoints").glob("step_*/manifest.json"))
+    committed = list((run_dir / "attempts" / "0001").glob("step_*/manifest.json"))
     assert len(committed) == 1
     assert int(committed[0].parent.name.removeprefix("step_")) == curve(run_dir)[-1][0]
 

@@ -69,7 +69,7 @@ def rows_of(run_dir: Path) -> list[tuple[float, float | None]]:
 
 def sizes_of(run_dir: Path) -> dict[str, int]:
     """What the last checkpoint weighs, file by file."""
-    (folder,) = (run_dir / "checkpoints").glob("step_*")
+    (folder,) = (run_dir / "attempts" / "0001").glob("step_*")
     return {path.name: path.stat().st_size for path in folder.iterdir() if path.suffix == ".pt"}
 
 
@@ -95,7 +95,7 @@ def test_divided_while_built_and_trained(
     assert all(two_ranks(run, recipe, [*common, *placed], 0))
     assert_the_same_run(plain, divided)
     assert sizes_of(plain) == sizes_of(divided)
-    saved = torch.load(next((divided / "checkpoints").rglob("*model_states.pt")), weights_only=False)
+    saved = torch.load(next((divided / "attempts" / "0001").rglob("*model_states.pt")), weights_only=False)
     assert not any("teacher" in name for name in [*saved["module"], *(saved.get("buffer_names") or [])])
 
 

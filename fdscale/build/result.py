@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fdscale.build.run import Run
@@ -36,15 +35,22 @@ def student_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def save_result(run: Run, engine: DeepSpeedEngine, module: nn.Module, student: Student, save: Save, step: int) -> None:
-    """Write what a completed run leaves from the gathered weights, then mark the run complete."""
+    """Write what a completed run leaves from the gathered weights, then mark the run complete.
+
+    Raises UserError on all ranks when a newer attempt has begun: the result is that one's to write.
+    """
+    run.connection.on_main(run.attempt.refuse_if_superseded)
     main, averaged = run.connection.rank.is_main, run.settings.optim.ema_decay > 0
     for ending in (AVERAGED, "") if averaged else ("",):
         state = full_state(engine, module, wanted=main, average=ending == AVERAGED)
         if main:
             save(student, state, run.directory.folder, ending)
-    if main:
-        run.directory.mark_complete(step)
-    dist.barrier(group=run.connection.control)
+    run.connection.on_main(lambda: _mark_complete(run, step))
+
+
+def _mark_complete(run: Run, step: int) -> None:
+    run.attempt.refuse_if_superseded()
+    run.directory.mark_complete(step)
 
 
 def save_backbone(student: Student, state: dict[str, Tensor], folder: Path, ending: str = "") -> None:

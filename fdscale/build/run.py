@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from fdscale.build.demand import demand_of
 from fdscale.build.weights import STUDENT, WeightsRecord, hold_weights, student_weights, teacher_weights
 from fdscale.cluster.ranks import StopSignals, rank_from_environment
 from fdscale.config.settings import DistillSettings, FinetuneSettings
@@ -24,8 +25,11 @@ from fdscale.data.pack import pack_digits
 from fdscale.planning.check import load_and_check
 from fdscale.planning.data_check import DIGITS
 from fdscale.planning.placement import Choice, Placement
+from fdscale.training.attempts import Attempt, claim, note_current
 from fdscale.training.engine import Connection, connect, gather_lists
+from fdscale.training.preflight import preflight
 from fdscale.training.run_directory import RunDirectory
+from fdscale.training.writer import this_process
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,7 @@ class Run:
     deepspeed_json: dict[str, Any]
     connection: Connection
     directory: RunDirectory
+    attempt: Attempt
     stop: StopSignals
     index: Index
     held_out: Index | None
@@ -81,6 +86,7 @@ class Run:
         if done is None or done < self.last_step:
             return False
         logger.info("already complete at step %d: %s", done, self.directory.student)
+        self.attempt.end(0, "already complete")
         self.stop.restore()
         return True
 
@@ -99,6 +105,8 @@ def open_run(settings: DistillSettings | FinetuneSettings, samples: int | None =
     stop.install()
     connection = connect(rank)
     weights = _weights(settings, connection)  # every rank has looked before the first one writes
+    preflight(connection, directory.folder, demand_of(settings, checked, deepspeed_json, rank.local_world_size))
+    attempt = _claim(directory, settings.guards.attempts, connection)
     if rank.is_main:
         directory.begin(settings)
         for note in checked.notes:
@@ -107,9 +115,24 @@ def open_run(settings: DistillSettings | FinetuneSettings, samples: int | None =
     index = _open_shards(settings.data.shards, "train", directory, connection)
     held_out = settings.eval.shards and _open_shards(settings.eval.shards, "test", directory, connection)
     placements = _agreed_placements(checked.placements, connection)
-    run = Run(settings, deepspeed_json, connection, directory, stop, index, held_out or None, weights, placements)
+    held_out = held_out or None
+    run = Run(settings, deepspeed_json, connection, directory, attempt, stop, index, held_out, weights, placements)
     directory.check_data(run.fingerprints())
     return run if samples is None else replace(run, index=_first(index, samples, settings.seed))
+
+
+def _claim(directory: RunDirectory, most_without_progress: int, connection: Connection) -> Attempt:
+    """This start's number, claimed by the main rank for all; from here on nobody else writes to the run directory."""
+    size = connection.rank.world_size
+    claimed: list[Attempt] = []
+    connection.on_main(lambda: claimed.append(claim(directory.attempts, size, most_without_progress, os.environ)))
+    folder = connection.broadcast([attempt.folder for attempt in claimed])[0]
+    attempt = claimed[0] if claimed else Attempt(folder)
+    ranks = gather_lists([this_process()], connection)
+    if connection.rank.is_main:
+        attempt.record_ranks(ranks)
+    note_current(attempt)
+    return attempt
 
 
 def _agreed_placements(mine: Mapping[str, Choice], connection: Connection) -> dict[str, Placement]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fdscale.build.result import BACKBONE, Save, save_backbone, save_result
 from fdscale.build.run import Run
+from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
 from fdscale.config.errors import UserError
 from fdscale.config.settings import DistillSettings, FinetuneSettings, OptimSettings
 from fdscale.data.augment import FILTERS, Augmentation
@@ -53,12 +54,29 @@ def train(
 
     `watch_of` makes what the loop puts around a step.
     """
+    with run.attempt:
+        done = _train(run, module, student, batch_terms, sample_terms, save, watch_of)
+        received = run.stop.received
+        run.attempt.end(0 if done else REQUEUE_EXIT_CODE, "complete" if done else f"stopped by {received or 'a peer'}")
+    return done
+
+
+def _train(
+    run: Run,
+    module: nn.Module,
+    student: Student,
+    batch_terms: BatchTerms,
+    sample_terms: SampleTerms,
+    save: Save,
+    watch_of: WatchOf | None,
+) -> bool:
     settings = run.settings
     loader = _train_loader(run, student)
     schedule = schedule_of(settings.optim, settings.data.global_batch, run.order.steps_per_epoch, run.total_steps)
     torch.manual_seed(settings.seed + run.connection.rank.rank)  # a network's own dropout; nothing of ours draws
     engine = _engine(run, module, student, schedule)
-    checkpoints = Checkpoints(run.directory.checkpoints, run.connection, settings.checkpoint.keep)
+    kept = settings.checkpoint
+    checkpoints = Checkpoints(run.attempt, run.connection, kept.keep, kept.keep_every, kept.verify_every)
     state = checkpoints.load(engine)
     progress = Progress.resumed(state)
     _record(run, student, progress, fresh=state is None)

@@ -21,6 +21,7 @@ from fdscale.build.result import student_names
 from fdscale.config.errors import UserError
 from fdscale.students.files import new_folder, refuse_taken
 from fdscale.training.average import AVERAGE
+from fdscale.training.lineage import lineage_of
 from fdscale.training.manifest import damage, read_manifest
 from fdscale.training.partitions import WEIGHT, Partitions, open_partitions
 from fdscale.training.run_directory import RunDirectory
@@ -128,7 +129,7 @@ def _chunks(parts: Iterator[Tensor]) -> Iterator[Tensor]:
 
 def _description(run: Path) -> Path:
     directory = RunDirectory(run)
-    if not directory.recipe.is_file() or not directory.checkpoints.is_dir():
+    if not directory.recipe.is_file() or not directory.attempts.is_dir():
         raise UserError(f"{run}: not a run directory: --format weights takes the run whose checkpoints are to be read")
     description = directory.student.with_suffix(".json")
     if not description.is_file():
@@ -141,10 +142,11 @@ def _description(run: Path) -> Path:
 
 def _verified(run: Path, step: int | None) -> Path:
     """The newest whole checkpoint, or that of one step, read in full."""
-    folders = sorted(RunDirectory(run).checkpoints.glob("step_*" if step is None else f"step_{step:08d}"), reverse=True)
-    for folder in folders:
+    commits = lineage_of(RunDirectory(run).attempts).believed
+    tried = [commit.folder for commit in commits if step in (None, commit.step)]
+    for folder in tried:
         manifest = read_manifest(folder)
-        problems = ["it was never committed (no manifest)"]
+        problems = ["it has gone meanwhile"]
         if manifest is not None:
             problems = damage(folder, manifest, sorted(manifest["files"]))
         if not problems:
@@ -152,9 +154,9 @@ def _verified(run: Path, step: int | None) -> Path:
         logger.warning("%s is not whole: %s", folder, "; ".join(problems[:3]))
     if step is None:
         raise UserError(f"{run}: it has no whole checkpoint to export")
-    whole = [path.name for path in sorted(RunDirectory(run).checkpoints.glob("step_*")) if path not in folders]
-    why = "is not whole (see above)" if folders else "does not exist"
-    raise UserError(f"--step {step}: this checkpoint {why}; others are {', '.join(whole) or 'not there'}")
+    others = [str(commit.step) for commit in reversed(commits) if commit.step != step]
+    why = "is not whole (see above)" if tried else "does not exist"
+    raise UserError(f"--step {step}: this checkpoint {why}; others are of the steps {', '.join(others) or '(none)'}")
 
 
 def _check_room(entries: Sequence[Entry], output: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,14 @@ import numpy as np
 import torch
 
 from fdscale.config.errors import UserError
+from fdscale.training.attempts import Attempt
 from fdscale.training.elastic import load_universal
 from fdscale.training.engine import Connection, gather_lists
+from fdscale.training.lineage import Commit, Lineage, attempt_folders, lineage_of, step_folders, step_of
 from fdscale.training.manifest import (
     damage,
     describe,
+    drop_from_memory,
     files_of,
     is_write_failure,
     read_manifest,
@@ -33,105 +37,175 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
-    """The checkpoint folder of a run, `step_00000200` and so on, used by every rank together."""
+    """The checkpoints of a run, written and read by every rank together: `attempts/0003/step_00000200` and so on.
 
-    def __init__(self, folder: Path, connection: Connection, keep: int) -> None:
-        self.folder, self.connection, self.keep = folder, connection, keep
+    The newest `keep` stay, and those whose step `keep_every` divides; every `verify_every`-th is read back from the
+    disk before it is committed (0: none, of both).
+    """
+
+    def __init__(
+        self, attempt: Attempt, connection: Connection, keep: int, keep_every: int = 0, verify_every: int = 0
+    ) -> None:
+        self.attempt, self.connection = attempt, connection
+        self.keep, self.keep_every, self.verify_every = keep, keep_every, verify_every
         self.rank, self.world_size = connection.rank.rank, connection.rank.world_size
+        self._saved = 0
 
     def save(self, engine: DeepSpeedEngine, step: int, state: dict[str, Any]) -> None:
         """Write and commit step `step`; `state` is what the loop needs to go on (equal on all ranks).
 
-        Raises UserError when this rank cannot write; the previous checkpoint stays as it was.
+        Raises UserError when this rank cannot write, or a newer attempt has begun; what was committed stays as it was.
         """
-        target = self.folder / f"step_{step:08d}"
-        self.connection.on_main(lambda: shutil.rmtree(target, ignore_errors=True))  # what an interrupted attempt left
+        target = self.attempt.step_folder(step)
+        self.connection.on_main(lambda: self._clear(target))
         try:
             names = {ORDER: optimizer_names(engine)}
-            engine.save_checkpoint(str(self.folder), tag=target.name, client_state=state | names, save_latest=False)
+            engine.save_checkpoint(str(target.parent), tag=target.name, client_state=state | names, save_latest=False)
             torch.save(random_state(), target / f"rank_{self.rank}.pt")
             self.connection.barrier()  # every rank's files are there
             files = self._describe_all(target)
-            manifest = {"step": step, "world_size": self.world_size, "files": files}
-            self.connection.on_main(lambda: write_manifest(target, manifest))
+            manifest = {"step": step, "world_size": self.world_size, "attempt": self.attempt.number, "files": files}
+            self._verify(target, manifest)
+            self.connection.on_main(lambda: self._commit(target, manifest))
         except (OSError, RuntimeError) as error:
             if not is_write_failure(error):
                 raise
             raise UserError(self._write_failure(target, error)) from error
-        self.connection.on_main(lambda: self._prune(step))
+        self._saved += 1
+        self.connection.on_main(lambda: self._prune(step))  # and no rank goes on, or ends, before it is committed
+
+    def _clear(self, target: Path) -> None:
+        """Make room for a checkpoint of this attempt: a save that was rolled back, or interrupted, may lie there."""
+        self.attempt.refuse_if_superseded()
+        shutil.rmtree(target, ignore_errors=True)
+
+    def _commit(self, target: Path, manifest: dict[str, Any]) -> None:
+        self.attempt.refuse_if_superseded()
+        try:
+            write_manifest(target, manifest)
+        except OSError as error:  # the other ranks wait for this one's word
+            raise UserError(self._write_failure(target, error)) from error
+
+    def _verify(self, target: Path, manifest: dict[str, Any]) -> None:
+        """Read back from the disk what was written, first and every so often; raises UserError on all ranks."""
+        if not self.verify_every or self._saved % self.verify_every:
+            return
+        mine = self._written_by_me(manifest["files"])
+        for file in mine:
+            drop_from_memory(target / file)
+        problems = gather_lists(damage(target, manifest, mine), self.connection)
+        if problems:
+            raise UserError(
+                f"{target} reads back from the disk as something else than was written, and is not committed: "
+                f"{'; '.join(problems[:3])}; this disk, or its node, is not to be trusted"
+            )
 
     def load(self, engine: DeepSpeedEngine) -> dict[str, Any] | None:
-        """Resume from the newest complete checkpoint; returns the loop's state, or None when none was ever committed.
+        """Go on from the newest whole commit; returns the loop's state, or None when none was ever made.
 
-        Hashes are checked before anything is loaded; what is skipped is said, with the reason, and set aside. Raises
-        UserError when checkpoints were committed but none is whole: starting anew would overwrite what they tell.
+        Hashes are checked before anything is loaded; what is skipped is said, with the reason. Raises UserError when
+        checkpoints were committed but none is whole: starting anew would overwrite what they tell.
         """
-        chosen, damaged = self._newest_complete()
+        lineage = self.connection.broadcast(lineage_of(self.attempt.folder.parent))
+        self._tell_disowned(lineage)
+        chosen = self._newest_whole(lineage.believed)
         if chosen is None:
-            if damaged:
+            if lineage.believed:
                 raise UserError(
-                    f"{self.folder}: {len(damaged)} checkpoints were committed and none is whole (see above): is this "
-                    "folder shared by all nodes? To start anew, move them away"
+                    f"{self.attempt.folder.parent}: {len(lineage.believed)} checkpoints were committed and none is "
+                    "whole (see above): is this folder shared by all nodes? To start anew, move them away"
                 )
+            self.connection.on_main(lambda: self.attempt.record_start(None))
             return None
-        self.connection.on_main(lambda: [path.rename(path.with_name(f"damaged_{path.name}")) for path in damaged])
-        saved_by = self.connection.broadcast(read_manifest(chosen) or {})["world_size"]
-        if saved_by == self.world_size or not engine.zero_optimization():  # ZeRO-0 divides nothing
-            _, state = engine.load_checkpoint(str(self.folder), tag=chosen.name, load_lr_scheduler_states=False)
-        else:
-            state = load_universal(engine, converted(chosen, self.connection))
-        _divide_persistent(engine)
-        _forget_second_copies(engine)
-        self._restore_generators(chosen, saved_by, engine.global_steps)
+        self.connection.on_main(lambda: self._begin_from(chosen))
+        folder = self.attempt.step_folder(chosen.step)
+        state, saved_by = self._load(engine, folder)
+        self._restore_generators(chosen, folder, saved_by, engine.global_steps)
         return state
 
-    def _restore_generators(self, chosen: Path, saved_by: int, step: int) -> None:
+    def _begin_from(self, chosen: Commit) -> None:
+        self.attempt.refuse_if_superseded()
+        self.attempt.record_start(chosen)
+        self.attempt.adopt(chosen)
+        for folder in step_folders(self.attempt.folder):  # of this very attempt, when it goes back past a damaged one
+            if step_of(folder) > chosen.step and read_manifest(folder) is not None:
+                folder.rename(folder.with_name(f"damaged_{folder.name}"))
+
+    def _load(self, engine: DeepSpeedEngine, folder: Path) -> tuple[dict[str, Any], int]:
+        """Fill the engine from a whole checkpoint; returns the loop's state and how many ranks saved it."""
+        saved_by = self.connection.broadcast(read_manifest(folder) or {})["world_size"]
+        if saved_by == self.world_size or not engine.zero_optimization():  # ZeRO-0 divides nothing
+            _, state = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+        else:
+            state = load_universal(engine, converted(folder, self.connection))
+        _divide_persistent(engine)
+        _forget_second_copies(engine)
+        return state, saved_by
+
+    def _restore_generators(self, chosen: Commit, folder: Path, saved_by: int, step: int) -> None:
         """This rank's generators as they were; among another number of ranks they begin anew, from seed and step."""
         if saved_by == self.world_size:
-            restore_random_state(torch.load(chosen / f"rank_{self.rank}.pt", weights_only=True))
-            self._tell(f"resumed from {chosen}")
+            restore_random_state(torch.load(folder / f"rank_{self.rank}.pt", weights_only=True))
+            self._tell(f"resumed from {chosen}: {folder}")
             return
         torch.manual_seed(torch.initial_seed() + step)
         self._tell(
-            f"resumed from {chosen}, saved by {saved_by} ranks, on {self.world_size}: samples, views, drop path and "
-            "optimizer go on as they were; a network's own dropout, if it has any, draws other values"
+            f"resumed from {chosen}, saved by {saved_by} ranks, on {self.world_size}: samples, views, drop path "
+            "and optimizer go on as they were; a network's own dropout, if it has any, draws other values"
         )
 
-    def _newest_complete(self) -> tuple[Path | None, list[Path]]:
-        """The newest whole checkpoint, and newer folders that were committed and are damaged."""
-        damaged: list[Path] = []
-        for folder in self.connection.broadcast(sorted(self.folder.glob("step_*"), reverse=True)):
-            manifest = self.connection.broadcast(read_manifest(folder))
-            problems = ["it was never committed (no manifest)"] if manifest is None else self._damage(folder, manifest)
+    def _newest_whole(self, commits: Sequence[Commit]) -> Commit | None:
+        for commit in commits:
+            manifest = self.connection.broadcast(read_manifest(commit.folder))
+            gone = ["it has gone meanwhile"]
+            problems = gone if manifest is None else self._damage(commit.folder, manifest)
             if not problems:
-                return folder, damaged
-            self._tell(f"skipped {folder}: {'; '.join(problems[:3])}")
-            damaged += [folder] if manifest is not None else []
-        return None, damaged
+                return commit
+            self._tell(f"skipped {commit.folder}: {'; '.join(problems[:3])}")
+        return None
+
+    def _tell_disowned(self, lineage: Lineage) -> None:
+        """Say what will not be read: interrupted saves, and what a superseded attempt committed too late."""
+        for commit in lineage.disowned:
+            self._tell(f"not read, since a newer attempt had gone on from an earlier step by then: {commit.folder}")
+        newest = lineage.believed[0].step if lineage.believed else -1
+        for attempt in attempt_folders(self.attempt.folder.parent):
+            for folder in step_folders(attempt):
+                if step_of(folder) > newest and read_manifest(folder) is None:
+                    self._tell(f"skipped {folder}: it was never committed (no manifest)")
 
     def _damage(self, folder: Path, manifest: dict[str, Any]) -> list[str]:
         mine = sorted(manifest["files"])[self.rank :: self.world_size]
         return gather_lists(damage(folder, manifest, mine), self.connection)
 
     def _describe_all(self, folder: Path) -> dict[str, Any]:
-        mine = [file for file in files_of(folder) if writer_of(file, self.world_size) == self.rank]
+        mine = self._written_by_me(files_of(folder))
         return dict(gather_lists(list(describe(folder, mine).items()), self.connection))
 
+    def _written_by_me(self, files: Iterable[str]) -> list[str]:
+        return [file for file in files if writer_of(file, self.world_size) == self.rank]
+
     def _prune(self, saved: int) -> None:
-        """Keep the newest `keep` committed ones up to the one just saved; what is no commit goes, and conversions."""
-        folders = [path for path in sorted(self.folder.glob("step_*")) if int(path.name.removeprefix("step_")) <= saved]
-        committed = [path for path in folders if read_manifest(path)]
-        conversions = {*self.folder.glob("universal_*"), *self.folder.glob(".universal_*")}
-        for path in sorted({*folders, *conversions} - set(committed[-self.keep :])):
-            try:
-                shutil.rmtree(path)
-            except OSError as error:  # an old checkpoint that stays is no reason to stop
-                logger.warning("could not remove %s: %s", path, error)
+        """Remove commits that need not be kept, and saves up to this one that were never committed; conversions, too.
+
+        Commits that no attempt goes on from stay: they are evidence, and `fdscale checkpoint prune` removes them.
+        """
+        self.attempt.refuse_if_superseded()
+        lineage = lineage_of(self.attempt.folder.parent)
+        kept = {commit.folder for commit in (*kept_of(lineage.believed, self.keep, self.keep_every), *lineage.disowned)}
+        for attempt in attempt_folders(self.attempt.folder.parent):
+            saves = {path for path in step_folders(attempt) if step_of(path) <= saved}
+            conversions = {*attempt.glob("universal_*"), *attempt.glob(".universal_*")}
+            for path in sorted((saves | conversions) - kept):
+                try:
+                    shutil.rmtree(path)
+                except OSError as error:  # an old checkpoint that stays is no reason to stop
+                    logger.warning("could not remove %s: %s", path, error)
 
     def _write_failure(self, target: Path, error: Exception) -> str:
-        kept = [path.name for path in sorted(self.folder.glob("step_*")) if read_manifest(path)]
-        intact = f"{kept[-1]} is intact" if kept else "no earlier checkpoint exists"
-        free = shutil.disk_usage(self.folder).free / 2**20 if self.folder.exists() else 0
+        believed = lineage_of(self.attempt.folder.parent).believed
+        intact = f"{believed[0].folder} is intact" if believed else "no earlier checkpoint exists"
+        free = shutil.disk_usage(self.attempt.folder).free / 2**20 if self.attempt.folder.exists() else 0
         return (
             f"rank {self.rank} could not write {target}: {error} ({free:,.0f} MiB are free there); {intact}: "
             "make room or make the folder writable, then start the same command again"
@@ -140,6 +214,11 @@ class Checkpoints:
     def _tell(self, text: str) -> None:
         if self.rank == 0:
             logger.info(text)
+
+
+def kept_of(commits: Sequence[Commit], keep: int, keep_every: int) -> list[Commit]:
+    """Those of the commits (newest first) that stay: the newest `keep`, and each whose step `keep_every` divides."""
+    return [commit for i, commit in enumerate(commits) if i < keep or (keep_every and commit.step % keep_every == 0)]
 
 
 def _divide_persistent(engine: DeepSpeedEngine) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,35 @@ def writer_of(file: str, world_size: int) -> int:
 
 
 def describe(folder: Path, files: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each file, after forcing it to the disk: {file: {"size", "sha256"}}."""
-    return {file: _describe(folder / file) for file in files}
+    """Size and SHA-256 of each file, and all of them forced to the disk: {file: {"size", "sha256"}}.
+
+    Files are hashed while the disk is busy with them: neither waits for the other.
+    """
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        on_disk = [pool.submit(_force, folder / file) for file in files]
+        described = {file: _describe(folder / file) for file in files}
+        for forced in on_disk:
+            forced.result()
+    return described
+
+
+def _force(path: Path) -> None:
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
 
 
 def _describe(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
+    with path.open("rb", buffering=0) as handle:
         while block := handle.read(BLOCK):
             digest.update(block)
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def drop_from_memory(path: Path) -> None:
+    """Let the system forget a file's contents, so that the next one who reads it asks the disk."""
+    with path.open("rb") as handle:
+        os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_manifest(folder: Path, contents: Mapping[str, Any]) -> None:

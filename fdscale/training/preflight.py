@@ -30,7 +30,7 @@ OPEN_FILES = "open files"
 OWN_FILES = 256  # open files of a rank beside its peers' connections and the shards
 SOCKETS_A_PEER = 4  # two process groups, and the meeting
 SLOW_NETWORK = 1e9  # bytes/s between GPUs: a tenth of what one 100 Gbit/s port gives
-SECONDS_AT_A_START = 0.25  # of the rate probe
+SECONDS_AT_A_START = {"cuda": 0.5, "cpu": 0.1}  # of the rate probe
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def preflight(connection: Connection, folder: Path, demand: Demand) -> None:
 
     What is slow or tight is told as a warning, and one line when nothing is.
     """
-    findings = examine(connection, folder, demand, SECONDS_AT_A_START)
+    findings = examine(connection, folder, demand, SECONDS_AT_A_START[connection.device.type])
     faults = [finding.told for finding in findings if finding.weight == "fault"]
     if faults:
         raise UserError("\n".join(faults))

@@ -34,7 +34,7 @@ MAY_CHANGE = {
     "checkpoint.keep": "retention",
     "checkpoint.keep_every": "retention",
     "checkpoint.verify_every": "cadence",
-    "guards": "what ends a run, not what it learns",
+    "guards.*": "what ends a run, not what it learns",
     "log.every": "cadence",
     "log.prometheus_port": "where metrics are served",
     "log.prometheus_host": "where metrics are served",
@@ -70,7 +70,7 @@ class RunDirectory:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.recipe, self.deepspeed = folder / "recipe.toml", folder / "deepspeed.json"
-        self.metrics, self.checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+        self.metrics, self.attempts = folder / "metrics.jsonl", folder / "attempts"
         self.student = folder / "student.safetensors"
         self.complete_marker = folder / "complete.json"
         self.versions, self.data = folder / "versions.json", folder / "data.json"
@@ -82,8 +82,11 @@ class RunDirectory:
 
     def check(self, settings: RunSettings, deepspeed_json: Mapping[str, Any]) -> None:
         """Raise UserError, with the differences, when the folder holds something else than this run."""
+        if any((self.folder / "checkpoints").glob("step_*")) and not self.attempts.exists():
+            older = f"mkdir -p {self.attempts} && mv {self.folder}/checkpoints {self.attempts}/0000"
+            raise UserError(f"run_dir: {self.folder} was written by an older version; to go on in it: {older}")
         if not self.recipe.exists():
-            if self.folder.exists() and any(self.folder.iterdir()):
+            if self.folder.exists() and {path.name for path in self.folder.iterdir()} - {self.attempts.name}:
                 raise UserError(f"run_dir: {self.folder} is not empty and not a run; name a new folder with run_dir=…")
             return
         before, now = self._recorded_recipe(), tomllib.loads(to_toml(settings))
@@ -113,14 +116,14 @@ class RunDirectory:
 
     def _has_trained(self) -> bool:
         """Whether there is something that another setting would contradict."""
-        return any(self.checkpoints.glob("step_*"))
+        return any(self.attempts.glob("*/step_*"))
 
     def _recorded_weights(self) -> dict[str, dict[str, Any]]:
         return json.loads(self.weights.read_text()) if self.weights.exists() else {}
 
     def begin(self, settings: RunSettings) -> None:
         """Make the folder this run's, before anything else is put there."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.attempts.mkdir(parents=True, exist_ok=True)
         if not self.recipe.exists():
             write_text(self.recipe, to_toml(settings))
 

@@ -130,13 +130,13 @@ def test_random_and_own_weights_have_no_hash() -> None:
 
 def test_a_run_keeps_what_it_starts_from(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
-    directory.checkpoints.mkdir(parents=True)
+    directory.attempts.mkdir(parents=True)
     weights = WeightsRecord("clip_vit_b16", "/w/model.safetensors", "0" * 64, "timm/some", COMMIT)
     hold_weights(directory, ALONE, {"teacher": weights, "student": WeightsRecord("vit_b16", "random")})
     stored = json.loads((tmp_path / "run" / "weights.json").read_text())
     assert stored["teacher"] == dataclasses.asdict(weights)
     assert stored["student"]["sha256"] is None
-    (directory.checkpoints / "step_00000001").mkdir()
+    (directory.attempts / "0001" / "step_00000001").mkdir(parents=True)
     moved = dataclasses.replace(weights, path="/elsewhere/model.safetensors")
     hold_weights(directory, ALONE, {"teacher": moved})
     other = dataclasses.replace(weights, sha256="1" * 64)

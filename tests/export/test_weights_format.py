@@ -113,25 +113,25 @@ def test_a_flipped_byte_is_found_and_the_one_before_taken_or_offered(
     distilled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = copied(distilled, tmp_path / "run")
-    victim = next((run / "checkpoints" / "step_00000003").glob("*rank_1*optim_states.pt"))
+    victim = next((run / "attempts" / "0001" / "step_00000003").glob("*rank_1*optim_states.pt"))
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     before = exported(distilled, tmp_path / "before", "--step", "2")
     assert exported(run, tmp_path / "a").read_bytes() == before.read_bytes()
     told = capsys.readouterr().out
-    assert f"{run}/checkpoints/step_00000003 is not whole: {victim.name} has another SHA-256" in told
+    assert f"{run}/attempts/0001/step_00000003 is not whole: {victim.name} has another SHA-256" in told
     options = ["--format", "weights", "--step", "3"]
     assert main(["export", str(run), "--output", str(tmp_path / "b"), *options]) == 2
     error = capsys.readouterr().err
-    assert "--step 3: this checkpoint is not whole (see above); others are step_00000001, step_00000002" in error
+    assert "--step 3: this checkpoint is not whole (see above); others are of the steps 1, 2" in error
     assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--step", "7"], "--step 7: this checkpoint does not exist; others are step_00000001, step_00000002, step_0"),
+        (["--step", "7"], "--step 7: this checkpoint does not exist; others are of the steps 1, 2, 3"),
         (["--dtype", "fp16"], "--dtype fp16: allowed: fp32, bf16"),
         (["--format", "onnx"], "--format onnx: allowed: timm, weights"),
         (["--format", "timm", "--ema"], "--dtype, --ema and --step belong to --format weights"),

@@ -117,7 +117,7 @@ def test_a_real_run_goes_on(
 def interrupted_after_half(undisturbed: Path, folder: Path) -> None:
     """A copy of the run as it would lie there had it been killed after its first checkpoint."""
     shutil.copytree(undisturbed / "run", folder / "run")
-    shutil.rmtree(folder / "run" / "checkpoints" / f"step_{LAST:08d}")
+    shutil.rmtree(folder / "run" / "attempts" / "0001" / f"step_{LAST:08d}")
     for name in ("complete.json", "student.safetensors", "student_ema.safetensors"):
         (folder / "run" / name).unlink()
 

@@ -19,6 +19,7 @@ from torch import nn
 from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import Connection, start_engine
 from fdscale.training.optim import adamw, parameter_groups
+from tests.training.first_attempt import first_attempt
 
 pytestmark = pytest.mark.prove
 
@@ -47,7 +48,7 @@ def saved(connection: Connection, folder: str) -> dict[str, float]:
     engine = start_engine(module, optimizer, config, 1, 1.0)
     engine.backward(engine(torch.randn(1, WIDTH)).square().mean())
     engine.step()
-    Checkpoints(Path(folder), connection, keep=1).save(engine, 1, {"step": 1})
+    Checkpoints(first_attempt(folder), connection, keep=1).save(engine, 1, {"step": 1})
     from fdscale.training.engine import gathered
 
     sums = {}

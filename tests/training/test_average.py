@@ -13,6 +13,7 @@ from fdscale.training.average import keep_average
 from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import Connection, full_state, start_engine
 from fdscale.training.optim import adamw, parameter_groups
+from tests.training.first_attempt import first_attempt
 
 DECAY = 0.9
 LEAN = {
@@ -117,7 +118,7 @@ def test_second_copies_inside_a_node_are_of_the_loaded_weights(tmp_path: Path, t
 
 def resumed_average(connection: Connection, stage: int, folder: str) -> list[dict[str, Tensor]]:
     """The average after four steps undisturbed; saved after two by one engine and resumed by another; and at once."""
-    checkpoints, engine = Checkpoints(Path(folder), connection, keep=2), averaged_engine(stage)
+    checkpoints, engine = Checkpoints(first_attempt(folder), connection, keep=2), averaged_engine(stage)
     steps(connection, engine, 0, 2)
     at_two = full_state(engine, engine.module, wanted=True, average=True)
     checkpoints.save(engine, 2, {"step": 2})

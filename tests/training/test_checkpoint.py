@@ -18,6 +18,7 @@ from fdscale.training.checkpoint import Checkpoints, random_state, restore_rando
 from fdscale.training.engine import Connection, start_engine
 from fdscale.training.manifest import MANIFEST, damage, describe, files_of, read_manifest, write_manifest, writer_of
 from fdscale.training.optim import adamw, parameter_groups
+from tests.training.first_attempt import first_attempt
 
 
 def small_engine(stage: int, seed: int = 0) -> Any:
@@ -41,7 +42,7 @@ def steps(engine: Any, first: int, last: int) -> list[float]:
 
 def resumed_curve(connection: Connection, folder: str, stage: int) -> dict[str, list[float]]:
     """Six steps undisturbed; and three, a checkpoint, a new engine with other weights, three more."""
-    checkpoints = Checkpoints(Path(folder), connection, keep=2)
+    checkpoints = Checkpoints(first_attempt(folder), connection, keep=2)
     torch.manual_seed(connection.rank.rank)
     engine = small_engine(stage)
     torch.manual_seed(connection.rank.rank)
@@ -65,7 +66,7 @@ def test_resuming_continues_bit_for_bit_with_every_ranks_generator(stage: int, t
 
 
 def save_steps(connection: Connection, folder: str, saved: list[int]) -> None:
-    checkpoints, engine = Checkpoints(Path(folder), connection, keep=2), small_engine(3)
+    checkpoints, engine = Checkpoints(first_attempt(folder), connection, keep=2), small_engine(3)
     for step in saved:
         checkpoints.save(engine, step, {"step": step})
     engine.destroy()
@@ -73,21 +74,21 @@ def save_steps(connection: Connection, folder: str, saved: list[int]) -> None:
 
 def loaded_step(connection: Connection, folder: str) -> Any:
     engine = small_engine(3)
-    state = Checkpoints(Path(folder), connection, keep=2).load(engine)
+    state = Checkpoints(first_attempt(folder), connection, keep=2).load(engine)
     engine.destroy()
     return state and state["step"]
 
 
 def test_the_newest_complete_checkpoint_is_taken_and_older_ones_are_pruned(tmp_path: Path, two_ranks: Any) -> None:
     two_ranks(save_steps, str(tmp_path), [1, 2, 3])
-    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000002", "step_00000003"]
+    assert sorted(path.name for path in (tmp_path / "0001").glob("step_*")) == ["step_00000002", "step_00000003"]
     assert two_ranks(loaded_step, str(tmp_path)) == [3, 3]
 
 
 @pytest.mark.parametrize("harm", ["no manifest", "flipped byte", "missing file", "short file"])
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(harm: str, tmp_path: Path, two_ranks: Any) -> None:
     two_ranks(save_steps, str(tmp_path), [1, 2])
-    newest = tmp_path / "step_00000002"
+    newest = tmp_path / "0001" / "step_00000002"
     victim = next(newest.glob("*rank_1*optim_states.pt"))
     if harm == "no manifest":
         (newest / MANIFEST).unlink()
@@ -108,13 +109,13 @@ def test_nothing_is_loaded_from_an_empty_folder(tmp_path: Path, two_ranks: Any) 
 
 def keep_one_past_a_damaged_one(connection: Connection, folder: str) -> Any:
     """Steps 2 and 8 saved, 8 damaged; resumed from 2, step 4 is saved with room for one."""
-    checkpoints, engine = Checkpoints(Path(folder), connection, keep=2), small_engine(3)
+    checkpoints, engine = Checkpoints(first_attempt(folder), connection, keep=2), small_engine(3)
     for step in (2, 8):
         checkpoints.save(engine, step, {"step": step})
     if connection.rank.is_main:
-        next(Path(folder, "step_00000008").glob("*optim_states.pt")).unlink()
+        next(Path(folder, "0001", "step_00000008").glob("*optim_states.pt")).unlink()
     torch.distributed.barrier()
-    one = Checkpoints(Path(folder), connection, keep=1)
+    one = Checkpoints(first_attempt(folder), connection, keep=1)
     state = one.load(engine)
     one.save(engine, 4, {"step": 4})
     engine.destroy()
@@ -123,27 +124,28 @@ def keep_one_past_a_damaged_one(connection: Connection, folder: str) -> Any:
 
 def test_a_damaged_newer_checkpoint_is_set_aside_and_never_outlives_a_good_one(tmp_path: Path, two_ranks: Any) -> None:
     assert two_ranks(keep_one_past_a_damaged_one, str(tmp_path)) == [2, 2]
-    assert sorted(path.name for path in tmp_path.glob("*step_*")) == ["damaged_step_00000008", "step_00000004"]
+    left = sorted(path.name for path in (tmp_path / "0001").glob("*step_*"))
+    assert left == ["damaged_step_00000008", "step_00000004"]
     assert two_ranks(loaded_step, str(tmp_path)) == [4, 4]
 
 
 def test_damaged_checkpoints_alone_are_no_fresh_start(tmp_path: Path, two_ranks: Any) -> None:
     two_ranks(save_steps, str(tmp_path), [1])
-    next((tmp_path / "step_00000001").glob("*optim_states.pt")).unlink()
+    next((tmp_path / "0001" / "step_00000001").glob("*optim_states.pt")).unlink()
     for message in two_ranks(refused, str(tmp_path)):
         assert "1 checkpoints were committed and none is whole" in message
-    assert (tmp_path / "step_00000001").exists()
+    assert (tmp_path / "0001" / "step_00000001").exists()
 
 
 def test_what_was_never_committed_is_removed_with_the_next_save(tmp_path: Path, two_ranks: Any) -> None:
-    (tmp_path / "step_00000001").mkdir()
+    (tmp_path / "0001" / "step_00000001").mkdir(parents=True)
     two_ranks(save_steps, str(tmp_path), [2])
-    assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000002"]
+    assert [path.name for path in (tmp_path / "0001").glob("step_*")] == ["step_00000002"]
 
 
 def save_with_no_room(connection: Connection, folder: str) -> str:
     """The second save meets a limit of 1,000 bytes a file, which the system enforces as it would a full disk."""
-    engine, checkpoints = small_engine(3), Checkpoints(Path(folder), connection, keep=2)
+    engine, checkpoints = small_engine(3), Checkpoints(first_attempt(folder), connection, keep=2)
     checkpoints.save(engine, 1, {"step": 1})
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
@@ -159,7 +161,7 @@ def save_with_no_room(connection: Connection, folder: str) -> str:
 
 def test_a_failed_write_leaves_the_previous_checkpoint_and_says_so(tmp_path: Path, two_ranks: Any) -> None:
     for rank, message in enumerate(two_ranks(save_with_no_room, str(tmp_path))):
-        assert message.startswith(f"rank {rank} could not write {tmp_path / 'step_00000002'}")
+        assert message.startswith(f"rank {rank} could not write {tmp_path / '0001' / 'step_00000002'}")
         assert "step_00000001 is intact" in message
         assert "free" in message
     assert two_ranks(loaded_step, str(tmp_path)) == [1, 1]

@@ -26,6 +26,7 @@ from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import Connection, full_state, set_learning_rate, start_engine
 from fdscale.training.loop import train_step
 from fdscale.training.optim import Schedule, adamw, layer_scales, parameter_groups
+from tests.training.first_attempt import first_attempt
 
 SWIN = SwinV2Geometry(16, (1, 1), (2, 4), window_size=4, image_size=32)
 VIT = ViTGeometry(30, 2, 3, patch_size=8, image_size=32)
@@ -107,7 +108,7 @@ def begun(connection: Connection, folder: str, stage: int, steps: int = 3) -> di
     """Some steps and a checkpoint, then on to the end, undisturbed."""
     run = Distillation(connection, stage, seed=1)
     run.steps(0, steps)
-    Checkpoints(Path(folder), connection, keep=2).save(run.engine, steps, {"step": steps})
+    Checkpoints(first_attempt(folder), connection, keep=2).save(run.engine, steps, {"step": steps})
     found = {"saved": run.states(), "losses": run.steps(steps, LAST), "end": run.states()}
     run.engine.destroy()
     return found
@@ -116,7 +117,7 @@ def begun(connection: Connection, folder: str, stage: int, steps: int = 3) -> di
 def continued(connection: Connection, folder: str, stage: int) -> dict[str, Any]:
     """From the checkpoint to the end, by an engine that began with other weights."""
     run = Distillation(connection, stage, seed=2)
-    state = Checkpoints(Path(folder), connection, keep=2).load(run.engine)
+    state = Checkpoints(first_attempt(folder), connection, keep=2).load(run.engine)
     assert state is not None
     found = {"step": state["step"], "loaded": run.states(), "generator": torch.initial_seed()}
     found |= {"losses": run.steps(state["step"], LAST), "end": run.states(), "counted": run.engine.global_steps}
@@ -150,9 +151,7 @@ def test_the_log_says_what_holds_and_generators_begin_anew(tmp_path: Path, one_r
     two_ranks(begun, str(tmp_path), 3)
     resumed = one_rank(continued_in_log, str(tmp_path))[0]
     assert "converted to DeepSpeed's universal format" in resumed["log"][0]
-    assert resumed["log"][1].startswith(
-        f"resumed from {tmp_path}/step_00000003, saved by 2 ranks, on 1: samples, views"
-    )
+    assert resumed["log"][1].startswith("resumed from step 3 of attempt 1, saved by 2 ranks, on 1: samples, views")
     assert "a network's own dropout" in resumed["log"][1]
     assert resumed["generator"] == 2 + 3  # of the seed and the step
 
@@ -178,7 +177,10 @@ def test_a_conversion_is_used_again_redone_when_damaged_and_gone_with_the_next_s
     tmp_path: Path, one_rank: Any, two_ranks: Any
 ) -> None:
     two_ranks(begun, str(tmp_path), 1)
-    conversion, interrupted = tmp_path / "universal_step_00000003", tmp_path / ".universal_step_00000003"
+    conversion, interrupted = (
+        tmp_path / "0001" / "universal_step_00000003",
+        tmp_path / "0001" / ".universal_step_00000003",
+    )
     for leftover in (conversion, interrupted):  # without a manifest: what a killed start left
         (leftover / "zero").mkdir(parents=True)
         (leftover / "zero" / "half.pt").write_bytes(b"half")
@@ -193,7 +195,7 @@ def test_a_conversion_is_used_again_redone_when_damaged_and_gone_with_the_next_s
     assert one_rank(continued, str(tmp_path), 1)[0]["losses"] == first
     assert written(conversion)["zero/projectors.0.weight/exp_avg.pt"] != made["zero/projectors.0.weight/exp_avg.pt"]
     one_rank(begun, str(tmp_path), 1, 4)
-    assert sorted(path.name for path in tmp_path.glob("*step_*")) == ["step_00000003", "step_00000004"]
+    assert sorted(path.name for path in (tmp_path / "0001").glob("*step_*")) == ["step_00000003", "step_00000004"]
 
 
 def flip_a_byte(path: Path) -> None:
@@ -208,11 +210,11 @@ def test_a_damaged_checkpoint_is_not_converted_but_the_one_before(
 ) -> None:
     two_ranks(begun, str(tmp_path), 3, 2)
     two_ranks(begun, str(tmp_path), 3, 3)
-    victim = next((tmp_path / "step_00000003").glob("*rank_1*optim_states.pt"))
+    victim = next((tmp_path / "0001" / "step_00000003").glob("*rank_1*optim_states.pt"))
     flip_a_byte(victim) if harm == "flipped byte" else victim.unlink()
     assert one_rank(continued, str(tmp_path), 3)[0]["step"] == 2
-    assert (tmp_path / "damaged_step_00000003").exists()
-    assert (tmp_path / "universal_step_00000002").exists()
+    assert (tmp_path / "0001" / "damaged_step_00000003").exists()
+    assert (tmp_path / "0001" / "universal_step_00000002").exists()
 
 
 def refused(connection: Connection, folder: str, free: int | None, width: int) -> str:
@@ -248,7 +250,7 @@ def by_deepspeed(connection: Connection, folder: str, stage: int) -> dict[str, f
 
     from deepspeed.checkpoint import ds_to_universal
 
-    source, theirs = Path(folder, "step_00000003"), Path(folder, "theirs")
+    source, theirs = Path(folder, "0001", "step_00000003"), Path(folder, "theirs")
     ours = universal.converted(source, connection)
     options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
     ds_to_universal.main(
@@ -274,10 +276,10 @@ def test_the_files_are_those_of_deepspeeds_own_converter(
 
 
 def loaded_by_deepspeed(connection: Connection, folder: str, stage: int) -> dict[str, dict[str, Tensor]]:
-    universal.converted(Path(folder, "step_00000003"), connection)
+    universal.converted(Path(folder, "0001", "step_00000003"), connection)
     run = Distillation(connection, stage, seed=2)
     run.engine._config.load_universal_checkpoint = True
-    run.engine.load_checkpoint(folder, tag="universal_step_00000003", load_lr_scheduler_states=False)
+    run.engine.load_checkpoint(f"{folder}/0001", tag="universal_step_00000003", load_lr_scheduler_states=False)
     found = full_state(run.engine, run.distiller, wanted=True)
     run.engine.destroy()
     return {name: value for name, value in found.items() if "backbone" in name or "projectors" in name}
@@ -294,7 +296,7 @@ def test_deepspeed_itself_loads_what_was_converted(stage: int, tmp_path: Path, o
 def test_the_conversion_is_committed_by_a_manifest_of_its_own(tmp_path: Path, one_rank: Any, two_ranks: Any) -> None:
     two_ranks(begun, str(tmp_path), 3)
     one_rank(continued, str(tmp_path), 3)
-    folder = tmp_path / "universal_step_00000003"
+    folder = tmp_path / "0001" / "universal_step_00000003"
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["source"] == "step_00000003"
     assert "zero/projectors.0.weight/ema.pt" in manifest["files"]
@@ -304,11 +306,11 @@ def test_the_conversion_is_committed_by_a_manifest_of_its_own(tmp_path: Path, on
 def resumed_with_persistent_weights(connection: Connection, folder: str) -> list[list[float]]:
     run = Distillation(connection, 3, seed=1, persistent=1000)
     run.steps(0, 2)
-    Checkpoints(Path(folder), connection, keep=2).save(run.engine, 2, {"step": 2})
+    Checkpoints(first_attempt(folder), connection, keep=2).save(run.engine, 2, {"step": 2})
     undisturbed = run.steps(2, 4)
     run.engine.destroy()
     other = Distillation(connection, 3, seed=2, persistent=1000)
-    Checkpoints(Path(folder), connection, keep=2).load(other.engine)
+    Checkpoints(first_attempt(folder), connection, keep=2).load(other.engine)
     resumed = other.steps(2, 4)
     other.engine.destroy()
     return [undisturbed, resumed]

@@ -20,6 +20,7 @@ from fdscale.training.engine import Connection, start_engine
 from fdscale.training.loop import Plan, Progress, fit
 from fdscale.training.metrics import METRICS, Sinks
 from fdscale.training.optim import Schedule, adamw, parameter_groups
+from tests.training.first_attempt import first_attempt
 
 GLOBAL_BATCH, WORLD = 8, 2
 PLAN = Plan(
@@ -112,7 +113,7 @@ def fitted(
 ) -> dict[str, Any]:
     """One call of `fit` on this rank; `bad` counts images by (rank, step), `stop` is (rank, step) of a signal."""
     engine, rank = engine_of(micro_batch, stage), connection.rank.rank
-    checkpoints = Checkpoints(Path(folder), connection, keep=2)
+    checkpoints = Checkpoints(first_attempt(folder), connection, keep=2)
     progress = Progress.resumed(checkpoints.load(engine) if resume else None)
     sink, handler = Rows(), signal.getsignal(signal.SIGTERM)
     loader = Batches(rank, micro_batch, {step: count for (of_rank, step), count in bad.items() if of_rank == rank})
@@ -162,7 +163,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, two_ranks: Any) -> tup
 
 
 def saved_steps(folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*"))
+    return sorted(int(path.name.removeprefix("step_")) for path in folder.glob("0001/step_*"))
 
 
 def test_each_cadence_and_always_the_last_step(undisturbed: tuple[list[Outcome], Path]) -> None:

@@ -17,6 +17,7 @@ from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import Connection, full_state, start_engine
 from fdscale.training.optim import adamw, parameter_groups
 from fdscale.training.partitions import open_partitions
+from tests.training.first_attempt import first_attempt
 
 
 class Tied(nn.Module):
@@ -48,7 +49,7 @@ def saved(connection: Connection, folder: str, stage: int, bf16: bool) -> dict[s
         inputs = torch.randn(4, 9, generator=torch.Generator().manual_seed(2 * step + connection.rank.rank))
         engine.backward(engine(inputs.bfloat16() if bf16 else inputs).float().square().mean())
         engine.step()
-    Checkpoints(Path(folder), connection, keep=2).save(engine, 2, {"step": 2})
+    Checkpoints(first_attempt(folder), connection, keep=2).save(engine, 2, {"step": 2})
     found = {
         "fp32": full_state(engine, engine.module, wanted=True),
         "ema": full_state(engine, engine.module, wanted=True, average=True),
@@ -60,7 +61,7 @@ def saved(connection: Connection, folder: str, stage: int, bf16: bool) -> dict[s
 @pytest.mark.parametrize(("stage", "bf16"), [(0, False), (1, False), (2, True), (3, False), (3, True)])
 def test_a_read_weight_is_the_gathered_one(stage: int, bf16: bool, tmp_path: Path, two_ranks: Any) -> None:
     gathered = two_ranks(saved, str(tmp_path), stage, bf16)[0]
-    partitions = open_partitions(tmp_path / "step_00000002")
+    partitions = open_partitions(tmp_path / "0001" / "step_00000002")
     assert list(partitions.names) == list(gathered["fp32"])
     assert partitions.states == ("fp32", "exp_avg", "exp_avg_sq", "ema")
     for name, shape in partitions.names.items():
@@ -80,7 +81,7 @@ def test_nothing_in_a_file_is_run_and_deepspeed_is_not_needed(tmp_path: Path, tw
         "open_partitions(pathlib.Path(sys.argv[1])).read('second.weight'); print('deepspeed' in sys.modules)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "step_00000002")], capture_output=True, text=True
+        [sys.executable, "-c", program, str(tmp_path / "0001" / "step_00000002")], capture_output=True, text=True
     )
     assert done.stdout == "False\n", done.stderr
 

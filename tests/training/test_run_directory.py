@@ -46,7 +46,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def trained(run: RunDirectory) -> RunDirectory:
     """The same run once it has something to lose."""
-    (run.checkpoints / "step_00000001").mkdir()
+    (run.attempts / "0001" / "step_00000001").mkdir(parents=True)
     return run
 
 
@@ -262,7 +262,7 @@ def test_what_ran_is_kept(run: RunDirectory) -> None:
     assert kept == versions()
     assert set(kept) >= {"python", "fdscale", "torch", "deepspeed", "timm"}
     assert kept["torch"][0].isdigit()
-    assert run.checkpoints.is_dir()
+    assert run.attempts.is_dir()
     assert list(run.folder.glob("*.new")) == []
 
 
