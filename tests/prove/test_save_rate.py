@@ -23,6 +23,7 @@ from fdscale.training.engine import Connection, start_engine
 from fdscale.training.manifest import files_of, writer_of
 from fdscale.training.optim import adamw, parameter_groups
 from tests.prove.page import Page
+from tests.training.first_attempt import first_attempt
 
 pytestmark = [pytest.mark.prove, pytest.mark.timeout(900)]
 
@@ -42,7 +43,7 @@ def trained_engine() -> Any:
 
 def pairs(connection: Connection, folder: str, count: int) -> dict[str, Any]:
     """Seconds of `count` saves and of as many plain writes of the same bytes, in turn, after one of each unmeasured."""
-    engine, checkpoints = trained_engine(), Checkpoints(Path(folder) / "saved", connection, keep=1)
+    engine, checkpoints = trained_engine(), Checkpoints(first_attempt(folder), connection, keep=1)
     checkpoints.save(engine, 1, {"step": 1})
     saved = next(Path(folder).rglob("manifest.json")).parent
     size = sum((saved / file).stat().st_size for file in files_of(saved))
