@@ -57,14 +57,29 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app(own, prog_name="fdscale")
     except UserError as error:
+        _keep(error)
         _tell(error)
         return USER_ERROR_EXIT_CODE
     except StartAgain as error:
+        _keep(error)
         print(f"error: [rank {_rank()}] {error}", file=sys.stderr)
         return REQUEUE_EXIT_CODE
     except SystemExit as exit_:  # how typer ends a command
         return int(exit_.code or 0)
+    except Exception as error:
+        _keep(error)
+        raise
     return 0
+
+
+def _keep(error: Exception) -> None:
+    """Beside the attempt that this process was a rank of, if it was one, where `fdscale doctor` finds it."""
+    attempts = sys.modules.get("fdscale.training.attempts")
+    folder = attempts.current_folder() if attempts else None
+    if folder is not None:
+        from fdscale.training.failures import record_failure
+
+        record_failure(folder, int(_rank() or 0), error)
 
 
 def _set_up_logging() -> None:

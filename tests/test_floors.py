@@ -36,6 +36,7 @@ FLOORS = {
     "fdscale.cluster.supervise": 4,
     "fdscale.doctor": 4,
     "fdscale.downstream": 4,
+    "fdscale.evidence": 4,
     "fdscale.export": 4,
     "fdscale.importing": 4,
     "fdscale.fetch": 4,
@@ -48,8 +49,9 @@ FLOORS = {
     "fdscale.cli": 5,
     "fdscale.__main__": 6,
 }
-ONE_ROOM = {  # the launcher's files; the command line's
+ONE_ROOM = {  # the launcher's files; the post-mortem's; the command line's
     "fdscale.cluster.supervise": "fdscale.cluster.launch",
+    "fdscale.evidence": "fdscale.postmortem",
     "fdscale.commands": "fdscale.cli",
 }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from fdscale.commands.arguments import USER_ERROR_EXIT_CODE, Overrides, Recipe, Smoke, settings_of
 from fdscale.terminal import terminal
@@ -48,7 +49,7 @@ def doctor(
         from fdscale.postmortem import post_mortem
 
         for line in post_mortem(Path(target)):
-            terminal().print(line, soft_wrap=True)
+            terminal().print(escape(line), soft_wrap=True)
         return
     from fdscale.cluster.launch import launch as start
 
