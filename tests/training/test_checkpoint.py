@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from fdscale.config.errors import UserError
+from fdscale.training.attempts import Attempt
 from fdscale.training.checkpoint import Checkpoints, random_state, restore_random_state
 from fdscale.training.engine import Connection, start_engine
+from fdscale.training.lineage import step_of
 from fdscale.training.manifest import MANIFEST, damage, describe, files_of, read_manifest, write_manifest, writer_of
 from fdscale.training.optim import adamw, parameter_groups
 from tests.training.first_attempt import first_attempt
@@ -214,3 +216,90 @@ def test_every_generator_of_a_rank_is_restored() -> None:
     first = (random.random(), np.random.rand(), float(torch.rand(())))
     restore_random_state(state)
     assert (random.random(), np.random.rand(), float(torch.rand(()))) == first
+
+
+def two_attempts(connection: Connection, folder: str) -> dict[str, Any]:
+    """The second attempt goes on from step 2 of the first, which, cut off, saves step 3 all the same, and then 4."""
+    first, engine = first_attempt(folder), small_engine(3)
+    old = Checkpoints(first, connection, keep=2)
+    old.load(engine)
+    for step in (1, 2):
+        old.save(engine, step, {"step": step})
+    put_aside = Path(folder, "late")
+    old.save(engine, 3, {"step": 3})
+    if connection.rank.is_main:
+        first.step_folder(3).rename(put_aside)  # as if it were not there yet
+        Path(folder, "0002").mkdir()
+    connection.barrier()
+    new = Checkpoints(Attempt(Path(folder, "0002")), connection, keep=2)
+    resumed = new.load(engine)
+    if connection.rank.is_main:
+        put_aside.rename(first.step_folder(3))
+    connection.barrier()
+    told = refusal_of(lambda: old.save(engine, 4, {"step": 4}))
+    engine.destroy()
+    return {"resumed": resumed and resumed["step"], "told": told, "third": loaded_by_attempt(connection, folder, 3)}
+
+
+def refusal_of(action: Any) -> str:
+    try:
+        action()
+    except UserError as error:
+        return str(error)
+    return "done"
+
+
+def loaded_by_attempt(connection: Connection, folder: str, number: int) -> Any:
+    if connection.rank.is_main:
+        Path(folder, f"{number:04d}").mkdir()
+    connection.barrier()
+    engine = small_engine(3)
+    state = Checkpoints(Attempt(Path(folder, f"{number:04d}")), connection, keep=2).load(engine)
+    engine.destroy()
+    return state and state["step"]
+
+
+def test_what_a_superseded_attempt_commits_is_never_read_and_it_ends_at_its_next_save(
+    tmp_path: Path, two_ranks: Any
+) -> None:
+    for found in two_ranks(two_attempts, str(tmp_path)):
+        assert found["resumed"] == 2
+        assert "attempt 2 has begun meanwhile" in found["told"]
+        assert found["third"] == 2
+    assert (tmp_path / "0001" / "step_00000003" / MANIFEST).exists(), "evidence is not removed"
+    assert not (tmp_path / "0001" / "step_00000004").exists()
+    assert (tmp_path / "0003" / "step_00000002").is_dir(), "the commit it goes on from lies with the newest attempt"
+
+
+def save_some_for_ever(connection: Connection, folder: str) -> None:
+    checkpoints, engine = Checkpoints(first_attempt(folder), connection, keep=2, keep_every=3), small_engine(3)
+    for step in range(1, 9):
+        checkpoints.save(engine, step, {"step": step})
+    engine.destroy()
+
+
+def test_the_newest_and_every_so_many_steps_stay(tmp_path: Path, two_ranks: Any) -> None:
+    two_ranks(save_some_for_ever, str(tmp_path))
+    assert sorted(step_of(path) for path in (tmp_path / "0001").glob("step_*")) == [3, 6, 7, 8]
+
+
+def read_back(connection: Connection, folder: str, harm: bool) -> str:
+    """Rank 1's file differs on the disk from what was hashed when it was written, or not."""
+    checkpoints = Checkpoints(first_attempt(folder), connection, keep=2, verify_every=1)
+    target = first_attempt(folder).step_folder(1)
+    target.mkdir(exist_ok=True)
+    mine = target / f"rank_{connection.rank.rank}.pt"
+    mine.write_bytes(bytes(5000))
+    connection.barrier()
+    manifest = {"files": describe(target, files_of(target))}
+    if harm and connection.rank.rank == 1:
+        mine.write_bytes(bytes(4999) + b"\1")
+    connection.barrier()
+    return refusal_of(lambda: checkpoints._verify(target, manifest))
+
+
+def test_what_reads_back_as_something_else_is_not_committed(tmp_path: Path, two_ranks: Any) -> None:
+    assert two_ranks(read_back, str(tmp_path), False) == ["done", "done"]
+    for told in two_ranks(read_back, str(tmp_path), True):
+        assert "reads back from the disk as something else than was written" in told
+        assert "rank_1.pt has another SHA-256" in told
