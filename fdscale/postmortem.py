@@ -248,7 +248,8 @@ def _memory(run: Path, cause: Cause) -> Iterator[str]:
 
 def _crash_loop(run: Path, last: Evidence) -> str:
     """Whether the guard will refuse the next attempt of this submission."""
-    recipe = tomllib.loads((run / "recipe.toml").read_text())
+    file = RunDirectory(run).recipe
+    recipe = tomllib.loads(file.read_text()) if file.exists() else {}  # it died before it wrote one
     most = recipe.get("guards", {}).get("attempts", GuardSettings().attempts)
     submission = last.record.get("submission")
     made = attempts_without_progress(attempt_folders(run / "attempts"), submission)

@@ -141,6 +141,8 @@ def test_without_the_launchers_word_the_rank_that_left_none_was_lost(run: Path) 
 
 def test_nothing_at_all_is_told_as_that(run: Path) -> None:
     give_up(begin(run))
+    (run / "recipe.toml").unlink()
+    assert main(["doctor", str(run)]) == 0
     assert "ended without a word: its node, its launcher or all its ranks were lost at once" in told(run)
 
 

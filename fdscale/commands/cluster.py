@@ -45,7 +45,7 @@ def doctor(
     hostfile: Annotated[str | None, typer.Option(help="Lines of `HOST slots=N`; starts over pdsh.")] = None,
 ) -> None:
     """Before a run: find what would fail or slow it, on every rank. After it: say what ended it."""
-    if (Path(target) / "recipe.toml").is_file():
+    if any((Path(target) / mark).exists() for mark in ("recipe.toml", "attempts")):
         from fdscale.postmortem import post_mortem
 
         for line in post_mortem(Path(target)):

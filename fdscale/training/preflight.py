@@ -23,7 +23,7 @@ from fdscale.training.probes import collective_rates, matmul_rate, nearest_folde
 from fdscale.training.run_directory import versions
 
 SLOW = 0.7  # of the median matmul rate
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 SHARED_MEMORY = Path("/dev/shm")  # where loader workers leave their batches
 TEMPORARY_BYTES = 64 << 20
 OPEN_FILES = "open files"
@@ -154,15 +154,16 @@ def of_disk(ranks: Sequence[Facts], folder: Path, needed: int | None) -> Finding
     """Free bytes, the least that any rank sees, against what the run will come to hold and does not hold yet."""
     free = min(one.free for one in ranks)
     if needed is None:
-        return Finding("disk", "ok", f"{_gib(free)} free; what the run needs is known once its student is built")
+        return Finding("disk", "ok", f"{_size(free)} free; what the run needs is known once its student is built")
     missing = needed - ranks[0].held - free
     if missing > 0:
         told = (
-            f"{folder}: {_gib(free)} are free, the run comes to hold {_gib(needed)} there ({_gib(ranks[0].held)} are "
-            f"written): make room for {_gib(missing)}, lower checkpoint.keep, or name another run_dir=…"
+            f"{folder}: {_size(free)} are free, the run comes to hold {_size(needed)} there, of which "
+            f"{_size(ranks[0].held)} are written: make room for {_size(missing)}, lower checkpoint.keep, or name "
+            "another run_dir=…"
         )
         return Finding("disk", "fault", told)
-    return Finding("disk", "ok", f"{_gib(free)} free, {_gib(needed)} needed in all")
+    return Finding("disk", "ok", f"{_size(free)} free, {_size(needed)} needed in all")
 
 
 def of_rates(rates: Sequence[float], ranks: Sequence[Facts]) -> Finding:
@@ -197,7 +198,7 @@ def of_limits(ranks: Sequence[Facts], demand: Demand) -> list[Finding]:
 
 def _limit(check: str, found: Sequence[int], needed: int, ranks: Sequence[Facts], remedy: str) -> Finding:
     least = min(found)
-    shown = str if check == OPEN_FILES else _gib
+    shown = str if check == OPEN_FILES else _size
     if least < needed:
         host = ranks[found.index(least)].host
         return Finding(check, "warning", f"{shown(least)} on {host}, {shown(needed)} wanted: {remedy}")
@@ -229,8 +230,8 @@ def _first(sentences: Sequence[str]) -> str:
     return sentences[0] + (f" (and {len(sentences) - 1} more)" if len(sentences) > 1 else "")
 
 
-def _gib(size: int) -> str:
-    return f"{size / GIB:,.1f} GiB"
+def _size(size: int) -> str:
+    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / MIB:,.0f} MiB"
 
 
 def _flops(rate: float) -> str:
