@@ -13,6 +13,7 @@ import pytest
 from fdscale.config.recipe import load_recipe
 from fdscale.doctor import examine_ranks
 from fdscale.planning.smoke import smoke_patch
+from fdscale.terminal import terminal
 from fdscale.training.engine import Connection
 
 
@@ -39,6 +40,26 @@ def examined(connection: Connection, run: str) -> bool:
 def test_sound_ranks_are_found_sound_by_all(tmp_path: Path, two_ranks: Any) -> None:
     assert two_ranks(examined, str(tmp_path / "run")) == [True, True]
     assert list(tmp_path.iterdir()) == []
+
+
+def examined_without_weights(connection: Connection, folder: str) -> tuple[bool, str]:
+    """What this rank says of a recipe whose teacher nobody has fetched, and what it prints."""
+    before, os.environ["FDSCALE_WEIGHTS"] = os.environ.get("FDSCALE_WEIGHTS"), folder
+    settings = ["data.shards=digits", "data.global_batch=64", "deepspeed=laptop", f"run_dir={folder}/run"]
+    try:
+        with terminal().capture() as printed:
+            sound = examine_ranks(load_recipe("vit_b_clip_b", settings))
+        return sound, printed.get()
+    finally:
+        del os.environ["FDSCALE_WEIGHTS"]
+        os.environ.update({} if before is None else {"FDSCALE_WEIGHTS": before})
+
+
+def test_weights_that_are_missing_are_told_by_one_rank(tmp_path: Path, two_ranks: Any) -> None:
+    (first, table), (second, nothing) = two_ranks(examined_without_weights, str(tmp_path))
+    assert (first, second, nothing) == (False, True, "")
+    assert table.strip().splitlines()[-1].startswith(f"fix first: weights: teacher.weights: {tmp_path} has no weights")
+    assert "fdscale fetch" in table
 
 
 def test_what_is_wrong_with_the_settings_is_told_before_a_rank_starts(capsys: pytest.CaptureFixture[str]) -> None:
