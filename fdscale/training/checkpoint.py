@@ -15,11 +15,11 @@ import torch
 from fdscale.config.errors import UserError
 from fdscale.training.attempts import Attempt
 from fdscale.training.elastic import load_universal
-from fdscale.training.engine import Connection, gather_lists
+from fdscale.training.engine import Connection, files_written_by, gather_lists
+from fdscale.training.hashed_file import save_hashed
 from fdscale.training.lineage import Commit, Lineage, attempt_folders, lineage_of, step_folders, step_of
 from fdscale.training.manifest import (
     damage,
-    describe,
     drop_from_memory,
     files_of,
     is_write_failure,
@@ -59,11 +59,7 @@ class Checkpoints:
         target = self.attempt.step_folder(step)
         self.connection.on_main(lambda: self._clear(target))
         try:
-            names = {ORDER: optimizer_names(engine)}
-            engine.save_checkpoint(str(target.parent), tag=target.name, client_state=state | names, save_latest=False)
-            torch.save(random_state(), target / f"rank_{self.rank}.pt")
-            self.connection.barrier()  # every rank's files are there
-            files = self._describe_all(target)
+            files = self._write(engine, target, state | {ORDER: optimizer_names(engine)})
             manifest = {"step": step, "world_size": self.world_size, "attempt": self.attempt.number, "files": files}
             self._verify(target, manifest)
             self.connection.on_main(lambda: self._commit(target, manifest))
@@ -73,6 +69,20 @@ class Checkpoints:
             raise UserError(self._write_failure(target, error)) from error
         self._saved += 1
         self.connection.on_main(lambda: self._prune(step))  # and no rank goes on, or ends, before it is committed
+
+    def _write(self, engine: DeepSpeedEngine, target: Path, state: dict[str, Any]) -> dict[str, Any]:
+        """Write this rank's files; returns size and SHA-256 of every rank's, all of them on the disk."""
+        written: dict[str, Any] = {}
+
+        def write(value: Any, path: str | Path) -> None:
+            written[Path(path).name] = save_hashed(value, Path(path))
+
+        with files_written_by(engine, write):
+            engine.save_checkpoint(str(target.parent), tag=target.name, client_state=state, save_latest=False)
+        write(random_state(), target / f"rank_{self.rank}.pt")
+        files = dict(gather_lists(list(written.items()), self.connection))  # and every rank's files are there
+        assert sorted(files) == files_of(target), "a file was written that nobody has hashed"
+        return files
 
     def _clear(self, target: Path) -> None:
         """Make room for a checkpoint of this attempt: a save that was rolled back, or interrupted, may lie there."""
@@ -177,10 +187,6 @@ class Checkpoints:
     def _damage(self, folder: Path, manifest: dict[str, Any]) -> list[str]:
         mine = sorted(manifest["files"])[self.rank :: self.world_size]
         return gather_lists(damage(folder, manifest, mine), self.connection)
-
-    def _describe_all(self, folder: Path) -> dict[str, Any]:
-        mine = self._written_by_me(files_of(folder))
-        return dict(gather_lists(list(describe(folder, mine).items()), self.connection))
 
     def _written_by_me(self, files: Iterable[str]) -> list[str]:
         return [file for file in files if writer_of(file, self.world_size) == self.rank]

@@ -123,6 +123,17 @@ def start_engine(
 
 
 @contextmanager
+def files_written_by(engine: DeepSpeedEngine, write: Callable[[Any, str], None]) -> Iterator[None]:
+    """Hand every file of a checkpoint that DeepSpeed saves inside to `write(value, path)`."""
+    writer = engine.checkpoint_engine
+    writer.save = lambda state_dict, path: write(state_dict, path)
+    try:
+        yield
+    finally:
+        del writer.save
+
+
+@contextmanager
 def balanced_module_stack() -> Iterator[None]:
     """Leave DeepSpeed's stack of modules in their forward as it was: nothing grows over a run.
 
