@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from fdscale.postmortem import post_mortem
 from fdscale.training.metrics import read_rows
 from tests.prove.page import Page
 from tests.test_runs import curve, ranks_of
@@ -137,6 +138,14 @@ class Life:
             pass
 
 
+def named_by_doctor(life: Life, rank: int) -> bool | None:
+    """Whether `fdscale doctor RUN` says that this rank ended the attempt; None when none had been claimed yet."""
+    if not any(folder.stat().st_ctime >= life.began for folder in life.run.glob("attempts/*/attempt.json")):
+        return None
+    last = [line for line in post_mortem(life.run) if line.startswith("attempt ")][-1]
+    return f": rank {rank} on " in last
+
+
 def kill_once(launch: Launch, run: Path, moment: str, draw: random.Random, usual: Undisturbed) -> Row:
     """One life, ended by SIGKILL of a random rank at a random instant of such a moment; what was seen."""
     life = Life(launch(run), run, time.time(), uncommitted(run))
@@ -155,7 +164,7 @@ def kill_once(launch: Launch, run: Path, moment: str, draw: random.Random, usual
     code = life.process.wait(END_SECONDS)
     lost = [folder for folder in uncommitted(run) if folder not in life.before]
     row = {"moment": moment, "rank": rank, "seconds": round(seconds, 2), "steps": steps, "code": code}
-    return {**row, "save_under_way": bool(saving), "save_lost": bool(lost)}
+    return {**row, "save_under_way": bool(saving), "save_lost": bool(lost), "named": named_by_doctor(life, rank)}
 
 
 def killed_run(launch: Launch, run: Path, undisturbed: Undisturbed, number: int) -> Row:
@@ -191,11 +200,12 @@ def write_page(page: Page) -> None:
     rows = {key: row for key, row in page.rows.items() if key.startswith("killed run")}
     kills = [kill for row in rows.values() for kill in row["kills"]]
     saving, lost = (sum(kill[name] for kill in kills) for name in ("save_under_way", "save_lost"))
+    claimed, named = (sum(kill["named"] in wanted for kill in kills) for wanted in ((True, False), (True,)))
     how = (
         f"SIGKILL of a random rank of two at {len(kills)} seeded random moments of {len(rows)} runs of {STEPS} steps, "
         f"with a checkpoint every second step; a save was under way at {saving} of them, and {lost} were left "
         "uncommitted. Compared with a run that nothing disturbed: loss and gradient norm of every step, and every byte "
-        "of the student file."
+        f"of the student file. `fdscale doctor` named the killed rank in {named} of the {claimed} attempts."
     )
     lines = [
         {
