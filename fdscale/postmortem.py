@@ -175,13 +175,21 @@ def _of_failure(failure: Failure, attempt: Evidence) -> Cause:
 
 
 def _killed(attempt: Evidence, following: Evidence | None) -> Cause | None:
-    """A rank that a signal ended, told by the launcher; TERM is the launcher's own to the others."""
-    signals = {name: signum for name, code in attempt.codes.items() if (signum := _signal(code))}
-    for signum in (signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL, signal.SIGTERM):
-        killed = sorted(name for name, found in signals.items() if found == signum)
-        if killed:
-            return _of_signal(signum, ", ".join(map(attempt.where, map(int, filter(str.isdigit, killed)))) or killed[0])
-    return None
+    """A rank that a signal ended, or that left nothing but a code; TERM is the launcher's own to the others."""
+    signals = {name: _signal(code) for name, code in attempt.codes.items()}
+    for signum in (signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL):
+        if signum in signals.values():
+            return _of_signal(signum, _those(attempt, [name for name in signals if signals[name] == signum]))
+    failed = [name for name, code in attempt.codes.items() if code not in (0, REQUEUE_EXIT_CODE) and not signals[name]]
+    if failed and not attempt.failures:
+        told = f"{_those(attempt, failed)} ended with code {attempt.codes[failed[0]]} and left no word"
+        return Cause(told, remedy=f"see its log, then {AGAIN}")
+    ended = [name for name in signals if signals[name] == signal.SIGTERM]
+    return Cause(f"{_those(attempt, ended)} was ended by SIGTERM before it could commit") if ended else None
+
+
+def _those(attempt: Evidence, names: Sequence[str]) -> str:
+    return ", ".join(attempt.where(int(name)) if name.isdigit() else name for name in sorted(names))
 
 
 def _signal(code: int) -> int:
@@ -200,8 +208,6 @@ def _of_signal(signum: int, where: str) -> Cause:
         return Cause(
             f"{where} died of {name}: /dev/shm is full", (), f"enlarge /dev/shm or lower data.workers, then {AGAIN}"
         )
-    if signum == signal.SIGTERM:
-        return Cause(f"{where} was ended by {name} before it could commit")
     return Cause(f"{where} died of {name} in a library", remedy=f"{AGAIN}; if it dies so again, try another host")
 
 

@@ -121,6 +121,7 @@ def test_a_rank_that_was_killed_is_the_cause_of_what_its_peers_raise(run: Path) 
         ({"srun": 137}, "srun was killed by SIGKILL"),
         ({"0": -15, "1": -7}, "rank 1 on n2 died of SIGBUS: /dev/shm is full"),
         ({"0": -15, "1": -11}, "rank 1 on n2 died of SIGSEGV in a library"),
+        ({"0": 143, "1": 1}, "rank 1 on n2 ended with code 1 and left no word"),
         ({"0": 143, "1": 143}, "rank 0 on n1, rank 1 on n2 was ended by SIGTERM before it could commit"),
     ],
 )
