@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -30,7 +32,8 @@ NO_MEMORY = re.compile(r"out of memory|OutOfMemoryError|MemoryError|can't alloca
 NO_DISK = re.compile(r"No space left|Read-only file system|Disk quota exceeded|could not write|cannot be written")
 NOT_FINITE = re.compile(r"not finite")
 SUPERSEDED = re.compile(r"attempt \d+ has begun")
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
+ROOM = 16 * MIB  # for a checkpoint of unknown size
 
 AGAIN = "start the same command again"
 TRY_LESS = (
@@ -101,7 +104,7 @@ def cause_of(attempt: Evidence, following: Evidence | None) -> Cause:
         where = attempt.record["writer"]
         told = f"is running (process {where['pid']} on {where['host']})"
         return Cause(told, remedy="nothing: to stop it, send SIGTERM to its launcher, or `scancel --signal=TERM JOB`")
-    found = (_complete, _hang, _superseded, _stopped, _refused_or_failed, _killed)
+    found = (_complete, _hang, _superseded, _stopped, _refused_or_failed, _disk, _killed)
     return next((cause for look in found if (cause := look(attempt, following))), _without_a_word(attempt))
 
 
@@ -174,10 +177,25 @@ def _of_failure(failure: Failure, attempt: Evidence) -> Cause:
     return Cause(f"{where} raised an error", shown, f"mend what the traceback names, then {AGAIN}")
 
 
+def _disk(attempt: Evidence, following: Evidence | None) -> Cause | None:
+    """A disk that is full or read-only now, where nothing was written to the end: it keeps no last words either."""
+    if following is not None or attempt.failures or attempt.ended:
+        return None
+    if os.statvfs(attempt.folder).f_flag & os.ST_RDONLY:
+        return Cause("left no word, and its disk is read-only", remedy=f"make it writable, then {AGAIN}")
+    commits, free = lineage_of(attempt.folder.parent).believed, shutil.disk_usage(attempt.folder).free
+    needed = sum(file.stat().st_size for file in commits[0].folder.rglob("*") if file.is_file()) if commits else ROOM
+    if free >= needed or not attempt.unfinished:
+        return None
+    shown = (f"{free / MIB:,.0f} MiB are free there, a checkpoint takes {needed / MIB:,.0f} MiB",)
+    told = f"left no word, and its disk is full: the save of step {attempt.unfinished[-1]} never finished"
+    return Cause(told, shown, f"make room, then {AGAIN}")
+
+
 def _killed(attempt: Evidence, following: Evidence | None) -> Cause | None:
     """A rank that a signal ended, or that left nothing but a code; TERM is the launcher's own to the others."""
     signals = {name: _signal(code) for name, code in attempt.codes.items()}
-    for signum in (signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL):
+    for signum in (signal.SIGBUS, signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT):
         if signum in signals.values():
             return _of_signal(signum, _those(attempt, [name for name in signals if signals[name] == signum]))
     failed = [name for name, code in attempt.codes.items() if code not in (0, REQUEUE_EXIT_CODE) and not signals[name]]

@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,7 @@ def test_a_rank_that_was_killed_is_the_cause_of_what_its_peers_raise(run: Path) 
         ({"srun": 137}, "srun was killed by SIGKILL"),
         ({"0": -15, "1": -7}, "rank 1 on n2 died of SIGBUS: /dev/shm is full"),
         ({"0": -15, "1": -11}, "rank 1 on n2 died of SIGSEGV in a library"),
+        ({"0": -6, "1": -9}, "rank 1 on n2 was killed by SIGKILL"),  # gloo's threads abort when a peer is gone
         ({"0": 143, "1": 1}, "rank 1 on n2 ended with code 1 and left no word"),
         ({"0": 143, "1": 143}, "rank 0 on n1, rank 1 on n2 was ended by SIGTERM before it could commit"),
     ],
@@ -239,6 +242,38 @@ def test_a_killed_rank_with_a_lost_save_is_told_so(run: Path) -> None:
     attempt.step_folder(6).mkdir()
     give_up(attempt)
     assert "holds no checkpoint, a save of step 6 never finished" in told(run)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system takes root")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_the_cause_though_nothing_could_be_written_there(small_disk: Path) -> None:
+    run = small_disk / "run"
+    attempt = begin(run)
+    attempt.step_folder(6).mkdir()
+    give_up(attempt)
+    with suppress(OSError), (run / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    fail(attempt, 0, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert "left no word, and its disk is full: the save of step 6 never finished\n  0 MiB are free there" in told(run)
+    assert next_step(run).startswith("make room")
+
+
+def test_a_disk_that_turned_read_only_is_the_cause(small_disk: Path) -> None:
+    attempt = begin(small_disk / "run")
+    give_up(attempt)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert "left no word, and its disk is read-only" in told(small_disk / "run")
 
 
 LIVING = """
