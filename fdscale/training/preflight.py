@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -122,8 +123,12 @@ def _open_files() -> int:
 
 
 def _held(folder: Path) -> int:
-    """Bytes that a run has on the disk already."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes that a run has on the disk already; what is removed meanwhile counts for nothing."""
+    held = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            held += path.lstat().st_size
+    return held
 
 
 def of_versions(ranks: Sequence[Facts]) -> Finding:

@@ -200,7 +200,7 @@ def write_page(page: Page) -> None:
     rows = {key: row for key, row in page.rows.items() if key.startswith("killed run")}
     kills = [kill for row in rows.values() for kill in row["kills"]]
     saving, lost = (sum(kill[name] for kill in kills) for name in ("save_under_way", "save_lost"))
-    claimed, named = (sum(kill["named"] in wanted for kill in kills) for wanted in ((True, False), (True,)))
+    claimed, named = (sum(kill.get("named") in wanted for kill in kills) for wanted in ((True, False), (True,)))
     how = (
         f"SIGKILL of a random rank of two at {len(kills)} seeded random moments of {len(rows)} runs of {STEPS} steps, "
         f"with a checkpoint every second step; a save was under way at {saving} of them, and {lost} were left "

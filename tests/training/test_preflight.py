@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,17 @@ from typing import Any
 
 from fdscale.config.errors import UserError
 from fdscale.training.engine import Connection
-from fdscale.training.preflight import Demand, Finding, collectives, examine, facts, of_rates, preflight, verdict
+from fdscale.training.preflight import (
+    Demand,
+    Finding,
+    collectives,
+    examine,
+    facts,
+    of_disk,
+    of_rates,
+    preflight,
+    verdict,
+)
 from fdscale.training.probes import MESSAGE, unshared
 
 MODEST = Demand(disk=1 << 20, shared_memory=1 << 20, open_shards=16)
@@ -98,6 +109,23 @@ def test_too_small_a_disk_is_told_with_what_is_missing(tmp_path: Path, two_ranks
     assert str(tmp_path) in told
     assert "the run comes to hold 931,322,574.6 GiB" in told
     assert "make room for" in told
+
+
+def held_by(connection: Connection, folder: str) -> int:
+    return facts(connection, Path(folder)).held
+
+
+def test_what_a_run_has_written_is_not_asked_for_again(tmp_path: Path, two_ranks: Any) -> None:
+    (tmp_path / "attempts" / "0001").mkdir(parents=True)
+    (tmp_path / "attempts" / "0001" / "weights.pt").write_bytes(bytes(1 << 20))
+    held, nothing = two_ranks(held_by, str(tmp_path))
+    assert 1 << 20 <= held < 1 << 21
+    assert nothing == 0  # the main rank's figure counts
+    free = shutil.disk_usage(tmp_path).free
+    ranks = [replace(two_ranks(facts_here, str(tmp_path))[0], free=free, held=held)]
+    assert of_disk(ranks, tmp_path, free + held).weight == "ok"
+    assert of_disk(ranks, tmp_path, free + held + 1).weight == "fault"
+    assert of_disk(ranks, tmp_path, None).weight == "ok"
 
 
 @contextmanager
