@@ -70,7 +70,7 @@ def distill(
         return engine(pixels, targets_of(pixels))
 
     watch_of = partial(step_watch, run, teachers, None if student or given else partial(outline, settings))
-    return train(run, distiller, trained, distill_batch, held_out_batch, watch_of=watch_of)
+    return train(run, distiller, trained, distill_batch, held_out_batch, watch_of=watch_of, teachers=teachers)
 
 
 def outline(settings: DistillSettings) -> Outline:

@@ -93,6 +93,7 @@ def test_a_run_leaves_what_ran_and_its_student(undisturbed: Path) -> None:
         "weights.json",
         "memory.json",
         "metrics.jsonl",
+        "canary.json",
         "attempts",
     }
     assert kept | {"student.safetensors", "student.json", "complete.json"} == left

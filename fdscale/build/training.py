@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +21,19 @@ from fdscale.data.order import accumulation_steps
 from fdscale.data.randaugment import RandAugment
 from fdscale.students.files import describe_student
 from fdscale.students.student import Student
+from fdscale.teachers.teacher import Teacher
 from fdscale.terminal import terminal
 from fdscale.training.average import keep_average
+from fdscale.training.canary import Canary, chip_of
 from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import parameter_dtype, start_engine
 from fdscale.training.evaluate import SampleTerms, evaluate
-from fdscale.training.loop import BatchTerms, Plan, Progress, fit
+from fdscale.training.guards import Guards
+from fdscale.training.loop import BatchTerms, Plan, fit
 from fdscale.training.metrics import Sinks
 from fdscale.training.optim import Schedule, adamw, layer_scales, parameter_groups
 from fdscale.training.partition import divide, is_divided
+from fdscale.training.progress import Progress
 from fdscale.training.sinks import open_sinks
 
 if TYPE_CHECKING:
@@ -49,13 +53,14 @@ def train(
     sample_terms: SampleTerms,
     save: Save = save_backbone,
     watch_of: WatchOf | None = None,
+    teachers: Mapping[str, Teacher] | None = None,
 ) -> bool:
     """Train `module` (whose `student` this is) to the run's last step and save it; False when stopped.
 
-    `watch_of` makes what the loop puts around a step.
+    `watch_of` makes what the loop puts around a step; `teachers`, by the setting that names each, are looked after.
     """
     with run.attempt:
-        done = _train(run, module, student, batch_terms, sample_terms, save, watch_of)
+        done = _train(run, module, student, batch_terms, sample_terms, save, watch_of, teachers or {})
         received = run.stop.received
         run.attempt.end(0 if done else REQUEUE_EXIT_CODE, "complete" if done else f"stopped by {received or 'a peer'}")
     return done
@@ -69,6 +74,7 @@ def _train(
     sample_terms: SampleTerms,
     save: Save,
     watch_of: WatchOf | None,
+    teachers: Mapping[str, Teacher],
 ) -> bool:
     settings = run.settings
     loader = _train_loader(run, student)
@@ -80,30 +86,45 @@ def _train(
     state = checkpoints.load(engine)
     progress = Progress.resumed(state)
     _record(run, student, progress, fresh=state is None)
-    held_out = _held_out(run, engine, student.image_size, sample_terms)
     sinks = _sinks(run, progress.step if state else None)
     try:
-        done = fit(
-            engine,
-            batch_terms,
-            loader,
-            schedule,
-            _plan(run),
-            run.connection,
-            checkpoints,
-            sinks,
-            progress,
-            run.stop,
-            held_out,
-            watch_of(engine, sinks, progress.step) if watch_of else nullcontext,
-        )
-        if done:
-            save_result(run, engine, module, student, save, progress.step)
-            sinks.say(f"complete: {run.directory.student}")
+        guards = _guards(run, teachers)
+        held_out = _held_out(run, engine, student.image_size, sample_terms, guards)
+        with guards:
+            done = fit(
+                engine,
+                batch_terms,
+                loader,
+                schedule,
+                _plan(run),
+                run.connection,
+                checkpoints,
+                sinks,
+                progress,
+                run.stop,
+                held_out,
+                guards,
+                watch_of(engine, sinks, progress.step) if watch_of else nullcontext,
+            )
+            if done:
+                guards.mark("writing the result", progress.step)
+                save_result(run, engine, module, student, save, progress.step)
+                sinks.say(f"complete: {run.directory.student}")
     finally:
         sinks.close()
         run.stop.restore()
     return done
+
+
+def _guards(run: Run, teachers: Mapping[str, Teacher]) -> Guards:
+    chosen = run.settings.guards
+    canary = None
+    if chosen.canary and teachers:
+        file = run.directory.folder / "canary.json"
+        canary = Canary(teachers, run.placements, run.connection, chip_of(run.device), file)
+    return Guards(
+        run.connection, run.attempt.folder, chosen.hang_seconds, chosen.skipped_in_a_row, canary, chosen.canary_every
+    )
 
 
 def _sinks(run: Run, resumed_step: int | None) -> Sinks:
@@ -216,7 +237,7 @@ def augmentation(settings: DistillSettings | FinetuneSettings, student: Student)
 
 
 def _held_out(
-    run: Run, engine: DeepSpeedEngine, image_size: int, sample_terms: SampleTerms
+    run: Run, engine: DeepSpeedEngine, image_size: int, sample_terms: SampleTerms, guards: Guards
 ) -> Callable[[], dict[str, float]] | None:
     if run.held_out is None:
         return None
@@ -231,4 +252,5 @@ def _held_out(
         data.workers,
         run.device,
     )
-    return lambda: evaluate(engine, sample_terms, loader, run.settings.eval.knn)
+    marked = guards.watchdog.marking
+    return lambda: evaluate(engine, sample_terms, marked(loader, "evaluating"), run.settings.eval.knn)

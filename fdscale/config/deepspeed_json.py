@@ -132,6 +132,7 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
         *_zero_problems(config),
         *_precision_problems(config),
         *_block_problems(config),
+        *_unchecked(config),
     ]
 
 
@@ -206,6 +207,14 @@ def _block_problems(config: Mapping[str, Any]) -> Iterator[str]:
         for key in block if isinstance(block, dict) else ():
             if key not in known:
                 yield f"unknown key '{name}.{key}'{nearest(key, known)}"
+
+
+def _unchecked(config: Mapping[str, Any]) -> Iterator[str]:
+    """DeepSpeed's own check of gradients: without it an update that is not finite would be applied."""
+    for name, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
+        block = config.get(name, {})
+        if isinstance(block, dict) and block.get(key, True) is not True:
+            yield f"{name}.{key}: got {block[key]!r}, allowed: true: a step that is not finite is left out"
 
 
 def _is_count(value: object) -> bool:

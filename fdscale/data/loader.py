@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -60,7 +60,7 @@ class TrainLoader:
         batches = TrainBatches(index, image_size, augmentation, seed)
         self._feed = _Feed(batches, workers, device, rank, world_size)
 
-    def steps(self, first_step: int, last_step: int) -> Iterator[list[Batch]]:
+    def steps(self, first_step: int, last_step: int) -> Generator[list[Batch], None, None]:
         """For each step of [first_step, last_step): this rank's `accumulation` micro batches, in order."""
         batches = self._feed.batches(self._requests(first_step, last_step))
         for _ in range(first_step, last_step):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,11 @@ from fdscale.data.batches import Batch
 from fdscale.data.loader import check_bad_ratio
 from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import Connection, balanced_module_stack, gather_lists, set_learning_rate
+from fdscale.training.finite import carried_by_gradient, take_step
+from fdscale.training.guards import Guards
 from fdscale.training.metrics import Sinks
 from fdscale.training.optim import Schedule
+from fdscale.training.progress import Progress
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -34,7 +37,7 @@ class Loader(Protocol):
 
     data_wait_seconds: float
 
-    def steps(self, first: int, last: int) -> Iterator[list[Batch]]: ...
+    def steps(self, first: int, last: int) -> Generator[list[Batch], None, None]: ...
 
 
 @dataclass(frozen=True)
@@ -53,23 +56,6 @@ class Plan:
     def due(self, step: int, every: int) -> bool:
         """Whether something done every so many steps (0: at the end only) is done after this step."""
         return step == self.last or (every > 0 and step % every == 0)
-
-
-@dataclass
-class Progress:
-    """What the loop must know to go on: saved with every checkpoint, equal on all ranks.
-
-    `step` is also the position in the data: the order of samples is a pure function of it.
-    """
-
-    step: int = 0
-    bad_samples: int = 0
-    bad_this_epoch: int = 0
-
-    @classmethod
-    def resumed(cls, state: Mapping[str, Any] | None) -> Progress:
-        """From the state of a loaded checkpoint (which also holds DeepSpeed's own entries); None: a fresh start."""
-        return cls(**{name: state[name] for name in vars(cls())}) if state else cls()
 
 
 @dataclass
@@ -104,30 +90,37 @@ def fit(
     progress: Progress,
     stop: StopSignals,
     evaluate: Callable[[], dict[str, float]] | None,
+    guards: Guards,
     watch: Callable[[int], AbstractContextManager[object]] = nullcontext,
 ) -> bool:
     """Train from `progress` to `plan.last`; True when done, False when stopped by a signal.
 
     `batch_terms(engine, micro_batch, step)` says what one batch means: it returns `loss` and what is measured.
     When `stop` was requested on any rank, the step is finished and committed before the loop ends. Each step runs
-    inside `watch(step)`.
+    inside `watch(step)`. Raises what the guards raise: UserError, or StartAgain before anything is saved.
     """
     meter = Meter(progress.step, loader.data_wait_seconds)
-    for micro_batches in loader.steps(progress.step, plan.last):
+    for micro_batches in _steps(loader, progress, plan, guards):
         rate = schedule.for_step(progress.step)
         set_learning_rate(engine, schedule, progress.step)
         with watch(progress.step):
-            terms = train_step(engine, batch_terms, micro_batches, progress.step)
+            terms = train_step(engine, batch_terms, micro_batches, progress.step, guards.phase)
         progress.step += 1
-        stopping = _agree(connection, stop.requested, micro_batches, progress, plan)
+        with guards.phase("agree"):
+            stopping = _agree(connection, stop.requested, micro_batches, progress, plan)
+        if guards.went_back(engine, checkpoints, progress, terms["loss"], micro_batches, sinks):
+            meter = Meter(progress.step, loader.data_wait_seconds)
+            continue
         reporting = progress.step == 1 or stopping or plan.due(progress.step, plan.log_every)
         if reporting:
-            row = _row(engine, terms, progress, plan, rate)
+            row = _row(engine, terms, progress, plan, rate) | guards.phase.row(progress.step, loader.data_wait_seconds)
             sinks.write(progress.step, row | meter.row(plan, progress.step, loader.data_wait_seconds))
         if evaluate and plan.due(progress.step, plan.eval_every):
             sinks.write(progress.step, evaluate())
-        if stopping or plan.due(progress.step, plan.checkpoint_every):
-            _save(engine, checkpoints, progress, sinks)
+        saving = stopping or _to_be_saved(progress, plan)
+        guards.check_teachers(progress.step, saving)
+        if saving:
+            _save(engine, checkpoints, progress, sinks, guards)
         if reporting:  # after what is no training: its time is no step's
             meter = Meter(progress.step, loader.data_wait_seconds)
         if stopping:
@@ -136,17 +129,42 @@ def fit(
     return True
 
 
+def _steps(loader: Loader, progress: Progress, plan: Plan, guards: Guards) -> Iterator[list[Batch]]:
+    """The micro batches of each step from `progress` on, which the loop moves: by one, or back to a checkpoint."""
+    while (begun_at := progress.step) < plan.last:
+        guards.phase.restart(begun_at, loader.data_wait_seconds)
+        with closing(loader.steps(begun_at, plan.last)) as steps:
+            guards.mark("waiting for data", progress.step)
+            for step, micro_batches in enumerate(steps, begun_at):
+                guards.mark("training", step)
+                yield micro_batches
+                if progress.step != step + 1:
+                    break
+                guards.mark("waiting for data", progress.step)
+
+
 def train_step(
-    engine: DeepSpeedEngine, batch_terms: BatchTerms, micro_batches: Iterable[Batch], step: int
+    engine: DeepSpeedEngine,
+    batch_terms: BatchTerms,
+    micro_batches: Iterable[Batch],
+    step: int,
+    phase: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, Tensor]:
-    """One optimizer step over this rank's micro batches; returns their mean terms, still on the device."""
+    """One optimizer step over this rank's micro batches; returns their mean terms, still on the device.
+
+    Where loss or gradient are not finite on any rank nothing is updated: `engine.was_step_applied()` is False then.
+    Each part runs inside `phase(its name)`.
+    """
     engine.train()
     terms = []
     for batch in micro_batches:
         with balanced_module_stack():
-            of_batch = batch_terms(engine, batch, step)
-            engine.backward(of_batch["loss"])
-            engine.step()
+            with phase("forward"):
+                of_batch = batch_terms(engine, batch, step)
+            with phase("backward"):
+                engine.backward(carried_by_gradient(of_batch["loss"]))
+            with phase("update"):
+                take_step(engine)
         terms.append({name: value.detach() for name, value in of_batch.items()})
     return {name: torch.stack([of_batch[name] for of_batch in terms]).mean() for name in terms[0]}
 
@@ -184,10 +202,19 @@ def _row(
         "epoch": progress.step / plan.steps_per_epoch,
         "images": progress.step * plan.global_batch,
         "bad_samples_total": progress.bad_samples,
+        "skipped_steps_total": progress.skipped_steps,
     }
 
 
-def _save(engine: DeepSpeedEngine, checkpoints: Checkpoints, progress: Progress, sinks: Sinks) -> None:
+def _to_be_saved(progress: Progress, plan: Plan) -> bool:
+    """Whether a checkpoint is due; amid steps that were left out it waits: it is where they would go back to."""
+    due = plan.due(progress.step, plan.checkpoint_every)
+    return due and (progress.skipped_in_a_row == 0 or progress.step == plan.last)
+
+
+def _save(engine: DeepSpeedEngine, checkpoints: Checkpoints, progress: Progress, sinks: Sinks, guards: Guards) -> None:
     began = time.perf_counter()
+    guards.mark("saving", progress.step)
     checkpoints.save(engine, progress.step, vars(progress))
+    guards.saved()
     sinks.write(progress.step, {"checkpoint_seconds": time.perf_counter() - began})

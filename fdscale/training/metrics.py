@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TextIO
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,14 @@ _ROWS = (
     Metric("eta_seconds", "gauge", "seconds", "Estimated time to the last step"),
     Metric("checkpoint_seconds", "gauge", "seconds", "Time the last checkpoint took until it was committed"),
     Metric("bad_samples_total", "counter", "samples", "Undecodable images replaced since the run began"),
+    Metric(
+        "skipped_steps_total", "counter", "steps", "Steps whose loss or gradient was not finite, applied on no rank"
+    ),
+    Metric("phase_seconds", "gauge", "seconds", "Time of one step by phase; mean over ranks, since last row", "phase"),
+    Metric("slowest_rank", "gauge", "1", "The rank whose own work takes longest"),
+    Metric(
+        "slowest_lag_seconds", "gauge", "seconds", "How much longer a step's work takes there than on the median rank"
+    ),
     Metric("eval_loss", "gauge", "1", "Loss on the held-out shards"),
     Metric("eval_accuracy", "gauge", "ratio", "Correctly classified share of the held-out images"),
     Metric("eval_knn_accuracy", "gauge", "ratio", "k-NN accuracy of student features on the held-out shards"),
@@ -100,6 +108,12 @@ class Sinks:
         if self._say is not None:
             self._say(text)
 
+    def go_back(self, step: int) -> None:
+        """Forget the rows after `step`, where rows are kept: their steps are done once more."""
+        for sink in self._sinks:
+            if isinstance(sink, JsonLines):
+                sink.cut(step)
+
     def close(self) -> None:
         for sink in self._sinks:
             sink.close()
@@ -114,9 +128,18 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resumed_step: int | None = None) -> None:
-        rows = read_rows(path) if resumed_step is not None and path.exists() else []
-        _replace(path, [row for row in rows if resumed_step is not None and row["step"] <= resumed_step])
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = self._opened(resumed_step)
+
+    def _opened(self, resumed_step: int | None) -> TextIO:
+        rows = read_rows(self._path) if resumed_step is not None and self._path.exists() else []
+        _replace(self._path, [row for row in rows if resumed_step is not None and row["step"] <= resumed_step])
+        return self._path.open("a", encoding="utf-8")
+
+    def cut(self, step: int) -> None:
+        """Leave out the rows after `step`, as if the file were opened anew."""
+        self._file.close()
+        self._file = self._opened(step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": step, "time": time.time()} | {name: _plain(values[name]) for name in values if name != "step"}

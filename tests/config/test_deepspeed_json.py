@@ -152,6 +152,13 @@ def test_typed_blocks_are_checked_before_a_gpu_is_touched(path: Path) -> None:
     ]
 
 
+def test_deepspeeds_check_of_gradients_stays_on(path: Path) -> None:
+    (told,) = problems(path, {**GOOD, "bf16": {"enabled": True, "check_grad_overflow": False}})
+    assert (
+        told == "mine.json: bf16.check_grad_overflow: got False, allowed: true: a step that is not finite is left out"
+    )
+
+
 def test_the_keys_of_typed_blocks_are_deepspeeds_own() -> None:
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 

@@ -16,11 +16,11 @@ def observe(folder: Path, rank: str) -> None:
     """Note every step's samples before it is trained on."""
     train_step = loop.train_step
 
-    def noted(engine: Any, terms: Any, batches: Any, step: int) -> Any:
+    def noted(engine: Any, terms: Any, batches: Any, step: int, phase: Any) -> Any:
         with (folder / f"rank_{rank}.jsonl").open("a") as file:
             for batch in batches:
                 file.write(json.dumps({"step": step, "row": batch.rows.start, "keys": batch.keys.tolist()}) + "\n")
-        return train_step(engine, terms, batches, step)
+        return train_step(engine, terms, batches, step, phase)
 
     loop.train_step = noted
 
