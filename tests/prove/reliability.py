@@ -15,7 +15,7 @@ INTRODUCTION = """# What a run survives
 Each line was done to real runs (the smoke student: a SwinV2 with an extra norm, ZeRO-3, two CPU ranks, gloo) and
 compared with the run that nothing disturbed; written by `make prove`, which goes on where it was stopped, and by
 nobody's hand. The same faults, fewer of them, are part of `make test` and `make test-cluster`. Nothing here was done on
-GPUs, with NCCL, on InfiniBand, or on more than one machine: nodes are network namespaces; SLURM, sshd and pdsh are real.
+GPUs, with NCCL, on InfiniBand, or on several machines: nodes are network namespaces; SLURM, sshd and pdsh are real.
 """
 
 
