@@ -11,9 +11,9 @@ from collections.abc import Callable
 import typer
 
 from fdscale.cluster.gpus import visible_gpus
-from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
+from fdscale.cluster.orphans import note_launchers
+from fdscale.cluster.ranks import REQUEUE_EXIT_CODE, USER_ERROR_EXIT_CODE
 from fdscale.commands import cluster, runs, shards, training, weights
-from fdscale.commands.arguments import USER_ERROR_EXIT_CODE
 from fdscale.config.errors import StartAgain, UserError
 from fdscale.terminal import TerminalHandler
 
@@ -41,6 +41,9 @@ app = _group(
 )
 app.command("import")(weights.import_)
 app.command(context_settings=PASS_ON)(cluster.launch)
+app.command()(cluster.submit)
+app.command()(cluster.doctor)
+app.command(hidden=True)(cluster.examine)
 app.add_typer(_group("Make and inspect the shards that training reads.", shards.pack, shards.index), name="shards")
 app.add_typer(
     _group("List, verify and prune the checkpoints of a run.", runs.ls, runs.verify, runs.prune), name="checkpoint"
@@ -51,18 +54,34 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 85 to be started again."""
     given = sys.argv[1:] if arguments is None else arguments
     own = [text for text in given if not text.startswith("--local_rank=")]  # put there by DeepSpeed's launcher
+    note_launchers(os.environ)
     _set_up_logging()
     try:
         app(own, prog_name="fdscale")
     except UserError as error:
+        _keep(error)
         _tell(error)
         return USER_ERROR_EXIT_CODE
     except StartAgain as error:
+        _keep(error)
         print(f"error: [rank {_rank()}] {error}", file=sys.stderr)
         return REQUEUE_EXIT_CODE
     except SystemExit as exit_:  # how typer ends a command
         return int(exit_.code or 0)
+    except Exception as error:
+        _keep(error)
+        raise
     return 0
+
+
+def _keep(error: Exception) -> None:
+    """Beside the attempt that this process was a rank of, if it was one, where `fdscale doctor` finds it."""
+    attempts = sys.modules.get("fdscale.training.attempts")
+    folder = attempts.current_folder() if attempts else None
+    if folder is not None:
+        from fdscale.training.failures import record_failure
+
+        record_failure(folder, int(_rank() or 0), error)
 
 
 def _set_up_logging() -> None:
