@@ -93,7 +93,7 @@ class Outcome:
     progress: dict[str, int]
     done: bool | None
     error: str | None
-    handlers_kept: bool
+    handlers_kept: bool  # after a stop: signals are ignored
 
     def steps_with(self, name: str) -> list[int]:
         return [step for step, values in self.rows if name in values]
@@ -138,7 +138,8 @@ def fitted(
             done = fit(*everything, asked, held_out, guards)
     except UserError as mistake:
         error = str(mistake)
-    kept = signal.getsignal(signal.SIGTERM) is handler
+    left = signal.signal(signal.SIGTERM, handler)  # the warm rank goes on
+    kept = left is (signal.SIG_IGN if asked.requested else handler)
     engine.destroy()
     seen = {"rows": sink.rows, "said": sink.said, "progress": vars(progress)}
     return {**seen, "done": done, "error": error, "handlers_kept": kept}
