@@ -15,7 +15,7 @@ ifeq ($(wildcard /dev/nvidia[0-9]*),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: setup demo test prove check
+.PHONY: setup demo test test-cluster prove check
 
 setup: $(stamp)
 
@@ -24,6 +24,11 @@ demo: $(stamp)
 
 test: $(stamp)
 	$(in_venv) python -m pytest -n 2 --dist loadfile
+
+# Real SLURM and sshd on this machine, in namespaces: needs root and Debian's packages, which it installs.
+test-cluster: $(stamp)
+	$(in_venv) python -m tests.cluster.lab packages
+	$(in_venv) python -m pytest -m cluster tests/cluster
 
 # What takes hours in all: each measures, compares and writes its page in docs/measurements; done ones are skipped.
 prove: $(stamp)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import typer
 
 from fdscale.cluster.gpus import visible_gpus
-from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
+from fdscale.cluster.orphans import note_launchers
+from fdscale.cluster.ranks import REQUEUE_EXIT_CODE, USER_ERROR_EXIT_CODE
 from fdscale.commands import cluster, runs, shards, training, weights
-from fdscale.commands.arguments import USER_ERROR_EXIT_CODE
 from fdscale.config.errors import StartAgain, UserError
 from fdscale.terminal import TerminalHandler
 
@@ -41,6 +41,7 @@ app = _group(
 )
 app.command("import")(weights.import_)
 app.command(context_settings=PASS_ON)(cluster.launch)
+app.command()(cluster.submit)
 app.command()(cluster.doctor)
 app.command(hidden=True)(cluster.examine)
 app.add_typer(_group("Make and inspect the shards that training reads.", shards.pack, shards.index), name="shards")
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 85 to be started again."""
     given = sys.argv[1:] if arguments is None else arguments
     own = [text for text in given if not text.startswith("--local_rank=")]  # put there by DeepSpeed's launcher
+    note_launchers(os.environ)
     _set_up_logging()
     try:
         app(own, prog_name="fdscale")

@@ -4,16 +4,21 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=8
+#SBATCH --time=1-00:00:00
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
+#SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
 ''':' # bash and sbatch run down to "exec"; to Python (deepspeed, torchrun) this block is the module docstring
 set -euo pipefail
-python=${FDSCALE_PYTHON:-}
-for root in ${FDSCALE_ROOT:+"$FDSCALE_ROOT"} "$(dirname "${BASH_SOURCE[0]}")/.." ${SLURM_SUBMIT_DIR:+"$SLURM_SUBMIT_DIR"}; do
-  if [ -z "$python" ] && [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; fi
+roots=(${FDSCALE_ROOT:+"$FDSCALE_ROOT"} "$(dirname "${BASH_SOURCE[0]}")/.." ${SLURM_SUBMIT_DIR:+"$SLURM_SUBMIT_DIR"})
+for root in "${roots[@]}"; do
+  if [ -z "${FDSCALE_SITE:-}" ] && [ -f "$root/launchers/site.env" ]; then FDSCALE_SITE=$root/launchers/site.env; fi
+  if [ -z "${venv:-}" ] && [ -x "$root/.venv/bin/python" ]; then venv=$root/.venv/bin/python; fi
 done
-exec "${python:-python3}" -m fdscale launch distill swinv2_g "$@"
+# shellcheck source=/dev/null
+if [ -n "${FDSCALE_SITE:-}" ]; then set +u; . "$FDSCALE_SITE"; set -u; fi
+exec "${FDSCALE_PYTHON:-${venv:-python3}}" -m fdscale launch distill swinv2_g "$@"
 : <<'#END'
 '''
 import sys

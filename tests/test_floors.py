@@ -32,8 +32,12 @@ FLOORS = {
     "fdscale.build": 3,
     "fdscale.bench": 4,
     "fdscale.train": 4,
+    "fdscale.cluster.orphans": 0,
     "fdscale.cluster.launch": 4,
     "fdscale.cluster.supervise": 4,
+    "fdscale.cluster.slurm": 4,
+    "fdscale.cluster.lives": 4,
+    "fdscale.cluster.submit": 4,
     "fdscale.doctor": 4,
     "fdscale.downstream": 4,
     "fdscale.evidence": 4,
@@ -49,8 +53,11 @@ FLOORS = {
     "fdscale.cli": 5,
     "fdscale.__main__": 6,
 }
-ONE_ROOM = {  # the launcher's files; the post-mortem's; the command line's
+ONE_ROOM = {  # what stops a rank; the launcher's files; the post-mortem's; the command line's
+    "fdscale.cluster.orphans": "fdscale.cluster.ranks",
     "fdscale.cluster.supervise": "fdscale.cluster.launch",
+    "fdscale.cluster.slurm": "fdscale.cluster.launch",
+    "fdscale.cluster.lives": "fdscale.cluster.launch",
     "fdscale.evidence": "fdscale.postmortem",
     "fdscale.commands": "fdscale.cli",
 }

@@ -13,8 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from fdscale.config.deepspeed_json import load_deepspeed_json
+from fdscale.config.recipe import load_recipe
+
 LAUNCHERS = Path(__file__).parents[1] / "launchers"
 DUAL = sorted(path for path in LAUNCHERS.glob("*.sh") if "#SBATCH" in path.read_text())
+RECIPES = {
+    "fd_swinv2g.sh": "swinv2_g",
+    "fd_swinv2b.sh": "swinv2_b_esvit",
+    "fd_vit_b.sh": "vit_b_clip_b",
+    "fd_vit_l.sh": "vit_l_clip_l",
+}
 AWKWARD = ["x=$(id)", "a b", 'it\'s "so"', "list=[2,2,6,2]", "*", "back\\slash", "", "`id`"]
 PRINT_ARGV = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([os.getcwd(), *sys.argv[1:]]))\n"
 
@@ -31,7 +40,7 @@ def fake_python(tmp_path: Path) -> Path:
 
 def started(launcher: Path, folder: Path, **environment: str) -> list[str]:
     """The folder and the arguments that `bash LAUNCHER` hands to its interpreter."""
-    names = ("FDSCALE_PYTHON", "FDSCALE_ROOT", "SLURM_SUBMIT_DIR")
+    names = ("FDSCALE_PYTHON", "FDSCALE_ROOT", "FDSCALE_SITE", "SLURM_SUBMIT_DIR")
     env = {key: value for key, value in os.environ.items() if key not in names} | environment
     command = ["bash", str(launcher), *AWKWARD]
     answer = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=True)
@@ -89,9 +98,46 @@ def test_smoke_fits_a_machine_with_many_gpus(tmp_path: Path) -> None:
         assert f"33 does not divide: {ranks} ranks" in answer.stderr
 
 
-def test_arguments_and_folder_reach_the_program_as_typed(tmp_path: Path, fake_python: Path) -> None:
-    told = started(LAUNCHERS / "fd_swinv2g.sh", tmp_path, FDSCALE_PYTHON=str(fake_python))
-    assert told == [str(tmp_path), "-m", "fdscale", "launch", "distill", "swinv2_g", *AWKWARD]
+@pytest.mark.parametrize("launcher", DUAL, ids=lambda path: path.name)
+def test_arguments_and_folder_reach_the_program_as_typed(launcher: Path, tmp_path: Path, fake_python: Path) -> None:
+    told = started(launcher, tmp_path, FDSCALE_PYTHON=str(fake_python))
+    assert told == [str(tmp_path), "-m", "fdscale", "launch", "distill", RECIPES[launcher.name], *AWKWARD]
+
+
+@pytest.mark.parametrize("launcher", DUAL, ids=lambda path: path.name)
+def test_a_job_asks_for_what_its_deepspeed_json_is_made_for(launcher: Path) -> None:
+    """As many tasks as GPUs, a global batch that divides, a warning before the end, and a log for all lives."""
+    asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", launcher.read_text(), re.MULTILINE))
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"]
+    assert asked["signal"] == "B:USR1@120"
+    assert (asked["requeue"], asked["open-mode"], asked["output"]) == ("", "append", "%x-%j.out")
+    assert asked["job-name"] == launcher.stem
+    ranks = int(asked["nodes"]) * int(asked["gpus-per-node"])
+    settings = load_recipe(RECIPES[launcher.name], [], None)
+    micro = load_deepspeed_json(settings.deepspeed)["train_micro_batch_size_per_gpu"]
+    assert settings.data.global_batch % (ranks * micro) == 0
+
+
+@pytest.mark.parametrize("launcher", DUAL, ids=lambda path: path.name)
+def test_a_site_is_sourced_before_the_interpreter_is_chosen(launcher: Path, tmp_path: Path, fake_python: Path) -> None:
+    site = tmp_path / "a site.env"
+    site.write_text(f'echo "unset: $NOT_SET" >&2\nexport FDSCALE_PYTHON={fake_python}\n')
+    assert started(launcher, tmp_path, FDSCALE_SITE=str(site))[1:3] == ["-m", "fdscale"]
+    copied = tmp_path / "root" / "launchers" / launcher.name
+    copied.parent.mkdir(parents=True)
+    shutil.copy(launcher, copied)
+    shutil.copy(site, copied.parent / "site.env")
+    assert started(copied, tmp_path)[1:3] == ["-m", "fdscale"]
+    spooled = shutil.copy(launcher, tmp_path / "slurm_script")
+    assert started(Path(spooled), tmp_path, SLURM_SUBMIT_DIR=str(tmp_path / "root"))[1:3] == ["-m", "fdscale"]
+
+
+def test_the_example_of_a_site_changes_nothing_and_names_what_is_read() -> None:
+    example = LAUNCHERS / "site.example.env"
+    told = subprocess.run(["bash", "-euc", f". '{example}'; echo \"${{SBATCH_ACCOUNT-unset}}\""], capture_output=True)
+    assert told.stdout == b"unset\n", told.stderr
+    for variable in ("SBATCH_PARTITION", "FDSCALE_CONTAINER", "FDSCALE_PYTHON", "NCCL_SOCKET_IFNAME"):
+        assert f"export {variable}=" in example.read_text()
 
 
 @pytest.mark.parametrize("variable", ["FDSCALE_ROOT", "SLURM_SUBMIT_DIR"])
@@ -112,14 +158,15 @@ def test_without_an_environment_of_its_own_it_takes_the_path(tmp_path: Path, fak
     assert started(copied, tmp_path, PATH=path)[1:4] == ["-m", "fdscale", "launch"]
 
 
-def test_the_python_half_hands_everything_to_the_cli(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", DUAL, ids=lambda path: path.name)
+def test_the_python_half_hands_everything_to_the_cli(launcher: Path, tmp_path: Path) -> None:
     """As deepspeed and torchrun start it: under Python, with --local_rank in front."""
     package = tmp_path / "fdscale"
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "cli.py").write_text("import json\ndef main(argv):\n    print(json.dumps(argv))\n    return 85\n")
-    command = [sys.executable, str(LAUNCHERS / "fd_swinv2g.sh"), "--local_rank=1", *AWKWARD]
+    command = [sys.executable, str(launcher), "--local_rank=1", *AWKWARD]
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     answer = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert answer.returncode == 85, answer.stderr
-    assert json.loads(answer.stdout) == ["distill", "swinv2_g", "--local_rank=1", *AWKWARD]
+    assert json.loads(answer.stdout) == ["distill", RECIPES[launcher.name], "--local_rank=1", *AWKWARD]

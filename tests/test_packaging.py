@@ -55,9 +55,11 @@ def test_everything_that_is_found_by_name_is_in_the_wheel(wheel: Path) -> None:
         *(path.relative_to(REPOSITORY) for path in (REPOSITORY / "fdscale" / "recipes").glob("*.toml")),
         *("fdscale" / path.relative_to(REPOSITORY) for path in (REPOSITORY / "ds_configs").glob("*")),
         *("fdscale" / path.relative_to(REPOSITORY) for path in (REPOSITORY / "launchers").glob("*.sh")),
+        Path("fdscale/launchers/site.example.env"),
     ]
     assert {path.as_posix() for path in shipped} <= packed
     assert not [name for name in packed if name.startswith(("tests/", "launchers/", "ds_configs/"))]
+    assert "fdscale/launchers/site.env" not in packed, "a site's own"
 
 
 def test_the_installed_wheel_checks_a_recipe_in_an_empty_folder(installed: dict[str, str], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from fdscale.cli import main
+from fdscale.cluster.orphans import process_start
 from fdscale.training.engine import Connection
 
 REPOSITORY = Path(__file__).parent.parent
@@ -203,6 +204,35 @@ def test_sigterm_means_finish_the_step_commit_and_ask_for_a_requeue(
     committed = list((run_dir / "attempts" / "0001").glob("step_*/manifest.json"))
     assert len(committed) == 1
     assert int(committed[0].parent.name.removeprefix("step_")) == curve(run_dir)[-1][0]
+
+
+def test_a_deepspeed_runner_that_is_killed_leaves_a_commit_and_nobody_behind(
+    environment: dict[str, str], digits: Path, tmp_path: Path, port: Callable[[], int]
+) -> None:
+    run_dir = tmp_path / "run"
+    endless = [*command("deepspeed", run_dir, digits, port()), "max_steps=70", "epochs=5", "checkpoint.every=1000"]
+    process = start(endless, environment, tmp_path)
+    wait_for(lambda: steps_done(run_dir) >= 2, process)
+    family = {process.pid, *descendants(process.pid)}
+    assert len(family) >= 4, "the runner, its launcher, two ranks"
+    process.kill()
+    process.communicate(timeout=60)  # its output ends when the last of them has closed it
+    deadline = time.monotonic() + 60
+    while any(process_start(pid) is not None for pid in family):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    committed = list((run_dir / "attempts" / "0001").glob("step_*/manifest.json"))
+    assert [int(path.parent.name.removeprefix("step_")) for path in committed] == [curve(run_dir)[-1][0]]
+
+
+def descendants(pid: int) -> set[int]:
+    """Everything that a process has started, and what that has."""
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    found = {pid}
+    while more := {child for child, parent in pairs if parent in found} - found:
+        found |= more
+    return found - {pid}
 
 
 def run_again(connection: Connection, arguments: list[str]) -> int:

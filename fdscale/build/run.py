@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from fdscale.build.demand import demand_of
 from fdscale.build.weights import STUDENT, WeightsRecord, hold_weights, student_weights, teacher_weights
+from fdscale.cluster.orphans import watch_launchers
 from fdscale.cluster.ranks import StopSignals, rank_from_environment
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.data.index import INDEX_FILE, Index, load_index
@@ -103,6 +104,7 @@ def open_run(settings: DistillSettings | FinetuneSettings, samples: int | None =
     directory.check(settings, deepspeed_json)
     stop = StopSignals()
     stop.install()
+    watch_launchers(stop, os.environ)
     connection = connect(rank)
     weights = _weights(settings, connection)  # every rank has looked before the first one writes
     preflight(connection, directory.folder, demand_of(settings, checked, deepspeed_json, rank.local_world_size))

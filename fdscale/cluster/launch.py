@@ -11,56 +11,62 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from fdscale.cluster.gpus import visible_gpus
-from fdscale.cluster.ranks import REQUEUE_EXIT_CODE, free_port, in_srun_step
+from fdscale.cluster.lives import newest_attempt, record_codes
+from fdscale.cluster.ranks import free_port, in_srun_step
+from fdscale.cluster.slurm import in_allocation, start_with_srun
 from fdscale.cluster.supervise import supervise
 from fdscale.config.errors import UserError
 
 CPU_RANKS = 2
 """How many ranks a machine without a GPU gets when nobody says."""
 
-STEP_GRACE_SECONDS = 60
-"""How long SLURM lets the other ranks go on after the first one has ended."""
-
 log = logging.getLogger(__name__)
 
 
 def launch(
-    arguments: list[str], ranks: int | None = None, hostfile: str | None = None, at_most: int | None = None
+    arguments: list[str],
+    run_dir: Path,
+    ranks: int | None = None,
+    hostfile: str | None = None,
+    at_most: int | None = None,
 ) -> int:
     """Run `fdscale ARGUMENTS` on every rank and return one exit code: 0 only when every rank returned 0.
 
     Inside a SLURM allocation srun starts the ranks; with a `hostfile` (lines of `HOST slots=N`) deepspeed
     does, over pdsh; else this machine runs `ranks` of them, by default one per GPU but `at_most` so many.
-    85 means: requeue me; a batch job has then been requeued. Raises UserError for a hostfile that cannot be
-    read, a contradicting option, and a launch in a launch.
+    The codes are kept beside the attempt in `run_dir`. 85 means: start me again; a batch job that ended without being
+    complete has been requeued. Raises UserError for a hostfile that cannot be read, a contradicting option, and a
+    launch in a launch.
     """
     command = [sys.executable, "-u", "-m", "fdscale", *arguments]
     _refuse_nesting(os.environ)
-    if _in_allocation(os.environ):
+    if in_allocation(os.environ):
         _refuse_with("--hostfile", hostfile, "a SLURM allocation, which names the hosts itself")
         _warn_of_more_than(at_most, ranks, os.environ)
-        return _start_with_srun(command, ranks)
+        return start_with_srun(command, ranks, run_dir)
     if hostfile is not None:
         _refuse_with("--ranks", ranks, "a hostfile, whose slots= say how many ranks each host runs")
-        return _start_with_deepspeed(arguments, Path(hostfile))
-    return start_ranks(command, _default_ranks(os.environ, at_most) if ranks is None else ranks)
+        return _start_with_deepspeed(arguments, Path(hostfile), run_dir)
+    return start_ranks(command, _default_ranks(os.environ, at_most) if ranks is None else ranks, run_dir)
 
 
 def ranks_here(ranks: int | None, hostfile: str | None, at_most: int | None = None) -> int | None:
     """How many ranks `launch` would start on this machine itself; None where srun or deepspeed does."""
-    if _in_allocation(os.environ) or hostfile is not None:
+    if in_allocation(os.environ) or hostfile is not None:
         return None
     return _default_ranks(os.environ, at_most) if ranks is None else _positive("--ranks", str(ranks))
 
 
-def start_ranks(command: list[str], ranks: int) -> int:
-    """Run `command` as `ranks` processes on this machine, as torchrun would, and return one exit code."""
+def start_ranks(command: list[str], ranks: int, run_dir: Path) -> int:
+    """Run `command` as `ranks` processes on this machine, as torchrun would, and return one exit code.
+
+    Should this process be killed, they are asked to stop: what they have trained is committed.
+    """
     _positive("--ranks", str(ranks))
     shared = {
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
@@ -72,7 +78,10 @@ def start_ranks(command: list[str], ranks: int) -> int:
         "MASTER_PORT": str(free_port()),
     }
     each = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return supervise(command, each)
+    before = newest_attempt(run_dir)
+    ended = supervise(command, each, on_orphaned=signal.SIGTERM)
+    record_codes(run_dir, before, {str(rank): code for rank, code in enumerate(ended.codes)})
+    return ended.code
 
 
 def _default_ranks(env: Mapping[str, str], at_most: int | None) -> int:
@@ -88,16 +97,6 @@ def _positive(name: str, ranks: str) -> int:
     return int(ranks)
 
 
-def _in_allocation(env: Mapping[str, str]) -> bool:
-    """Whether srun can start ranks: in a batch script or an salloc shell, not in a step of srun's own."""
-    return "SLURM_JOB_ID" in env and not in_srun_step(env)
-
-
-def _in_batch_script(env: Mapping[str, str]) -> bool:
-    """Whether this is a batch script's process: it carries task 0's variables, an salloc shell none."""
-    return _in_allocation(env) and "SLURM_PROCID" in env
-
-
 def _warn_of_more_than(at_most: int | None, ranks: int | None, env: Mapping[str, str]) -> None:
     tasks = str(ranks or env.get("SLURM_NTASKS", ""))
     if at_most is not None and tasks.isdigit() and int(tasks) > at_most:
@@ -108,54 +107,7 @@ def _warn_of_more_than(at_most: int | None, ranks: int | None, env: Mapping[str,
         )
 
 
-def _start_with_srun(command: list[str], ranks: int | None) -> int:
-    """One srun step over the allocation; without `ranks`, one task for each that sbatch allotted.
-
-    The first rank to end, badly or with 85, leaves the others STEP_GRACE_SECONDS to finish their checkpoint:
-    those of a broken run wait in a collective. srun passes USR1 to its tasks but answers TERM by killing
-    them, so TERM, and the launcher's own death, reach it as USR1.
-    """
-    if shutil.which("srun") is None:
-        raise UserError(
-            f"SLURM_JOB_ID={os.environ['SLURM_JOB_ID']} means a SLURM allocation, but srun is not "
-            "on the PATH: add it, or unset SLURM_JOB_ID to use this machine alone"
-        )
-    tasks = [] if ranks is None else [f"--ntasks={ranks}"]
-    srun = ["srun", "--kill-on-bad-exit=0", f"--wait={STEP_GRACE_SECONDS}", *tasks, *command]
-    as_usr1 = {signal.SIGTERM: signal.SIGUSR1}
-    code = supervise(srun, [_for_srun(os.environ)], on_orphaned=signal.SIGUSR1, forward_as=as_usr1)
-    if code == REQUEUE_EXIT_CODE and _in_batch_script(os.environ):
-        _requeue_job(os.environ["SLURM_JOB_ID"])
-    return code
-
-
-def _for_srun(env: Mapping[str, str]) -> dict[str, str]:
-    """Since SLURM 22.05 srun does not inherit the CPUs per task of its job."""
-    cpus = {"SRUN_CPUS_PER_TASK": env["SLURM_CPUS_PER_TASK"]} if "SLURM_CPUS_PER_TASK" in env else {}
-    return {**cpus, **env}
-
-
-def _requeue_job(job: str) -> None:
-    """Put a running job back into the queue; one that is cancelled or preempted is left to SLURM.
-
-    A cancelled job would come back to life. A failure is told and no more: the checkpoint is committed.
-    """
-    try:
-        state = re.search(r"\bJobState=(\w+)", _scontrol("show", "job", job))
-        if state is None or state[1] != "RUNNING":
-            log.info("job %s is %s: SLURM decides whether it runs again", job, state[1] if state else "gone")
-            return
-        log.info("the ranks have committed and ask to go on: scontrol requeue %s", job)
-        _scontrol("requeue", job)
-    except (OSError, subprocess.CalledProcessError) as error:
-        log.error("job %s is not requeued, submit it again to go on: %s", job, error)
-
-
-def _scontrol(*arguments: str) -> str:
-    return subprocess.run(["scontrol", *arguments], stdout=subprocess.PIPE, text=True, check=True).stdout
-
-
-def _start_with_deepspeed(arguments: list[str], hostfile: Path) -> int:
+def _start_with_deepspeed(arguments: list[str], hostfile: Path, run_dir: Path) -> int:
     """DeepSpeed's launcher over pdsh, also for a single host (`--force_multi`): it may be another machine.
 
     USR1 would kill that launcher and leave its ranks alone, so it goes on as TERM. DeepSpeed then ends every
@@ -168,7 +120,10 @@ def _start_with_deepspeed(arguments: list[str], hostfile: Path) -> int:
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--module", "fdscale"]
     command = [*runner, *(_quoted_for_pdsh(argument) for argument in arguments)]
     as_term = {signal.SIGUSR1: signal.SIGTERM}
-    return supervise(command, [os.environ], on_orphaned=signal.SIGTERM, forward_as=as_term)
+    before = newest_attempt(run_dir)
+    code = supervise(command, [os.environ], on_orphaned=signal.SIGTERM, forward_as=as_term).code
+    record_codes(run_dir, before, {"deepspeed": code})
+    return code
 
 
 def _read_hostfile(hostfile: Path) -> list[str]:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FrameType
@@ -17,6 +18,9 @@ from fdscale.config.errors import UserError
 
 REQUEUE_EXIT_CODE = 85
 """A run's exit code when it was asked to stop, has committed a checkpoint, and wants to be started again."""
+
+USER_ERROR_EXIT_CODE = 2
+"""A run's exit code after a user's mistake, or when a person must decide: starting it again would change nothing."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -164,6 +168,12 @@ def _check(rank: Rank) -> None:
         raise UserError(f"MASTER_PORT={rank.master_port} is not a TCP port: 1 to 65535 are allowed")
 
 
+def hold_stop_signals(env: Mapping[str, str]) -> None:
+    """Let a rank's stop signals wait until `StopSignals` is installed: one that came during its imports would kill."""
+    if "RANK" in env or in_srun_step(env):
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
 class StopSignals:
     """SIGTERM and SIGUSR1 set a flag and nothing else: the loop ends its step and commits before it exits.
 
@@ -174,6 +184,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.requested = False
         self.received: signal.Signals | None = None  # the first one
+        self.ended = threading.Event()  # the run has, and nobody heeds a request any more
         self._former: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
@@ -181,13 +192,23 @@ class StopSignals:
         for signum in STOP_SIGNALS:
             if signum not in self._former:
                 self._former[signum] = signal.signal(signum, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def request(self) -> None:
+        """Stop as if a signal had come."""
+        self.requested = True
 
     def restore(self) -> None:
-        """Put the former handlers back."""
+        """Put the former handlers back; once a stop was requested, ignore the signals instead.
+
+        The launcher repeats them, and one that came while Python exits would change this process's code.
+        """
+        self.ended.set()
         while self._former:
-            signum, handler = self._former.popitem()
+            signum, former = self._former.popitem()
             # None: a handler that C code had installed, which Python cannot put back
-            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+            handler = signal.SIG_DFL if former is None else former
+            signal.signal(signum, signal.SIG_IGN if self.requested else handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
-from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
+from fdscale.cluster.ranks import REQUEUE_EXIT_CODE, USER_ERROR_EXIT_CODE
 
 Process: TypeAlias = subprocess.Popen[bytes]
 
@@ -28,6 +29,14 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Ended:
+    """One exit code for all, and that of each process as Python tells it: -n for signal n."""
+
+    code: int
+    codes: tuple[int, ...]
+
+
 def supervise(
     command: Sequence[str],
     environments: Sequence[Mapping[str, str]],
@@ -35,20 +44,22 @@ def supervise(
     forward_as: Mapping[signal.Signals, signal.Signals] | None = None,
     grace: float = GRACE_SECONDS,
     commit: float = COMMIT_SECONDS,
-) -> int:
-    """Run `command` once per environment and return one exit code for all of them.
+) -> Ended:
+    """Run `command` once per environment and return how all of them ended, with one exit code.
 
-    USR1, TERM and INT reach every process, changed by `forward_as`. When one fails, the others get SIGTERM
-    and are killed `grace` seconds later; `commit` seconds after the first TERM or INT all are, and at a second
-    INT at once. Should this process be killed, each child gets `on_orphaned` (Linux). The code is that of the
-    first to fail (128 + n for signal n), else 85 when one asks for it, else 0.
+    USR1, TERM and INT reach every process, changed by `forward_as`. When one ends with anything but 0, the others
+    are killed `grace` seconds later; all but 85 ("start me again") also sends them SIGTERM at once. `commit` seconds
+    after the first TERM or INT all are killed, and at a second INT at once. Should this process be killed, each child
+    gets `on_orphaned` (Linux). The code is the first one that is not 0, whatever becomes of the others (128 + n for
+    signal n). Once a signal has come, later ones are ignored for good, so that they cannot change that code.
     """
     processes: list[Process] = []
     with _received_signals() as received:
         try:
             for environment in environments:
                 processes.append(_start(command, environment, on_orphaned))
-            return _wait(processes, received, forward_as or {}, grace, commit)
+            code = _wait(processes, received, forward_as or {}, grace, commit)
+            return Ended(code, tuple(process.returncode for process in processes))
         finally:
             _kill([process for process in processes if process.returncode is None])
 
@@ -74,7 +85,7 @@ def _die_with(parent: int, libc: ctypes.CDLL, on_orphaned: int) -> None:
 
 @contextmanager
 def _received_signals() -> Iterator[list[signal.Signals]]:
-    """Collect the forwarded signals in a list instead of dying of them."""
+    """Collect the forwarded signals in a list instead of dying of them; whoever got one dies of none afterwards."""
     received: list[signal.Signals] = []
     former = {
         signum: signal.signal(signum, lambda got, _: received.append(signal.Signals(got))) for signum in FORWARDED
@@ -83,33 +94,41 @@ def _received_signals() -> Iterator[list[signal.Signals]]:
         yield received
     finally:
         for signum, handler in former.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, signal.SIG_IGN if received else handler)
 
 
 def _wait(
     processes: Sequence[Process],
-    received: list[signal.Signals],
+    received: Sequence[signal.Signals],
     forward_as: Mapping[signal.Signals, signal.Signals],
     grace: float,
     commit: float,
 ) -> int:
-    running, failure, deadline, interrupts = list(processes), 0, float("inf"), 0
+    running, code, deadline, heeded = list(processes), 0, float("inf"), 0
     while running := _still_running(running):
-        while received:
-            signum = received.pop(0)
+        for signum in received[heeded:]:
             _send(running, forward_as.get(signum, signum))
-            interrupts += signum == signal.SIGINT
+            if signum not in received[:heeded]:
+                log.info("%s: passed on, the ranks finish their step and commit", signum.name)
+            heeded += 1
             if signum in (signal.SIGTERM, signal.SIGINT):  # SLURM and deepspeed may send TERM twice, only people INT
-                deadline = min(deadline, time.monotonic() + (commit if interrupts < 2 else 0))
-        if not failure and (failure := _failed(processes)):
-            log.error("a rank ended with code %d: stopping the other %d", failure, len(running))
+                at_once = received[:heeded].count(signal.SIGINT) > 1
+                deadline = min(deadline, time.monotonic() + (0 if at_once else commit))
+        if not code and (code := _first_code(processes)):
             deadline = min(deadline, time.monotonic() + grace)
-            _send(running, signal.SIGTERM)
+            _tell_others(code, running)
         if time.monotonic() >= deadline:
             log.error("%d processes have not stopped in time: killing them", len(running))
             _kill(running)
         time.sleep(POLL_SECONDS)
-    return failure or _failed(processes) or _requeue(processes)
+    return code or _first_code(processes)
+
+
+def _tell_others(code: int, running: Sequence[Process]) -> None:
+    """Those of a rank that failed must be told to stop; one that asks to be started again has agreed with them."""
+    if code != REQUEUE_EXIT_CODE:
+        log.error("a rank ended with code %d: stopping the other %d", code, len(running))
+        _send(running, signal.SIGTERM)
 
 
 def _still_running(processes: Sequence[Process]) -> list[Process]:
@@ -141,11 +160,12 @@ def _kill_session(process: Process) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _failed(processes: Sequence[Process]) -> int:
-    """The code of a process that ended neither well nor with a wish to be requeued; 0 when there is none."""
-    codes = (process.returncode or 0 for process in processes)
-    return next((128 - code if code < 0 else code for code in codes if code not in (0, REQUEUE_EXIT_CODE)), 0)
+def _first_code(processes: Sequence[Process]) -> int:
+    """The code of those that have ended, 0 when all ended well.
 
-
-def _requeue(processes: Sequence[Process]) -> int:
-    return REQUEUE_EXIT_CODE if any(p.returncode == REQUEUE_EXIT_CODE for p in processes) else 0
+    Where several end at once, a mistake is told before the wish for a new start, and that before a failure: peers of a
+    rank that has left fail in their collectives.
+    """
+    codes = {128 - code if code < 0 else code for code in (process.returncode or 0 for process in processes)}
+    told = (code for code in (USER_ERROR_EXIT_CODE, REQUEUE_EXIT_CODE) if code in codes)
+    return next(told, min(codes - {0}, default=0))

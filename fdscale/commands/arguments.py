@@ -11,8 +11,6 @@ from fdscale.config.errors import UserError
 from fdscale.config.recipe import load_recipe
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 
-USER_ERROR_EXIT_CODE = 2
-
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name, or a path to one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. optim.lr=1e-3.")]
 RunDirectory = Annotated[Path, typer.Argument(help="A run directory.")]

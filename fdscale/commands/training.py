@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
-from fdscale.commands.arguments import USER_ERROR_EXIT_CODE, Overrides, Recipe, Smoke, settings_of
+from fdscale.cluster.ranks import REQUEUE_EXIT_CODE, USER_ERROR_EXIT_CODE, hold_stop_signals
+from fdscale.commands.arguments import Overrides, Recipe, Smoke, settings_of
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.planning.cost import EFFICIENCY
 from fdscale.terminal import terminal
+
+if TYPE_CHECKING:
+    from fdscale.planning.outlook import Outlook
 
 
 def check(
@@ -43,16 +47,11 @@ def plan(
     json: Annotated[bool, typer.Option("--json", help="One JSON object in place of tables.")] = False,
 ) -> None:
     """Foresee memory, time and what would fit, for a cluster that need not be at hand; exit code 2 if it does not."""
-    from fdscale.plan import plan as foresee
     from fdscale.planning.outlook import as_json
     from fdscale.planning.outlook_report import outlook_tables
 
     settings = settings_of(None, recipe, overrides, smoke)
-    if isinstance(settings, DistillSettings):
-        from fdscale.train import outline
-    else:
-        from fdscale.downstream.classify import outline  # type: ignore[assignment]
-    outlook = foresee(settings, outline, Path(recipe).stem, nodes, gpus_per_node, gpu, efficiency)
+    outlook = outlook_of(settings, recipe, nodes, gpus_per_node, gpu, efficiency)
     if json:
         print(dumps(as_json(outlook), indent=2))
     else:
@@ -60,8 +59,27 @@ def plan(
     raise typer.Exit(0 if outlook.fits else USER_ERROR_EXIT_CODE)
 
 
+def outlook_of(
+    settings: DistillSettings | FinetuneSettings,
+    recipe: str,
+    nodes: int,
+    gpus_per_node: int | None,
+    gpu: str | None,
+    efficiency: float = EFFICIENCY,
+) -> Outlook:
+    """What the planner foresees of a recipe on a cluster."""
+    from fdscale.plan import plan as foresee
+
+    if isinstance(settings, DistillSettings):
+        from fdscale.train import outline
+    else:
+        from fdscale.downstream.classify import outline  # type: ignore[assignment]
+    return foresee(settings, outline, Path(recipe).stem, nodes, gpus_per_node, gpu, efficiency)
+
+
 def distill(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -> None:
     """Distil a teacher into a student on this rank (a launcher starts the ranks)."""
+    hold_stop_signals(os.environ)
     settings = settings_of("distill", recipe, overrides, smoke)
     assert isinstance(settings, DistillSettings)
     from fdscale.train import distill as run
@@ -71,6 +89,7 @@ def distill(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -
 
 def finetune(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -> None:
     """Fine-tune a student with labels on this rank (a launcher starts the ranks)."""
+    hold_stop_signals(os.environ)
     settings = settings_of("finetune", recipe, overrides, smoke)
     assert isinstance(settings, FinetuneSettings)
     from fdscale.downstream.classify import finetune as run

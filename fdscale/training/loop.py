@@ -124,6 +124,7 @@ def fit(
         if reporting:  # after what is no training: its time is no step's
             meter = Meter(progress.step, loader.data_wait_seconds)
         if stopping:
+            stop.request()  # on this rank, too: a late signal must not find it unprepared
             sinks.say(f"stopped by a signal after step {progress.step}; the same command goes on from there")
             return progress.step == plan.last
     return True

@@ -61,6 +61,7 @@ MAY_CHANGE_IN_JSON = {
         "logging",
     ),
 }
+LOGS = "logs"  # what the launcher writes there before a run begins: one file for each life of a SLURM job
 PACKAGES = ("fdscale", "torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "fairscale", "webdataset")
 
 
@@ -86,7 +87,7 @@ class RunDirectory:
             older = f"mkdir -p {self.attempts} && mv {self.folder}/checkpoints {self.attempts}/0000"
             raise UserError(f"run_dir: {self.folder} was written by an older version; to go on in it: {older}")
         if not self.recipe.exists():
-            if self.folder.exists() and {path.name for path in self.folder.iterdir()} - {self.attempts.name}:
+            if self.folder.exists() and {path.name for path in self.folder.iterdir()} - {self.attempts.name, LOGS}:
                 raise UserError(f"run_dir: {self.folder} is not empty and not a run; name a new folder with run_dir=…")
             return
         before, now = self._recorded_recipe(), tomllib.loads(to_toml(settings))

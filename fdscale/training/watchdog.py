@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from fdscale.cluster.orphans import process_start
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
 from fdscale.training.engine import Connection, gather_lists
 from fdscale.training.run_directory import write_text
-from fdscale.training.writer import process_start, this_process
+from fdscale.training.writer import this_process
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

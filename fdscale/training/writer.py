@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fdscale.cluster.orphans import process_start
+
 ALIVE = "alive"
 BEAT_SECONDS = 10.0
 SILENT_SECONDS = 60.0  # file systems' clients may keep a date for a minute
@@ -24,15 +26,6 @@ def this_process() -> dict[str, Any]:
         "pid": os.getpid(),
         "started": process_start(os.getpid()),
     }
-
-
-def process_start(pid: int) -> int | None:
-    """When a process of this machine was started, in clock ticks since boot; None when it is gone or a zombie."""
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
-    except (OSError, IndexError):
-        return None
-    return None if state in "ZX" else int(fields[18])
 
 
 def _kernel() -> str:

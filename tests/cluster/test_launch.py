@@ -7,7 +7,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +30,7 @@ LAUNCHER_VARIABLES = (
     "SRUN_CPUS_PER_TASK",
     "CUDA_VISIBLE_DEVICES",
 )
+RUN = Path("run")
 TELL = """
 import json, os, sys
 with open("told." + os.environ.get("RANK", "srun"), "w") as file:
@@ -74,7 +74,7 @@ def told(folder: Path) -> list[dict[str, str]]:
 
 def test_each_rank_gets_its_own_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert start_ranks([sys.executable, "-c", TELL, "x=$(id)", "a b", 'it\'s "so"'], 2) == 0
+    assert start_ranks([sys.executable, "-c", TELL, "x=$(id)", "a b", 'it\'s "so"'], 2, RUN) == 0
     first, second = told(folder)
     assert (first["RANK"], first["LOCAL_RANK"], second["RANK"], second["LOCAL_RANK"]) == ("0", "0", "1", "1")
     assert first["WORLD_SIZE"] == first["LOCAL_WORLD_SIZE"] == second["WORLD_SIZE"] == "2"
@@ -85,7 +85,7 @@ def test_each_rank_gets_its_own_environment(folder: Path, monkeypatch: pytest.Mo
 
 def test_what_the_user_exports_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    start_ranks([sys.executable, "-c", TELL], 1)
+    start_ranks([sys.executable, "-c", TELL], 1, RUN)
     assert told(folder)[0]["OMP_NUM_THREADS"] == "3"
 
 
@@ -94,16 +94,27 @@ def test_the_cpu_accelerator_is_chosen_without_a_gpu_only(
 ) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     tool("nvidia-smi", gpus(0))
-    start_ranks([sys.executable, "-c", TELL], 1)
+    start_ranks([sys.executable, "-c", TELL], 1, RUN)
     assert told(folder)[0]["DS_ACCELERATOR"] == "cpu"
     tool("nvidia-smi", gpus(1))
-    start_ranks([sys.executable, "-c", TELL], 1)
+    start_ranks([sys.executable, "-c", TELL], 1, RUN)
     assert "DS_ACCELERATOR" not in told(folder)[0]
+
+
+def test_the_codes_are_kept_beside_the_attempt_that_this_launch_began(folder: Path) -> None:
+    claims = "import os, sys; os.makedirs('run/attempts/0010', exist_ok=True); sys.exit(7 * int(os.environ['RANK']))"
+    (RUN / "attempts" / "0009").mkdir(parents=True)
+    assert start_ranks([sys.executable, "-c", claims], 2, RUN) == 7
+    codes = json.loads((RUN / "attempts" / "0010" / "launcher.json").read_text())["codes"]
+    assert codes["1"] == 7
+    assert not list((RUN / "attempts" / "0009").iterdir())
+    assert start_ranks([sys.executable, "-c", "pass"], 1, RUN) == 0  # it began none: the former one's stay
+    assert json.loads((RUN / "attempts" / "0010" / "launcher.json").read_text())["codes"] == codes
 
 
 @pytest.mark.parametrize("ranks", [0, -1])
 def test_a_run_has_a_rank(ranks: int) -> None:
-    for start in (lambda: launch(["distill", "x"], ranks=ranks), lambda: ranks_here(ranks, None)):
+    for start in (lambda: launch(["distill", "x"], RUN, ranks=ranks), lambda: ranks_here(ranks, None)):
         with pytest.raises(UserError, match=f"--ranks {ranks}"):
             start()
 
@@ -141,7 +152,7 @@ def test_a_garbled_local_size_is_named(tool: Tool, monkeypatch: pytest.MonkeyPat
     tool("nvidia-smi", gpus(0))
     monkeypatch.setenv("LOCAL_SIZE", "two")
     with pytest.raises(UserError, match="LOCAL_SIZE two"):
-        launch(["distill", "x"])
+        launch(["distill", "x"], RUN)
 
 
 @pytest.mark.parametrize(("ranks", "tasks"), [(None, []), (6, ["--ntasks=6"])])
@@ -150,7 +161,7 @@ def test_an_allocation_is_given_to_srun(
 ) -> None:
     tool("srun", f"#!{sys.executable}\n{TELL}\nsys.exit(85)\n")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert launch(["distill", "swinv2_g", "x=$(id)"], ranks=ranks) == 85
+    assert launch(["distill", "swinv2_g", "x=$(id)"], RUN, ranks=ranks) == 85
     program = [sys.executable, "-u", "-m", "fdscale", "distill", "swinv2_g", "x=$(id)"]
     assert told(folder)[0]["argv"] == ["--kill-on-bad-exit=0", "--wait=60", *tasks, *program]
 
@@ -158,73 +169,14 @@ def test_an_allocation_is_given_to_srun(
 def test_srun_is_told_the_cpus_per_task(folder: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     tool("srun", f"#!{sys.executable}\n{TELL}\n")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    launch(["distill", "x"])
+    launch(["distill", "x"], RUN)
     assert "SRUN_CPUS_PER_TASK" not in told(folder)[0]
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
-    launch(["distill", "x"])
+    launch(["distill", "x"], RUN)
     assert told(folder)[0]["SRUN_CPUS_PER_TASK"] == "8"
     monkeypatch.setenv("SRUN_CPUS_PER_TASK", "4")
-    launch(["distill", "x"])
+    launch(["distill", "x"], RUN)
     assert told(folder)[0]["SRUN_CPUS_PER_TASK"] == "4"
-
-
-@pytest.fixture
-def scontrol(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int, int], None]:
-    """Stand-ins: a batch job in that state, whose step ends with `code` and whose requeueing with `requeued`."""
-
-    def write(state: str, code: int, requeued: int) -> None:
-        monkeypatch.setenv("SLURM_JOB_ID", "7")
-        monkeypatch.setenv("SLURM_PROCID", "0")
-        tool("srun", f"#!/bin/sh\nexit {code}\n")
-        show = f'[ "$1" = show ] && {{ echo "JobId=7 Name=x\n   JobState={state} Reason=None"; exit; }}'
-        tool("scontrol", f'#!/bin/sh\n{show}\necho "$@" >> requeued\nexit {requeued}\n')
-
-    return write
-
-
-@pytest.mark.parametrize(
-    ("state", "code", "requeued"),
-    [("RUNNING", 85, True), ("RUNNING", 0, False), ("RUNNING", 1, False), ("COMPLETING", 85, False)],
-    ids=["asked", "done", "failed", "cancelled or preempted"],
-)
-def test_a_running_batch_job_that_asks_for_it_is_requeued(
-    folder: Path, scontrol: Callable[[str, int, int], None], state: str, code: int, requeued: bool
-) -> None:
-    scontrol(state, code, 0)
-    assert launch(["distill", "x"]) == code
-    assert (folder / "requeued").exists() == requeued
-    if requeued:
-        assert (folder / "requeued").read_text() == "requeue 7\n"
-
-
-def test_an_salloc_shell_is_not_requeued(
-    folder: Path, scontrol: Callable[[str, int, int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scontrol("RUNNING", 85, 0)
-    monkeypatch.delenv("SLURM_PROCID")
-    assert launch(["distill", "x"]) == 85
-    assert not (folder / "requeued").exists()
-
-
-def test_a_requeueing_that_fails_is_told(
-    folder: Path, scontrol: Callable[[str, int, int], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    scontrol("RUNNING", 85, 1)
-    assert launch(["distill", "x"]) == 85
-    assert "job 7 is not requeued, submit it again" in caplog.text
-
-
-def test_a_missing_scontrol_is_told(
-    folder: Path,
-    scontrol: Callable[[str, int, int], None],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    scontrol("RUNNING", 85, 0)
-    (folder / "tools" / "scontrol").unlink()
-    monkeypatch.setenv("PATH", str(folder / "tools"))
-    assert launch(["distill", "x"]) == 85
-    assert "job 7 is not requeued, submit it again" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -241,63 +193,48 @@ def test_a_small_run_on_a_big_allocation_is_told_what_to_say(
     tool("srun", "#!/bin/sh\n")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_NTASKS", tasks)
-    assert launch(["distill", "x", "--smoke"], ranks=ranks, at_most=2) == 0
+    assert launch(["distill", "x", "--smoke"], RUN, ranks=ranks, at_most=2) == 0
     assert ("add --ranks 2" in caplog.text) == warned
-
-
-def test_srun_would_kill_its_tasks_at_term_so_it_gets_usr1(folder: Path, tool: Tool) -> None:
-    answer = "sys.exit({signal.SIGUSR1: 85}.get(signal.sigwait({signal.SIGUSR1, signal.SIGTERM}), 1))"
-    block = "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})"
-    tool("srun", f"#!{sys.executable}\nimport signal, sys\n{block}\nopen('ready', 'w').close()\n{answer}\n")
-    program = "import sys; from fdscale.cluster.launch import launch; sys.exit(launch(['distill', 'x']))"
-    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "SLURM_JOB_ID": "7", "PYTHONPATH": path}
-    launcher = subprocess.Popen([sys.executable, "-c", program], env=env)
-    while not (folder / "ready").exists():
-        assert launcher.poll() is None
-        time.sleep(0.02)
-    launcher.terminate()
-    assert launcher.wait(30) == 85
 
 
 def test_an_allocation_without_srun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="SLURM_JOB_ID=7"):
-        launch(["distill", "x"])
+        launch(["distill", "x"], RUN)
 
 
 def test_a_rank_cannot_launch_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(UserError, match="as rank 1"):
-        launch(["distill", "x"])
+        launch(["distill", "x"], RUN)
 
 
 def test_one_place_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="--ranks 2 cannot be used"):
-        launch(["distill", "x"], ranks=2, hostfile="hosts")
+        launch(["distill", "x"], RUN, ranks=2, hostfile="hosts")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with pytest.raises(UserError, match="--hostfile hosts cannot be used"):
-        launch(["distill", "x"], hostfile="hosts")
+        launch(["distill", "x"], RUN, hostfile="hosts")
 
 
 @pytest.mark.parametrize("text", ["", "# nobody\n", "node1\n", "node1 slots=8\nnode2 slots=eight\n"])
 def test_a_hostfile_that_names_no_slots_is_refused(folder: Path, text: str) -> None:
     (folder / "hosts").write_text(text)
     with pytest.raises(UserError, match="node1 slots=8"):
-        launch(["distill", "x"], hostfile="hosts")
+        launch(["distill", "x"], RUN, hostfile="hosts")
 
 
 def test_a_missing_hostfile_is_refused() -> None:
     with pytest.raises(UserError, match="hosts does not exist"):
-        launch(["distill", "x"], hostfile="hosts")
+        launch(["distill", "x"], RUN, hostfile="hosts")
 
 
 def test_a_hostfile_goes_to_pdsh_by_way_of_deepspeed(folder: Path, tool: Tool) -> None:
     tool("ssh", "#!/bin/sh\n")
     tool("pdsh", f"#!{sys.executable}\n{TELL}\n")
     (folder / "hosts").write_text("node1 slots=8 # the first\nnode2 slots=8\n")
-    assert launch(["distill", "swinv2_g", "x=$(id)", "a $b"], hostfile="hosts") == 0
+    assert launch(["distill", "swinv2_g", "x=$(id)", "a $b"], RUN, hostfile="hosts") == 0
     sent = told(folder)[0]["argv"]
     assert sent[sent.index("-w") + 1] == "node1,node2"
     assert "--master_addr=node1" in sent

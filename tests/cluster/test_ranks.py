@@ -6,15 +6,25 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdscale.cluster.ranks import Rank, StopSignals, export_rank, free_port, rank_from_environment
+from fdscale.cluster.ranks import (
+    STOP_SIGNALS,
+    Rank,
+    StopSignals,
+    export_rank,
+    free_port,
+    hold_stop_signals,
+    rank_from_environment,
+)
 from fdscale.config.errors import UserError
 
+REPOSITORY = Path(__file__).parents[2]
 TORCHRUN = {
     "RANK": "3",
     "LOCAL_RANK": "1",
@@ -158,6 +168,16 @@ def test_an_exported_rank_reads_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rank_from_environment(os.environ) == rank
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts back what a stop leaves ignored, for the tests that come after."""
+    former = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    yield
+    for signum, handler in former.items():
+        signal.signal(signum, handler)
+
+
+@pytest.mark.usefixtures("handlers")
 def test_stop_signals_only_set_a_flag() -> None:
     with StopSignals() as stop:
         assert not stop.requested
@@ -176,6 +196,60 @@ def test_former_handlers_come_back_however_often_installed() -> None:
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == former
 
 
+STOPPED = """
+import signal, sys
+from fdscale.cluster.ranks import StopSignals, hold_stop_signals
+hold_stop_signals({"RANK": "0"})
+print("held", flush=True)
+sys.stdin.readline()
+stop = StopSignals()
+stop.install()
+print("installed", flush=True)
+while not stop.requested:
+    pass
+stop.restore()
+sys.exit(85)
+"""
+
+
+def rank_process() -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", STOPPED]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_storm_of_signals_does_not_change_the_code() -> None:
+    """From the moment a rank is told until it has ended."""
+    for _ in range(3):
+        process = rank_process()
+        assert process.stdin
+        assert process.stdout
+        print(file=process.stdin, flush=True)
+        while process.stdout.readline() != "installed\n":
+            pass
+        while process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGUSR1)
+        assert process.returncode == 85
+        process.stdout.close()
+        process.stdin.close()
+
+
+def test_a_signal_that_comes_too_early_is_heeded_later() -> None:
+    process = rank_process()
+    assert process.stdout
+    assert process.stdout.readline() == "held\n"
+    process.send_signal(signal.SIGUSR1)
+    process.communicate("\n", timeout=30)
+    assert process.returncode == 85
+
+
+def test_a_program_that_no_launcher_started_can_be_ended_at_once() -> None:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    hold_stop_signals({"SLURM_PROCID": "0"})
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+
+
 def test_the_room_leaves_torch_alone() -> None:
     program = "import sys, fdscale.cluster.launch; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2]).returncode == 0
+    assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY).returncode == 0

@@ -12,10 +12,10 @@ Row = dict[str, Any]
 
 INTRODUCTION = """# What a run survives
 
-Each line was done to real runs (the smoke student: a SwinV2 with an extra norm, ZeRO-3, two CPU ranks, gloo) and compared
-with the run that nothing disturbed; written by `make prove`, which goes on where it was stopped, and by nobody's hand. The
-same faults, fewer of them, are part of `make test` and `make test-cluster`. Nothing here was done on GPUs, with NCCL, on
-InfiniBand, or on more than one machine: the nodes are network namespaces, SLURM, sshd and pdsh are real.
+Each line was done to real runs (the smoke student: a SwinV2 with an extra norm, ZeRO-3, two CPU ranks, gloo) and
+compared with the run that nothing disturbed; written by `make prove`, which goes on where it was stopped, and by
+nobody's hand. The same faults, fewer of them, are part of `make test` and `make test-cluster`. Nothing here was done on
+GPUs, with NCCL, on InfiniBand, or on several machines: nodes are network namespaces; SLURM, sshd and pdsh are real.
 """
 
 
@@ -38,7 +38,7 @@ def write_reliability() -> None:
     columns = ("fault", "done", "found", "held", "commit, date")
     head = [INTRODUCTION, f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     body = [f"| {' | '.join((*texts, 'yes' if held else '**no**', given))} |" for *texts, held, given in faults()]
-    details = "Every kill: [measurements/killed_runs.md](measurements/killed_runs.md); saves: [save_rate.md](measurements/save_rate.md)."
+    details = "Every kill: [killed_runs](measurements/killed_runs.md); saves: [save_rate](measurements/save_rate.md)."
     (REPOSITORY / "docs" / "reliability.md").write_text("\n".join([*head, *body, "", details, ""]))
 
 

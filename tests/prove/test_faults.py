@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tests.prove.lives import Launch, Undisturbed, printed_by, steps_done
+
 from tests.prove.page import Page
 from tests.prove.reliability import write_reliability
 from tests.test_runs import curve, ranks_of
@@ -92,7 +92,7 @@ def test_a_disk_that_fills_up(launch: Launch, undisturbed: Undisturbed, tmp_path
             kept = len(commits(run))
             filler.unlink()
             resumed = goes_on(launch, run, undisturbed)
-            found = f"exit code {code}, said where and how much is free; {kept} commits intact; with room again it completes"
+            found = f"exit code {code}, says how much is free; {kept} commits intact; with room again it completes"
             return found, code == 2 and told and kept >= 1 and resumed
 
     prove("disk full during a save", "a file fills the disk after the second commit, then goes", done)
@@ -135,7 +135,9 @@ def test_a_rank_that_is_frozen(launch: Launch, undisturbed: Undisturbed, tmp_pat
         named = "rank 1" in printed_by(run)
         gone = not Path(f"/proc/{frozen}").exists()
         resumed = goes_on(launch, run, undisturbed)
-        found = f"after {seconds:.0f} s: {', '.join(stacks)} on disk, rank 1 named and killed, exit code {code}; it completes"
+        found = (
+            f"after {seconds:.0f} s: {', '.join(stacks)} on disk, rank 1 named and killed, code {code}; it completes"
+        )
         held = code == 85 and stacks == ["rank_0.txt"] and named and gone and resumed and seconds < limit + 45
         return found, held
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
+from fdscale.cluster.orphans import process_start
 from fdscale.config.errors import StartAgain, UserError
 from fdscale.training.attempts import Attempt, claim
 from fdscale.training.lineage import lineage_of, read_record
 from fdscale.training.manifest import write_manifest
-from fdscale.training.writer import process_start, this_process
+from fdscale.training.writer import this_process
 
 CLAIM_AND_WAIT = """
 import os, sys

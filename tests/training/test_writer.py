@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from fdscale.cluster.orphans import process_start
 from fdscale.training import writer
-from fdscale.training.writer import ALIVE, Heartbeat, is_alive, process_start, this_process
+from fdscale.training.writer import ALIVE, Heartbeat, is_alive, this_process
 
 ELSEWHERE = {"host": "n7", "kernel": "another", "pid": 1, "started": 1}
 
@@ -22,6 +23,7 @@ def test_a_process_of_this_machine_is_looked_up() -> None:
     assert is_alive(Path("/nowhere"), there)
     assert not is_alive(Path("/nowhere"), there | {"started": 1})  # its number went to another process
     process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert not is_alive(Path("/nowhere"), there)  # a zombie, nobody has waited for it yet
     process.wait()
     assert not is_alive(Path("/nowhere"), there)

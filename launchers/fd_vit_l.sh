@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=fd_vit_l
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=1-00:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+''':' # bash and sbatch run down to "exec"; to Python (deepspeed, torchrun) this block is the module docstring
+set -euo pipefail
+roots=(${FDSCALE_ROOT:+"$FDSCALE_ROOT"} "$(dirname "${BASH_SOURCE[0]}")/.." ${SLURM_SUBMIT_DIR:+"$SLURM_SUBMIT_DIR"})
+for root in "${roots[@]}"; do
+  if [ -z "${FDSCALE_SITE:-}" ] && [ -f "$root/launchers/site.env" ]; then FDSCALE_SITE=$root/launchers/site.env; fi
+  if [ -z "${venv:-}" ] && [ -x "$root/.venv/bin/python" ]; then venv=$root/.venv/bin/python; fi
+done
+# shellcheck source=/dev/null
+if [ -n "${FDSCALE_SITE:-}" ]; then set +u; . "$FDSCALE_SITE"; set -u; fi
+exec "${FDSCALE_PYTHON:-${venv:-python3}}" -m fdscale launch distill vit_l_clip_l "$@"
+: <<'#END'
+'''
+import sys
+
+from fdscale.cli import main
+
+if __name__ == "__main__":  # the guard: spawned data workers import this file again
+    sys.exit(main(["distill", "vit_l_clip_l", *sys.argv[1:]]))
+#END
