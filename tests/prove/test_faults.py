@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.prove.lives import Launch, Undisturbed, printed_by, steps_done
 
+from tests.prove.lives import Launch, Undisturbed, printed_by, steps_done
 from tests.prove.page import Page
 from tests.prove.reliability import write_reliability
 from tests.test_runs import curve, ranks_of
