@@ -45,6 +45,10 @@ class Evidence:
         """The rank with its host, where that is known."""
         return f"rank {rank}" + (f" on {self.hosts[rank]}" if rank < len(self.hosts) else "")
 
+    def host(self, rank: str) -> str | None:
+        """The host of a rank; None where that is not known, or for what started the ranks elsewhere."""
+        return self.hosts[int(rank)] if rank.isdigit() and int(rank) < len(self.hosts) else None
+
     def is_running(self) -> bool:
         """Whether its writer lives; may wait half a minute for a sign of life from another machine."""
         if self.ended or "writer" not in self.record:

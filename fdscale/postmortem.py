@@ -197,7 +197,9 @@ def _killed(attempt: Evidence, following: Evidence | None) -> Cause | None:
     signals = {name: _signal(code) for name, code in attempt.codes.items()}
     for signum in (signal.SIGBUS, signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT):
         if signum in signals.values():
-            return _of_signal(signum, _those(attempt, [name for name in signals if signals[name] == signum]))
+            names = [name for name in signals if signals[name] == signum]
+            here = {attempt.host(name) for name in names} == {socket.gethostname()}
+            return _of_signal(signum, _those(attempt, names), here)
     failed = [name for name, code in attempt.codes.items() if code not in (0, REQUEUE_EXIT_CODE) and not signals[name]]
     if failed and not attempt.failures:
         told = f"{_those(attempt, failed)} ended with code {attempt.codes[failed[0]]} and left no word"
@@ -215,18 +217,24 @@ def _signal(code: int) -> int:
     return -code if code < 0 else code - 128 if 128 < code < 160 else 0
 
 
-def _of_signal(signum: int, where: str) -> Cause:
+def _of_signal(signum: int, where: str, here: bool) -> Cause:
+    """`here`: the ranks ran on this machine, whose kernel can be asked."""
     name = signal.Signals(signum).name
     if signum == signal.SIGKILL:
-        counted = oom_kills()
-        shown = (f"this machine ({socket.gethostname()}) has killed {counted} processes for want of memory so far",)
-        told = f"{where} was killed by {name}: by somebody, or by the kernel for want of memory"
-        return Cause(told, shown, f"if nobody did it, {TRY_LESS}")
+        return _of_kill(f"{where} was killed by {name}", oom_kills() if here else None)
     if signum == signal.SIGBUS:
         return Cause(
             f"{where} died of {name}: /dev/shm is full", (), f"enlarge /dev/shm or lower data.workers, then {AGAIN}"
         )
     return Cause(f"{where} died of {name} in a library", remedy=f"{AGAIN}; if it dies so again, try another host")
+
+
+def _of_kill(told: str, oom: int | None) -> Cause:
+    """`oom`: how many processes the kernel has killed for want of memory, where that is known."""
+    if oom == 0:
+        return Cause(f"{told}: by somebody, this machine has killed nothing for want of memory")
+    shown = () if oom is None else (f"this machine has killed {oom} processes for want of memory since it started",)
+    return Cause(f"{told}: by somebody, or by the kernel for want of memory", shown, f"if nobody did it, {TRY_LESS}")
 
 
 def _without_a_word(attempt: Evidence) -> Cause:

@@ -17,7 +17,7 @@ import pytest
 
 from fdscale.cli import main
 from fdscale.config.errors import StartAgain, UserError
-from fdscale.evidence import innermost_frames
+from fdscale.evidence import innermost_frames, oom_kills
 from fdscale.postmortem import post_mortem
 from fdscale.training.attempts import Attempt, claim
 from fdscale.training.failures import record_failure
@@ -115,6 +115,16 @@ def test_a_rank_that_was_killed_is_the_cause_of_what_its_peers_raise(run: Path) 
     assert "rank 1 on n2 was killed by SIGKILL: by somebody, or by the kernel for want of memory" in told(run)
     assert "memory of rank 0 in step 20: planned 60.0 GiB, measured 70.0 GiB" in told(run)
     assert "train_micro_batch_size_per_gpu" in next_step(run)
+
+
+def test_this_machines_kernel_is_asked_whether_it_killed_its_rank(run: Path) -> None:
+    attempt = begin(run)
+    attempt.record_ranks([this_process(), this_process()])
+    give_up(attempt)
+    codes(attempt, **{"0": -15, "1": -9})
+    told_of = "by somebody, or by the kernel" if oom_kills() else "this machine has killed nothing for want of memory"
+    assert told_of in told(run)
+    assert ("train_micro_batch_size_per_gpu" in next_step(run)) == bool(oom_kills())
 
 
 @pytest.mark.parametrize(

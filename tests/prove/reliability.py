@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from tests.prove.page import PAGES, REPOSITORY
+from tests.prove.page import PAGES, REPOSITORY, Page
 
 Row = dict[str, Any]
 
@@ -24,13 +24,27 @@ def faults() -> Iterable[tuple[str, str, str, bool, str]]:
     killed = _rows("killed_runs")
     if killed:
         yield _killed(list(killed.values()))
-    for page in ("faults", "slurm_faults"):
+    for page in ("faults", "guard_faults", "slurm_faults"):
         for row in _rows(page).values():
             yield row["fault"], row["did"], row["found"], row["held"], _given(row)
     for row in _rows("save_rate").values():
         did = f"{row['bytes'] / 1e9:.2f} GB by two ranks, in pairs with plain writes of the same bytes"
         found = f"{row['ratio']:.2f} of the plain rate ({row['rates']['save']:,.0f} of {row['rates']['raw']:,.0f} MB/s)"
         yield "a save with hash and fsync at >= 0.7 of the disk's rate", did, found, row["ratio"] >= 0.7, _given(row)
+
+
+def prove(page: str, fault: str, did: str, done: Callable[[], tuple[str, bool]]) -> None:
+    """Do it unless this commit has done it, and put what it found, and whether that held, on the pages."""
+
+    def measure() -> Row:
+        found, held = done()
+        return {"fault": fault, "did": did, "found": found, "held": held}
+
+    kept = Page(page)
+    row = kept.row(fault, measure)
+    kept.write_table("Faults", "Each done to real runs.", ("fault", "did", "found"), [*kept.rows.values()])
+    write_reliability()
+    assert row["held"], row["found"]
 
 
 def write_reliability() -> None:

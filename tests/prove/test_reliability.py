@@ -1,6 +1,6 @@
 """Ranks killed at random moments, saves included: the run that goes on is the undisturbed one, bit for bit.
 
-`python -m pytest -m prove tests/prove/test_reliability.py -s` writes docs/measurements/reliability.json and .md. Each
+`python -m pytest -m prove tests/prove/test_reliability.py -s` writes docs/measurements/killed_runs.json and .md. Each
 run is killed several times before it completes; runs that are on the page already are not repeated.
 """
 
@@ -9,133 +9,33 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import pytest
 
 from fdscale.postmortem import post_mortem
-from fdscale.training.metrics import read_rows
+from tests.prove.lives import (
+    LIFE_SECONDS,
+    STEPS,
+    Launch,
+    Life,
+    Undisturbed,
+    printed_by,
+    steps_of_this_life,
+    uncommitted,
+)
 from tests.prove.page import Page
-from tests.test_runs import curve, ranks_of
+from tests.prove.reliability import write_reliability
+from tests.test_runs import curve
 
 pytestmark = [pytest.mark.prove, pytest.mark.timeout(900)]
 
-RUNS, STEPS = 10, 24
+RUNS = 10
 MOMENTS = ("start-up", "step", "step", "save", "save")  # of the kills of one run, in an order of its own
-LIFE_SECONDS, END_SECONDS = 120, 90
-SETTINGS = [
-    "swinv2_g",
-    "--smoke",
-    "student.geometry.depths=[1,1,2,1]",
-    "student.geometry.extra_norm_period=2",
-    f"max_steps={STEPS}",
-    "checkpoint.every=2",
-    "log.every=1",
-    "guards.attempts=10",  # a kill before the first commit is no crash loop
-]
+END_SECONDS = 90
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How every life of every run is started; `shards` hold the data."""
-
-    shards: Path
-    environment: dict[str, str]
-
-    def __call__(self, run: Path) -> subprocess.Popen[bytes]:
-        run.parent.mkdir(parents=True, exist_ok=True)
-        program = [sys.executable, "-m", "fdscale", "launch", "distill"]
-        command = [*program, *SETTINGS, f"run_dir={run}", f"data.shards={self.shards}", "--ranks", "2"]
-        with (run.parent / "printed.txt").open("ab") as printed:
-            return subprocess.Popen(command, env=self.environment, stdout=printed, stderr=printed)
-
-
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    from fdscale.data.pack import pack_digits
-
-    shards = tmp_path_factory.mktemp("shards") / "digits"
-    pack_digits(shards, "test")
-    mine = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return Launch(shards, {**os.environ, **mine})
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """The run that nothing disturbed, and its seconds: from the ranks' start to the end of a step, a step, a save."""
-
-    run: Path
-    start_up: float
-    step: float
-    save: float
-
-
-@pytest.fixture(scope="module")
-def undisturbed(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    life = Life(launch(run), run, time.time(), [])
-    life.wait_for_ranks()
-    ranks_began = time.time()
-    assert life.process.wait(LIFE_SECONDS) == 0, printed_by(run)
-    rows = read_rows(run / "metrics.jsonl")
-    ends = [row["time"] for row in rows if "loss" in row]
-    saves = [row["checkpoint_seconds"] for row in rows if "checkpoint_seconds" in row]
-    return Undisturbed(run, ends[0] - ranks_began, median(b - a for a, b in pairwise(ends)), median(saves))
-
-
-def printed_by(run: Path) -> str:
-    return (run.parent / "printed.txt").read_text()
-
-
-def uncommitted(run: Path) -> list[str]:
-    """Checkpoint folders without a manifest: a save is under way, or was lost."""
-    folders = [folder for folder in run.rglob("step_*") if folder.is_dir()]
-    return sorted(str(folder.relative_to(run)) for folder in folders if not (folder / "manifest.json").exists())
-
-
-def steps_of_this_life(run: Path, since: float) -> int:
-    rows = read_rows(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
-    return sum("loss" in row and row["time"] >= since for row in rows)
-
-
-@dataclass
-class Life:
-    """One start of a run, which is to be killed."""
-
-    process: subprocess.Popen[bytes]
-    run: Path
-    began: float
-    before: list[str]
-
-    def goes_on(self) -> bool:
-        assert time.time() - self.began < LIFE_SECONDS, printed_by(self.run)
-        time.sleep(0.002)
-        return self.process.poll() is None
-
-    def wait_for_ranks(self) -> dict[int, int]:
-        while self.goes_on() and len(ranks_of(self.process.pid)) < 2:
-            pass
-        return ranks_of(self.process.pid)
-
-    def wait_for_steps(self, count: int, at_most: float = LIFE_SECONDS) -> None:
-        end = time.time() + at_most
-        while self.goes_on() and time.time() < end and steps_of_this_life(self.run, self.began) < count:
-            pass
-
-    def saving(self) -> list[str]:
-        return [folder for folder in uncommitted(self.run) if folder not in self.before]
-
-    def wait_for_a_save(self) -> None:
-        while self.goes_on() and not self.saving():
-            pass
 
 
 def named_by_doctor(life: Life, rank: int) -> bool | None:
@@ -189,15 +89,16 @@ def killed_run(launch: Launch, run: Path, undisturbed: Undisturbed, number: int)
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(
     number: int, launch: Launch, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    page = Page("reliability")
-    row = page.row(f"killed run {number}", lambda: killed_run(launch, tmp_path / "run", undisturbed, number))
+    page = Page("killed_runs")
+    row = page.row(f"run {number}", lambda: killed_run(launch, tmp_path / "run", undisturbed, number))
     write_page(page)
+    write_reliability()
     assert row["same_curve"]
     assert row["same_student"]
 
 
 def write_page(page: Page) -> None:
-    rows = {key: row for key, row in page.rows.items() if key.startswith("killed run")}
+    rows = page.rows
     kills = [kill for row in rows.values() for kill in row["kills"]]
     saving, lost = (sum(kill[name] for kill in kills) for name in ("save_under_way", "save_lost"))
     claimed, named = (sum(kill.get("named") in wanted for kill in kills) for wanted in ((True, False), (True,)))
@@ -209,7 +110,7 @@ def write_page(page: Page) -> None:
     )
     lines = [
         {
-            "run": key.removeprefix("killed run "),
+            "run": key.removeprefix("run "),
             "killed in (rank, after seconds)": ", ".join(_told(kill) for kill in row["kills"]),
             "curve": "equal" if row["same_curve"] else "differs",
             "student file": "equal" if row["same_student"] else "differs",
