@@ -42,6 +42,8 @@ app = _group(
 app.command("import")(weights.import_)
 app.command(context_settings=PASS_ON)(cluster.launch)
 app.command()(cluster.submit)
+app.command()(cluster.doctor)
+app.command(hidden=True)(cluster.examine)
 app.add_typer(_group("Make and inspect the shards that training reads.", shards.pack, shards.index), name="shards")
 app.add_typer(
     _group("List, verify and prune the checkpoints of a run.", runs.ls, runs.verify, runs.prune), name="checkpoint"
@@ -57,14 +59,29 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         app(own, prog_name="fdscale")
     except UserError as error:
+        _keep(error)
         _tell(error)
         return USER_ERROR_EXIT_CODE
     except StartAgain as error:
+        _keep(error)
         print(f"error: [rank {_rank()}] {error}", file=sys.stderr)
         return REQUEUE_EXIT_CODE
     except SystemExit as exit_:  # how typer ends a command
         return int(exit_.code or 0)
+    except Exception as error:
+        _keep(error)
+        raise
     return 0
+
+
+def _keep(error: Exception) -> None:
+    """Beside the attempt that this process was a rank of, if it was one, where `fdscale doctor` finds it."""
+    attempts = sys.modules.get("fdscale.training.attempts")
+    folder = attempts.current_folder() if attempts else None
+    if folder is not None:
+        from fdscale.training.failures import record_failure
+
+        record_failure(folder, int(_rank() or 0), error)
 
 
 def _set_up_logging() -> None:

@@ -38,23 +38,27 @@ FLOORS = {
     "fdscale.cluster.slurm": 4,
     "fdscale.cluster.lives": 4,
     "fdscale.cluster.submit": 4,
+    "fdscale.doctor": 4,
     "fdscale.downstream": 4,
+    "fdscale.evidence": 4,
     "fdscale.export": 4,
     "fdscale.importing": 4,
     "fdscale.fetch": 4,
     "fdscale.models": 4,
     "fdscale.plan": 4,
+    "fdscale.postmortem": 4,
     "fdscale.summary": 4,
     "fdscale.checkpoints": 4,
     "fdscale.commands": 5,
     "fdscale.cli": 5,
     "fdscale.__main__": 6,
 }
-ONE_ROOM = {
+ONE_ROOM = {  # what stops a rank; the launcher's files; the post-mortem's; the command line's
     "fdscale.cluster.orphans": "fdscale.cluster.ranks",
     "fdscale.cluster.supervise": "fdscale.cluster.launch",
     "fdscale.cluster.slurm": "fdscale.cluster.launch",
     "fdscale.cluster.lives": "fdscale.cluster.launch",
+    "fdscale.evidence": "fdscale.postmortem",
     "fdscale.commands": "fdscale.cli",
 }
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from fdscale.build.demand import demand_of
 from fdscale.build.weights import STUDENT, WeightsRecord, hold_weights, student_weights, teacher_weights
 from fdscale.cluster.orphans import watch_launchers
 from fdscale.cluster.ranks import StopSignals, rank_from_environment
@@ -27,6 +28,7 @@ from fdscale.planning.data_check import DIGITS
 from fdscale.planning.placement import Choice, Placement
 from fdscale.training.attempts import Attempt, claim, note_current
 from fdscale.training.engine import Connection, connect, gather_lists
+from fdscale.training.preflight import preflight
 from fdscale.training.run_directory import RunDirectory
 from fdscale.training.writer import this_process
 
@@ -105,6 +107,7 @@ def open_run(settings: DistillSettings | FinetuneSettings, samples: int | None =
     watch_launchers(stop, os.environ)
     connection = connect(rank)
     weights = _weights(settings, connection)  # every rank has looked before the first one writes
+    preflight(connection, directory.folder, demand_of(settings, checked, deepspeed_json, rank.local_world_size))
     attempt = _claim(directory, settings.guards.attempts, connection)
     if rank.is_main:
         directory.begin(settings)

@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from fdscale.cluster.gpus import visible_gpus
+from fdscale.cluster.ranks import USER_ERROR_EXIT_CODE
 from fdscale.commands.arguments import Overrides, Recipe, Smoke, settings_of
 from fdscale.commands.training import outlook_of
 from fdscale.config.errors import UserError
@@ -109,3 +110,34 @@ def _refuse_what_does_not_fit(
     if not outlook.fits:
         terminal().print(outlook_tables(outlook))
         raise UserError(f"{recipe} does not fit on {nodes} x {ranks} ranks (see above): nothing was submitted")
+
+
+def doctor(
+    target: Annotated[str, typer.Argument(help="A recipe that is to run, or the run directory of one that ended.")],
+    overrides: Overrides = None,
+    smoke: Smoke = False,
+    ranks: Annotated[int | None, typer.Option(help="Ranks; default: as `fdscale launch`.")] = None,
+    hostfile: Annotated[str | None, typer.Option(help="Lines of `HOST slots=N`; starts over pdsh.")] = None,
+) -> None:
+    """Before a run: find what would fail or slow it, on every rank. After it: say what ended it."""
+    if any((Path(target) / mark).exists() for mark in ("recipe.toml", "attempts")):
+        from fdscale.postmortem import post_mortem
+
+        for line in post_mortem(Path(target)):
+            terminal().print(escape(line), soft_wrap=True)
+        return
+    from fdscale.cluster.launch import launch as start
+
+    settings = settings_of(None, target, overrides, smoke)  # what is wrong is told once, before any rank starts
+    assert settings.run_dir, "settings_of names one"
+    arguments = ["examine", target, *(["--smoke"] if smoke else []), *(overrides or [])]
+    raise typer.Exit(start(arguments, Path(settings.run_dir), ranks, hostfile, SMOKE_RANKS if smoke else None))
+
+
+def examine(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -> None:
+    """What `fdscale doctor RECIPE` starts on every rank."""
+    from fdscale.doctor import examine_ranks, leave
+
+    sound = examine_ranks(settings_of(None, recipe, overrides, smoke))
+    leave(sound)
+    raise typer.Exit(0 if sound else USER_ERROR_EXIT_CODE)

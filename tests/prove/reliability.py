@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from tests.prove.page import PAGES, REPOSITORY
+from tests.prove.page import PAGES, REPOSITORY, Page
 
 Row = dict[str, Any]
 
 INTRODUCTION = """# What a run survives
 
-Each line was done to real runs (the smoke student: a SwinV2 with an extra norm, ZeRO-3, two CPU ranks, gloo) and compared
-with the run that nothing disturbed; written by `make prove`, which goes on where it was stopped, and by nobody's hand. The
-same faults, fewer of them, are part of `make test` and `make test-cluster`. Nothing here was done on GPUs, with NCCL, on
-InfiniBand, or on more than one machine: the nodes are network namespaces, SLURM, sshd and pdsh are real.
+Each line was done to real runs (the smoke student: a SwinV2 with an extra norm, ZeRO-3, two CPU ranks, gloo) and
+compared with the run that nothing disturbed; written by `make prove`, which goes on where it was stopped, and by
+nobody's hand. The same faults, fewer of them, are part of `make test` and `make test-cluster`. Nothing here was done on
+GPUs, with NCCL, on InfiniBand, or on several machines: nodes are network namespaces; SLURM, sshd and pdsh are real.
 """
 
 
@@ -24,7 +24,7 @@ def faults() -> Iterable[tuple[str, str, str, bool, str]]:
     killed = _rows("killed_runs")
     if killed:
         yield _killed(list(killed.values()))
-    for page in ("faults", "slurm_faults"):
+    for page in ("faults", "guard_faults", "slurm_faults"):
         for row in _rows(page).values():
             yield row["fault"], row["did"], row["found"], row["held"], _given(row)
     for row in _rows("save_rate").values():
@@ -33,12 +33,26 @@ def faults() -> Iterable[tuple[str, str, str, bool, str]]:
         yield "a save with hash and fsync at >= 0.7 of the disk's rate", did, found, row["ratio"] >= 0.7, _given(row)
 
 
+def prove(page: str, fault: str, did: str, done: Callable[[], tuple[str, bool]]) -> None:
+    """Do it unless this commit has done it, and put what it found, and whether that held, on the pages."""
+
+    def measure() -> Row:
+        found, held = done()
+        return {"fault": fault, "did": did, "found": found, "held": held}
+
+    kept = Page(page)
+    row = kept.row(fault, measure)
+    kept.write_table("Faults", "Each done to real runs.", ("fault", "did", "found"), [*kept.rows.values()])
+    write_reliability()
+    assert row["held"], row["found"]
+
+
 def write_reliability() -> None:
     """Write the page from what was measured so far."""
     columns = ("fault", "done", "found", "held", "commit, date")
     head = [INTRODUCTION, f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     body = [f"| {' | '.join((*texts, 'yes' if held else '**no**', given))} |" for *texts, held, given in faults()]
-    details = "Every kill: [measurements/killed_runs.md](measurements/killed_runs.md); saves: [save_rate.md](measurements/save_rate.md)."
+    details = "Every kill: [killed_runs](measurements/killed_runs.md); saves: [save_rate](measurements/save_rate.md)."
     (REPOSITORY / "docs" / "reliability.md").write_text("\n".join([*head, *body, "", details, ""]))
 
 

@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from fdscale.cluster.orphans import process_start
 from tests.prove.lives import Launch, Undisturbed, printed_by, steps_done
-from tests.prove.page import Page
-from tests.prove.reliability import write_reliability
+from tests.prove.reliability import prove
 from tests.test_runs import curve, ranks_of
+from tests.test_runs import test_a_deepspeed_runner_that_is_killed_leaves_a_commit_and_nobody_behind as kill_the_runner
 
 pytestmark = [
     pytest.mark.prove,
@@ -28,21 +28,6 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root"),
 ]
 LIFE_SECONDS = 150
-
-
-def prove(fault: str, did: str, done: Callable[[], tuple[str, bool]]) -> None:
-    """Do it unless this commit has done it, and put it on the pages."""
-    page = Page("faults")
-
-    def measure() -> dict[str, Any]:
-        found, held = done()
-        return {"fault": fault, "did": did, "found": found, "held": held}
-
-    row = page.row(fault, measure)
-    columns = ("fault", "did", "found")
-    page.write_table("Faults", "Each done to one real run.", columns, [*page.rows.values()])
-    write_reliability()
-    assert row["held"], row["found"]
 
 
 def until(what: Callable[[], bool], process: subprocess.Popen[bytes], run: Path) -> None:
@@ -92,10 +77,10 @@ def test_a_disk_that_fills_up(launch: Launch, undisturbed: Undisturbed, tmp_path
             kept = len(commits(run))
             filler.unlink()
             resumed = goes_on(launch, run, undisturbed)
-            found = f"exit code {code}, said where and how much is free; {kept} commits intact; with room again it completes"
+            found = f"exit code {code}, says how much is free; {kept} commits intact; with room again it completes"
             return found, code == 2 and told and kept >= 1 and resumed
 
-    prove("disk full during a save", "a file fills the disk after the second commit, then goes", done)
+    prove("faults", "disk full during a save", "a file fills the disk after the second commit, then goes", done)
 
 
 def test_a_run_directory_that_turns_read_only(launch: Launch, undisturbed: Undisturbed, tmp_path: Path) -> None:
@@ -116,7 +101,9 @@ def test_a_run_directory_that_turns_read_only(launch: Launch, undisturbed: Undis
         found = f"exit code {code}, said so; {kept} commits intact; writable again it completes"
         return found, code == 2 and told and kept >= 1 and resumed
 
-    prove("run directory read-only", "the attempt's folder is remounted read-only after the first commit", done)
+    prove(
+        "faults", "run directory read-only", "the attempt's folder is remounted read-only after the first commit", done
+    )
 
 
 def test_a_rank_that_is_frozen(launch: Launch, undisturbed: Undisturbed, tmp_path: Path) -> None:
@@ -135,11 +122,13 @@ def test_a_rank_that_is_frozen(launch: Launch, undisturbed: Undisturbed, tmp_pat
         named = "rank 1" in printed_by(run)
         gone = not Path(f"/proc/{frozen}").exists()
         resumed = goes_on(launch, run, undisturbed)
-        found = f"after {seconds:.0f} s: {', '.join(stacks)} on disk, rank 1 named and killed, exit code {code}; it completes"
+        found = (
+            f"after {seconds:.0f} s: {', '.join(stacks)} on disk, rank 1 named and killed, code {code}; it completes"
+        )
         held = code == 85 and stacks == ["rank_0.txt"] and named and gone and resumed and seconds < limit + 45
         return found, held
 
-    prove("one rank frozen (SIGSTOP)", f"rank 1 stopped in a step, guards.hang_seconds={limit}", done)
+    prove("faults", "one rank frozen (SIGSTOP)", f"rank 1 stopped in a step, guards.hang_seconds={limit}", done)
 
 
 def test_two_starts_on_one_run_directory(launch: Launch, undisturbed: Undisturbed, tmp_path: Path) -> None:
@@ -153,4 +142,29 @@ def test_two_starts_on_one_run_directory(launch: Launch, undisturbed: Undisturbe
         found = f"the second ends with code {code} and names the first one's process; the first completes undisturbed"
         return found, code == 2 and refused and completed
 
-    prove("two runs started on one run directory", "the same command twice", done)
+    prove("faults", "two runs started on one run directory", "the same command twice", done)
+
+
+def test_a_launcher_that_is_killed(
+    environment: dict[str, str], launch: Launch, tmp_path: Path, port: Callable[[], int]
+) -> None:
+    def done() -> tuple[str, bool]:
+        kill_the_runner(environment, launch.shards, tmp_path, port)
+        ours = tmp_path / "ours" / "run"
+        process = launch(ours, "max_steps=70", "epochs=5", "checkpoint.every=1000")
+        until(lambda: steps_done(ours) >= 2, process, ours)
+        family = list(ranks_of(process.pid).values())
+        process.kill()
+        process.wait()
+        until_gone(family)
+        found = "DeepSpeed's runner and ours, SIGKILL: the ranks notice, commit their step and end; nobody is left"
+        return found, len(commits(ours)) == 1
+
+    prove("faults", "the launcher process killed", "SIGKILL of `deepspeed` and of `fdscale launch` in a step", done)
+
+
+def until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 60
+    while any(process_start(pid) is not None for pid in pids):
+        assert time.monotonic() < deadline, "ranks outlive their launcher"
+        time.sleep(0.1)

@@ -23,6 +23,7 @@ from fdscale.training.engine import Connection, start_engine
 from fdscale.training.manifest import files_of, writer_of
 from fdscale.training.optim import adamw, parameter_groups
 from tests.prove.page import Page
+from tests.prove.reliability import write_reliability
 from tests.training.first_attempt import first_attempt
 
 pytestmark = [pytest.mark.prove, pytest.mark.timeout(900)]
@@ -101,5 +102,6 @@ def test_a_save_costs_little_more_than_its_bytes(fresh_ranks: Any, tmp_path: Pat
         "ratio": f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})",
     }
     page.write_table("Rate of a save", how, tuple(line), [line])
+    write_reliability()
     print(line)
     assert row["ratio"] >= GOAL

@@ -1,0 +1,35 @@
+"""What the settings of a run ask of its machines beside memory: disk, shared memory, open files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fdscale.config.settings import DistillSettings, FinetuneSettings
+from fdscale.data.images import OPEN_SHARDS
+from fdscale.planning.check import Plan
+from fdscale.planning.cost import BATCHES_A_WORKER, checkpoint_bytes
+from fdscale.planning.engine_rules import FP32, engine_rules
+from fdscale.training.preflight import Demand
+
+
+def demand_of(
+    settings: DistillSettings | FinetuneSettings, plan: Plan, deepspeed_json: Mapping[str, Any], local_ranks: int
+) -> Demand:
+    """Of a node with `local_ranks` ranks, and of the one folder of the run."""
+    size = plan.student.image_size or 0
+    batches = local_ranks * settings.data.workers * BATCHES_A_WORKER * plan.micro_batch
+    return Demand(_disk(settings, plan, deepspeed_json), batches * 3 * size**2, OPEN_SHARDS)
+
+
+def _disk(settings: DistillSettings | FinetuneSettings, plan: Plan, deepspeed_json: Mapping[str, Any]) -> int | None:
+    """Bytes: the checkpoints that stay and one that is being written, and the student's files; None: size unknown."""
+    parameters, width = plan.student.parameters(), plan.student.width
+    if parameters is None or width is None:
+        return None
+    ema, kept = settings.optim.ema_decay > 0, settings.checkpoint
+    trained = parameters + sum((width + 1) * (teacher.width or 0) for teacher in plan.teachers.values())
+    for_ever = (plan.steps or 0) // kept.keep_every if kept.keep_every else 0
+    checkpoints = kept.keep + 1 + for_ever
+    students = FP32 * parameters * (2 if ema else 1)
+    return checkpoints * checkpoint_bytes(trained, engine_rules(deepspeed_json), ema) + students

@@ -1,0 +1,49 @@
+"""What a run asks of its disk and its nodes, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fdscale.build.demand import demand_of
+from fdscale.config.recipe import load_recipe
+from fdscale.planning.check import load_and_check
+from fdscale.planning.smoke import smoke_patch
+from fdscale.training.preflight import Demand
+
+
+def demand(*overrides: str, steps: int | None = None) -> Demand:
+    settings = load_recipe("vit_b_dino", ["data.shards=digits", *overrides], smoke_patch)
+    plan, deepspeed_json = load_and_check(settings, 2)
+    return demand_of(settings, replace(plan, steps=steps), deepspeed_json, local_ranks=2)
+
+
+def parameters() -> tuple[int, int]:
+    """Of the student, and of its projector: its width and one more for each channel of the teacher."""
+    plan, _ = load_and_check(load_recipe("vit_b_dino", ["data.shards=digits"], smoke_patch), 2)
+    student, width = plan.student.parameters(), plan.student.width
+    assert student is not None
+    assert width is not None
+    return student, (width + 1) * (plan.teachers["teacher"].width or 0)
+
+
+def test_the_disk_holds_what_is_kept_one_that_is_being_written_and_the_student() -> None:
+    student, projector = parameters()
+    one = 12 * (student + projector)  # ZeRO-3: fp32 weights and two moments
+    assert demand("checkpoint.keep=2").disk == 3 * one + 4 * student
+    average = 16 * (student + projector)
+    assert demand("checkpoint.keep=2", "optim.ema_decay=0.9").disk == 3 * average + 8 * student
+
+
+def test_checkpoints_that_stay_for_ever_count_where_the_number_of_steps_is_known() -> None:
+    for_ever = ("checkpoint.keep=1", "checkpoint.keep_every=10")
+    student, projector = parameters()
+    more = (demand(*for_ever, steps=100).disk or 0) - (demand("checkpoint.keep=1").disk or 0)
+    assert more == 10 * 12 * (student + projector)
+    assert demand(*for_ever).disk == demand("checkpoint.keep=1").disk
+
+
+def test_workers_leave_their_batches_in_shared_memory() -> None:
+    assert demand("data.workers=0").shared_memory == 0
+    two = demand("data.workers=2").shared_memory
+    assert demand("data.workers=4").shared_memory == 2 * two
+    assert two == 2 * 2 * 2 * 16 * 3 * 64**2  # ranks, workers, batches a worker, images of 64 pixels a side
