@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
+from fdscale.cluster.orphans import process_start
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
 from fdscale.training.watchdog import Member, Watchdog, members_of
-from fdscale.training.writer import process_start, this_process
+from fdscale.training.writer import this_process
 
 LIMIT = 5.0  # above what a busy machine's disk makes a process wait
 PROGRAM = """
