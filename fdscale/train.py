@@ -15,6 +15,7 @@ from fdscale.build.outline import Outline, draws_for, pixels_for, student_outlin
 from fdscale.build.run import Run, open_run
 from fdscale.build.training import train
 from fdscale.build.weights import RANDOM
+from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.config.errors import UserError, told_as
 from fdscale.config.settings import FIRST_TEACHER, DistillSettings, TeacherSettings
 from fdscale.data.batches import Batch
@@ -25,6 +26,7 @@ from fdscale.students.drop_path import drop_path_rows
 from fdscale.students.student import Student
 from fdscale.teachers.table import OWN, STUDENT_FILE
 from fdscale.teachers.teacher import Teacher
+from fdscale.training.engine import compute_dtype
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -76,7 +78,8 @@ def distill(
 def outline(settings: DistillSettings) -> Outline:
     """The same distiller and teachers in shapes alone, for the planner."""
     student = student_outline(settings.student)
-    teachers = {where: _teacher_outline(table) for where, (table, _) in settings.teachers.items()}
+    dtype = compute_dtype(load_deepspeed_json(settings.deepspeed))
+    teachers = {where: _teacher_outline(table, dtype) for where, (table, _) in settings.teachers.items()}
     lessons = lessons_of(settings, student, teachers)
     with torch.device("meta"):
         distiller = Distiller(student, student.width, lessons, settings.loss.beta)
@@ -88,9 +91,9 @@ def outline(settings: DistillSettings) -> Outline:
     return Outline(distiller, student, inputs, teachers)
 
 
-def _teacher_outline(table: TeacherSettings) -> Teacher:
+def _teacher_outline(table: TeacherSettings, dtype: torch.dtype) -> Teacher:
     weights = str(table.weights) if table.name == STUDENT_FILE else RANDOM  # the file alone knows its network
-    return prepare_teacher(table, weights, torch.float32, "meta")
+    return prepare_teacher(table, weights, dtype, "meta")
 
 
 def _refuse_misnamed(settings: DistillSettings, student: Student | None, teachers: Mapping[str, Teacher]) -> None:

@@ -54,6 +54,14 @@ def test_twice_the_ranks_divide_what_zero_divides() -> None:
     assert many.forecast.states.weights == few.forecast.states.weights  # ZeRO-1
 
 
+def test_a_teacher_whose_windows_are_masked_runs_in_half_precision() -> None:
+    """Its masks are cast with its weights, as in a run."""
+    small = ["student.geometry.depths=[1,1,1,1]", "teacher.geometry.depths=[2,1,1,1]"]
+    settings = load_recipe("swinv2_b_esvit", small)
+    assert isinstance(settings, DistillSettings)
+    assert plan(settings, outline, "swinv2_b_esvit", 1, 8, "H100-80GB", efficiency=0.5).fits
+
+
 def test_a_teacher_by_each_placement() -> None:
     teacher = outlook("teacher.placement=zero3", nodes=2).forecast.teachers["teacher"]
     assert teacher.placement == "zero3"

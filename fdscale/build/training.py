@@ -35,6 +35,7 @@ from fdscale.training.optim import Schedule, adamw, layer_scales, parameter_grou
 from fdscale.training.partition import divide, is_divided
 from fdscale.training.progress import Progress
 from fdscale.training.sinks import open_sinks
+from fdscale.training.watchdog import PATIENCE
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -61,8 +62,8 @@ def train(
     """
     with run.attempt:
         done = _train(run, module, student, batch_terms, sample_terms, save, watch_of, teachers or {})
-        received = run.stop.received
-        run.attempt.end(0 if done else REQUEUE_EXIT_CODE, "complete" if done else f"stopped by {received or 'a peer'}")
+        stopped_by = run.stop.received.name if run.stop.received else "a peer, or as its launcher died"
+        run.attempt.end(0 if done else REQUEUE_EXIT_CODE, "complete" if done else f"stopped by {stopped_by}")
     return done
 
 
@@ -107,7 +108,7 @@ def _train(
                 watch_of(engine, sinks, progress.step) if watch_of else nullcontext,
             )
             if done:
-                guards.mark("writing the result", progress.step)
+                guards.mark("writing the result", progress.step, PATIENCE)
                 save_result(run, engine, module, student, save, progress.step)
                 sinks.say(f"complete: {run.directory.student}")
     finally:

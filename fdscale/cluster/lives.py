@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from fdscale.training.lineage import attempt_folders
@@ -24,7 +25,8 @@ def record_codes(run_dir: Path, before: Path | None, codes: Mapping[str, int]) -
     attempt = newest_attempt(run_dir)
     if attempt is None or attempt == before:
         return False
-    write_text(attempt / "launcher.json", json.dumps({"codes": dict(codes)}) + "\n")
+    with suppress(OSError):  # a full disk may be what ended it
+        write_text(attempt / "launcher.json", json.dumps({"codes": dict(codes)}) + "\n")
     return True
 
 

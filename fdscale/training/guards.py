@@ -21,7 +21,7 @@ from fdscale.training.finite import searches_scale
 from fdscale.training.metrics import Sinks
 from fdscale.training.phases import Phases
 from fdscale.training.progress import Progress
-from fdscale.training.watchdog import Watchdog, members_of
+from fdscale.training.watchdog import PATIENCE, Watchdog, members_of
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -126,7 +126,7 @@ class Guards:
 
     def _go_back(self, engine: DeepSpeedEngine, checkpoints: Checkpoints, progress: Progress, sinks: Sinks) -> None:
         failed = progress.step
-        self.mark("going back to the last checkpoint", failed)
+        self.mark("going back to the last checkpoint", failed, PATIENCE)
         state = None if self._went_back else checkpoints.load(engine)
         if state is None:
             why = (

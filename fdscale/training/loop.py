@@ -23,6 +23,7 @@ from fdscale.training.guards import Guards
 from fdscale.training.metrics import Sinks
 from fdscale.training.optim import Schedule
 from fdscale.training.progress import Progress
+from fdscale.training.watchdog import PATIENCE
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -215,7 +216,7 @@ def _to_be_saved(progress: Progress, plan: Plan) -> bool:
 
 def _save(engine: DeepSpeedEngine, checkpoints: Checkpoints, progress: Progress, sinks: Sinks, guards: Guards) -> None:
     began = time.perf_counter()
-    guards.mark("saving", progress.step)
+    guards.mark("saving", progress.step, PATIENCE)
     checkpoints.save(engine, progress.step, vars(progress))
     guards.saved()
     sinks.write(progress.step, {"checkpoint_seconds": time.perf_counter() - began})

@@ -24,6 +24,7 @@ from fdscale.training.writer import this_process
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+PATIENCE = 4.0  # the rank that writes first waits for the one whose disk is slowest
 BACKUP_SECONDS = 120.0  # after the limit: when not even the watchdog's thread can run
 REARM_SECONDS = 5.0  # the backup is set anew at most so often
 GRACE = (3.0, 30.0)  # seconds the others are given to write theirs, at least and at most
@@ -63,12 +64,13 @@ class Watchdog:
 
     It writes the stacks of all threads to `folder`/rank_K.txt, waits a little for the other ranks' files, names in
     `frozen.json` those that wrote none (stopped, dead, or holding the interpreter), kills such of its own host, and
-    leaves by the code that asks for another start. `limit` 0: never. Start and stop it as a context.
+    leaves by the code that asks for another start. What the ranks do at a pace of their own (a save) is given
+    `PATIENCE` times as long. `limit` 0: never. Start and stop it as a context.
     """
 
     def __init__(self, folder: Path, members: Sequence[Member], rank: int, limit: float) -> None:
         self.folder, self.members, self.me, self.limit = folder, tuple(members), members[rank], limit
-        self._last, self._at, self._armed = time.monotonic(), "the start", 0.0
+        self._last, self._at, self._armed, self._patience = time.monotonic(), "the start", 0.0, 1.0
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -85,12 +87,13 @@ class Watchdog:
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
 
-    def mark(self, phase: str, step: int | None = None) -> None:
-        """Something went on; `phase` is what comes now. Costs about a microsecond."""
+    def mark(self, phase: str, step: int | None = None, patience: float = 1.0) -> None:
+        """Something went on; `phase` is what comes now, within `patience` limits. Costs about a microsecond."""
         self._last, self._at = time.monotonic(), phase if step is None else f"{phase}, step {step}"
-        if self.limit and self._last - self._armed > REARM_SECONDS:
+        if self.limit and (self._last - self._armed > REARM_SECONDS or patience != self._patience):
             self._armed = self._last
-            faulthandler.dump_traceback_later(self.limit + BACKUP_SECONDS, exit=True)
+            faulthandler.dump_traceback_later(self.limit * patience + BACKUP_SECONDS, exit=True)
+        self._patience = patience
 
     def marking(self, things: Iterable[T], phase: str) -> Iterator[T]:
         """The same things, each of them marked."""
@@ -106,7 +109,7 @@ class Watchdog:
             if now - before > poll + self.limit / 4:  # a suspended job stood still as a whole: that is no hang
                 self._last += now - before
             before = now
-            if now - self._last > self.limit:
+            if now - self._last > self.limit * self._patience:
                 try:
                     self._give_up()
                 finally:  # whatever goes wrong in telling: nobody waits for ever
@@ -119,11 +122,11 @@ class Watchdog:
         except OSError:  # a full disk: on the error stream they are better than nowhere
             faulthandler.dump_traceback(all_threads=True)
         frozen = self._without_stacks(min(max(self.limit / 10, GRACE[0]), GRACE[1]))
-        for member in frozen:
-            self._kill(member)
+        self._tell(at, frozen)
         for child in _children(self.me.pid):  # data workers, who hold what the launcher reads from
             _send(child, signal.SIGKILL)
-        self._tell(at, frozen)
+        for member in frozen:  # last, and then this process goes: the launcher shall see both at once
+            self._kill(member)
 
     def _tell(self, at: str, frozen: Sequence[Member]) -> None:
         told = f"rank {self.me.rank}: nothing went on for {self.limit:g} s (at: {at}); stacks are in {self.folder}"
