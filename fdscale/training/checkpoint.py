@@ -88,6 +88,10 @@ class Checkpoints:
         """Make room for a checkpoint of this attempt: a save that was rolled back, or interrupted, may lie there."""
         self.attempt.refuse_if_superseded()
         shutil.rmtree(target, ignore_errors=True)
+        try:
+            target.mkdir()
+        except OSError as error:
+            raise UserError(self._write_failure(target, error)) from error
 
     def _commit(self, target: Path, manifest: dict[str, Any]) -> None:
         self.attempt.refuse_if_superseded()

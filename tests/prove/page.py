@@ -27,10 +27,13 @@ class Page:
         self.rows: dict[str, Row] = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def row(self, key: str, measure: Callable[[], Row]) -> Row:
-        """The row of that key: the one that is there when the same commit of a clean tree gave it, else a new one."""
+        """The row of that key: the one that is there when the same commit of a clean tree gave it, else a new one.
+
+        One that says that it did not hold is measured again.
+        """
         commit = measured_commit()
         kept = self.rows.get(key, {})
-        if kept.get("commit") != commit or commit.endswith("dirty"):
+        if kept.get("commit") != commit or commit.endswith("dirty") or not kept.get("held", True):
             self.rows[key] = {**measure(), "commit": commit, "date": date.today().isoformat(), "machine": machine()}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(self.rows, indent=1) + "\n")

@@ -19,8 +19,10 @@ import pytest
 from fdscale.cluster.orphans import process_start
 from tests.prove.lives import Launch, Undisturbed, printed_by, steps_done
 from tests.prove.reliability import prove
-from tests.test_runs import curve, ranks_of
+from tests.test_runs import curve, environment, ranks_of
 from tests.test_runs import test_a_deepspeed_runner_that_is_killed_leaves_a_commit_and_nobody_behind as kill_the_runner
+
+__all__ = ["environment"]  # the fixture
 
 pytestmark = [
     pytest.mark.prove,

@@ -303,3 +303,20 @@ def test_what_reads_back_as_something_else_is_not_committed(tmp_path: Path, two_
     for told in two_ranks(read_back, str(tmp_path), True):
         assert "reads back from the disk as something else than was written" in told
         assert "rank_1.pt has another SHA-256" in told
+
+
+def save_into_what_cannot_be_made(connection: Connection, folder: str) -> str:
+    """A file lies in the place of the attempt's folder."""
+    attempt = first_attempt(folder)
+    engine, checkpoints = small_engine(3), Checkpoints(attempt, connection, keep=2)
+    if connection.rank.is_main:
+        attempt.folder.rmdir()
+        attempt.folder.touch()
+    told = refusal_of(lambda: checkpoints.save(engine, 1, {"step": 1}))
+    engine.destroy()
+    return told
+
+
+def test_a_folder_that_cannot_be_made_is_told_on_every_rank(tmp_path: Path, two_ranks: Any) -> None:
+    for told in two_ranks(save_into_what_cannot_be_made, str(tmp_path)):
+        assert told.startswith(f"rank 0 could not write {tmp_path}/0001/step_00000001: [Errno 20] Not a directory")
