@@ -209,7 +209,17 @@ def _killed(attempt: Evidence, following: Evidence | None) -> Cause | None:
 
 
 def _those(attempt: Evidence, names: Sequence[str]) -> str:
-    return ", ".join(attempt.where(int(name)) if name.isdigit() else name for name in sorted(names))
+    """The ranks of exit codes; of a launcher's one code for ranks elsewhere, those that left no word."""
+    if all(name.isdigit() for name in names):
+        return ", ".join(attempt.where(int(name)) for name in sorted(names))
+    silent = _silent(attempt)
+    return ", ".join(silent) if attempt.failures and silent else f"a rank under {', '.join(sorted(names))}"
+
+
+def _silent(attempt: Evidence) -> list[str]:
+    """The ranks that left no word, with their hosts."""
+    told = {failure.rank for failure in attempt.failures}
+    return [attempt.where(rank) for rank in range(attempt.record.get("world_size", 0)) if rank not in told]
 
 
 def _signal(code: int) -> int:
@@ -243,8 +253,7 @@ def _without_a_word(attempt: Evidence) -> Cause:
     ask = f"`sacct -j {job}` may know more; {AGAIN}" if job else AGAIN
     if not attempt.failures:
         return Cause("ended without a word: its node, its launcher or all its ranks were lost at once", (), ask)
-    told = {failure.rank for failure in attempt.failures}
-    silent = [attempt.where(rank) for rank in range(attempt.record.get("world_size", 0)) if rank not in told]
+    silent = _silent(attempt)
     lost = f"{', '.join(silent)} was lost without a word" if silent else "the ranks lost one another: see the network"
     first = attempt.failures[0]
     return Cause(lost, (f"{attempt.where(first.rank)} then raised: {first.message}",), ask)

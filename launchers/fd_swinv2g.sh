@@ -17,7 +17,7 @@ for root in "${roots[@]}"; do
   if [ -z "${venv:-}" ] && [ -x "$root/.venv/bin/python" ]; then venv=$root/.venv/bin/python; fi
 done
 # shellcheck source=/dev/null
-if [ -n "${FDSCALE_SITE:-}" ]; then set +u; . "$FDSCALE_SITE"; set -u; fi
+if [ -n "${FDSCALE_SITE:-}" ]; then set +eu; . "$FDSCALE_SITE"; set -eu; fi
 exec "${FDSCALE_PYTHON:-${venv:-python3}}" -m fdscale launch distill swinv2_g "$@"
 : <<'#END'
 '''

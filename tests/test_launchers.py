@@ -121,7 +121,8 @@ def test_a_job_asks_for_what_its_deepspeed_json_is_made_for(launcher: Path) -> N
 @pytest.mark.parametrize("launcher", DUAL, ids=lambda path: path.name)
 def test_a_site_is_sourced_before_the_interpreter_is_chosen(launcher: Path, tmp_path: Path, fake_python: Path) -> None:
     site = tmp_path / "a site.env"
-    site.write_text(f'echo "unset: $NOT_SET" >&2\nexport FDSCALE_PYTHON={fake_python}\n')
+    last = "[ -f /no/such/file ] && . /no/such/file"  # a site's last word may be no
+    site.write_text(f'echo "unset: $NOT_SET" >&2\nexport FDSCALE_PYTHON={fake_python}\n{last}\n')
     assert started(launcher, tmp_path, FDSCALE_SITE=str(site))[1:3] == ["-m", "fdscale"]
     copied = tmp_path / "root" / "launchers" / launcher.name
     copied.parent.mkdir(parents=True)

@@ -88,7 +88,10 @@ def _tell(run: Run, outline: Callable[[], Outline] | None, measured: int, step: 
     sinks.say(told)
     kept = {"step": step, "measured_bytes": measured, "planned_bytes": None if planned is None else planned.peak}
     phases = {} if planned is None else {"states": planned.states.resident, **planned.phases}
-    write_text(run.directory.folder / "memory.json", json.dumps({**kept, "planned": phases}, indent=2) + "\n")
+    try:
+        write_text(run.directory.folder / "memory.json", json.dumps({**kept, "planned": phases}, indent=2) + "\n")
+    except OSError as error:
+        logger.warning("memory.json could not be written: %s", error)
 
 
 def _planned(run: Run, outline: Callable[[], Outline]) -> Forecast | None:

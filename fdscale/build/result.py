@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,7 @@ def save_result(run: Run, engine: DeepSpeedEngine, module: nn.Module, student: S
     main, averaged = run.connection.rank.is_main, run.settings.optim.ema_decay > 0
     for ending in (AVERAGED, "") if averaged else ("",):
         state = full_state(engine, module, wanted=main, average=ending == AVERAGED)
-        if main:
-            save(student, state, run.directory.folder, ending)
+        run.connection.on_main(partial(save, student, state, run.directory.folder, ending))
     run.connection.on_main(lambda: _mark_complete(run, step))
 
 

@@ -109,10 +109,9 @@ def open_run(settings: DistillSettings | FinetuneSettings, samples: int | None =
     weights = _weights(settings, connection)  # every rank has looked before the first one writes
     preflight(connection, directory.folder, demand_of(settings, checked, deepspeed_json, rank.local_world_size))
     attempt = _claim(directory, settings.guards.attempts, connection)
-    if rank.is_main:
-        directory.begin(settings)
-        for note in checked.notes:
-            logger.info("note: %s", note)
+    connection.on_main(lambda: directory.begin(settings))
+    for note in checked.notes if rank.is_main else ():
+        logger.info("note: %s", note)
     hold_weights(directory, connection, weights)
     index = _open_shards(settings.data.shards, "train", directory, connection)
     held_out = settings.eval.shards and _open_shards(settings.eval.shards, "test", directory, connection)
@@ -131,8 +130,7 @@ def _claim(directory: RunDirectory, most_without_progress: int, connection: Conn
     folder = connection.broadcast([attempt.folder for attempt in claimed])[0]
     attempt = claimed[0] if claimed else Attempt(folder)
     ranks = gather_lists([this_process()], connection)
-    if connection.rank.is_main:
-        attempt.record_ranks(ranks)
+    connection.on_main(lambda: attempt.record_ranks(ranks))
     note_current(attempt)
     return attempt
 

@@ -77,55 +77,73 @@ def _train(
     watch_of: WatchOf | None,
     teachers: Mapping[str, Teacher],
 ) -> bool:
+    chosen = run.settings.guards
+    guards = Guards(run.connection, run.attempt.folder, chosen.hang_seconds, chosen.skipped_in_a_row)
+    try:
+        with guards:
+            return _fit(run, module, student, batch_terms, sample_terms, save, watch_of, teachers, guards)
+    finally:
+        run.stop.restore()
+
+
+def _fit(
+    run: Run,
+    module: nn.Module,
+    student: Student,
+    batch_terms: BatchTerms,
+    sample_terms: SampleTerms,
+    save: Save,
+    watch_of: WatchOf | None,
+    teachers: Mapping[str, Teacher],
+    guards: Guards,
+) -> bool:
     settings = run.settings
     loader = _train_loader(run, student)
     schedule = schedule_of(settings.optim, settings.data.global_batch, run.order.steps_per_epoch, run.total_steps)
     torch.manual_seed(settings.seed + run.connection.rank.rank)  # a network's own dropout; nothing of ours draws
+    guards.mark("starting the engine", None, PATIENCE)
     engine = _engine(run, module, student, schedule)
     kept = settings.checkpoint
     checkpoints = Checkpoints(run.attempt, run.connection, kept.keep, kept.keep_every, kept.verify_every)
+    guards.mark("loading the checkpoint", None, PATIENCE)
     state = checkpoints.load(engine)
     progress = Progress.resumed(state)
     _record(run, student, progress, fresh=state is None)
     sinks = _sinks(run, progress.step if state else None)
     try:
-        guards = _guards(run, teachers)
+        _set_out_canary(run, teachers, guards)
         held_out = _held_out(run, engine, student.image_size, sample_terms, guards)
-        with guards:
-            done = fit(
-                engine,
-                batch_terms,
-                loader,
-                schedule,
-                _plan(run),
-                run.connection,
-                checkpoints,
-                sinks,
-                progress,
-                run.stop,
-                held_out,
-                guards,
-                watch_of(engine, sinks, progress.step) if watch_of else nullcontext,
-            )
-            if done:
-                guards.mark("writing the result", progress.step, PATIENCE)
-                save_result(run, engine, module, student, save, progress.step)
-                sinks.say(f"complete: {run.directory.student}")
+        done = fit(
+            engine,
+            batch_terms,
+            loader,
+            schedule,
+            _plan(run),
+            run.connection,
+            checkpoints,
+            sinks,
+            progress,
+            run.stop,
+            held_out,
+            guards,
+            watch_of(engine, sinks, progress.step) if watch_of else nullcontext,
+        )
+        if done:
+            guards.mark("writing the result", progress.step, PATIENCE)
+            save_result(run, engine, module, student, save, progress.step)
+            sinks.say(f"complete: {run.directory.student}")
     finally:
         sinks.close()
-        run.stop.restore()
     return done
 
 
-def _guards(run: Run, teachers: Mapping[str, Teacher]) -> Guards:
+def _set_out_canary(run: Run, teachers: Mapping[str, Teacher], guards: Guards) -> None:
     chosen = run.settings.guards
-    canary = None
     if chosen.canary and teachers:
+        guards.mark("looking at the teachers", None, PATIENCE)
         file = run.directory.folder / "canary.json"
-        canary = Canary(teachers, run.placements, run.connection, chip_of(run.device), file)
-    return Guards(
-        run.connection, run.attempt.folder, chosen.hang_seconds, chosen.skipped_in_a_row, canary, chosen.canary_every
-    )
+        guards.canary = Canary(teachers, run.placements, run.connection, chip_of(run.device), file)
+        guards.canary_every = chosen.canary_every
 
 
 def _sinks(run: Run, resumed_step: int | None) -> Sinks:
@@ -149,8 +167,10 @@ def _record(run: Run, student: Student, progress: Progress, fresh: bool) -> None
             f"max_steps={run.settings.max_steps}: this run has {progress.step} steps behind it; "
             "leave max_steps out, or set it higher"
         )
-    if not run.connection.rank.is_main:
-        return
+    run.connection.on_main(lambda: _write_down(run, student, fresh))
+
+
+def _write_down(run: Run, student: Student, fresh: bool) -> None:
     if fresh:
         logger.info("a fresh run: the student starts from %s", run.settings.student.weights or "scratch")
     elif changed := run.directory.changed_versions():

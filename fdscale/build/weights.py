@@ -58,8 +58,7 @@ def hold_weights(directory: RunDirectory, connection: Connection, records: Mappi
     """Keep what a run starts from in its directory; raises UserError on every rank when it began with other bytes."""
     plain: dict[str, dict[str, str | None]] = {network: asdict(record) for network, record in records.items()}
     directory.check_weights(plain)
-    if connection.rank.is_main:
-        directory.record_weights(plain)
+    connection.on_main(lambda: directory.record_weights(plain))
 
 
 def _teacher_record(settings: TeacherSettings) -> WeightsRecord:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fdscale.cluster.gpus import visible_gpus
-from fdscale.cluster.lives import newest_attempt, record_codes
+from fdscale.cluster.lives import claimed_since, newest_attempt, record_codes
 from fdscale.cluster.ranks import free_port, in_srun_step
 from fdscale.cluster.slurm import in_allocation, start_with_srun
 from fdscale.cluster.supervise import supervise
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 def launch(
     arguments: list[str],
-    run_dir: Path,
+    run_dir: Path | None,
     ranks: int | None = None,
     hostfile: str | None = None,
     at_most: int | None = None,
@@ -39,9 +39,9 @@ def launch(
 
     Inside a SLURM allocation srun starts the ranks; with a `hostfile` (lines of `HOST slots=N`) deepspeed
     does, over pdsh; else this machine runs `ranks` of them, by default one per GPU but `at_most` so many.
-    The codes are kept beside the attempt in `run_dir`. 85 means: start me again; a batch job that ended without being
-    complete has been requeued. Raises UserError for a hostfile that cannot be read, a contradicting option, and a
-    launch in a launch.
+    The codes are kept beside the attempt in `run_dir`; without one what is started is no run. 85 means: start me
+    again; a batch job that ended without being complete has been requeued. Raises UserError for a hostfile that cannot
+    be read, a contradicting option, and a launch in a launch.
     """
     command = [sys.executable, "-u", "-m", "fdscale", *arguments]
     _refuse_nesting(os.environ)
@@ -62,7 +62,7 @@ def ranks_here(ranks: int | None, hostfile: str | None, at_most: int | None = No
     return _default_ranks(os.environ, at_most) if ranks is None else _positive("--ranks", str(ranks))
 
 
-def start_ranks(command: list[str], ranks: int, run_dir: Path) -> int:
+def start_ranks(command: list[str], ranks: int, run_dir: Path | None) -> int:
     """Run `command` as `ranks` processes on this machine, as torchrun would, and return one exit code.
 
     Should this process be killed, they are asked to stop: what they have trained is committed.
@@ -79,8 +79,8 @@ def start_ranks(command: list[str], ranks: int, run_dir: Path) -> int:
     }
     each = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     before = newest_attempt(run_dir)
-    ended = supervise(command, each, on_orphaned=signal.SIGTERM)
-    record_codes(run_dir, before, {str(rank): code for rank, code in enumerate(ended.codes)})
+    ended = supervise(command, each, on_orphaned=signal.SIGTERM, forward_as={signal.SIGINT: signal.SIGTERM})
+    record_codes(claimed_since(run_dir, before), {str(rank): code for rank, code in enumerate(ended.codes)})
     return ended.code
 
 
@@ -107,7 +107,7 @@ def _warn_of_more_than(at_most: int | None, ranks: int | None, env: Mapping[str,
         )
 
 
-def _start_with_deepspeed(arguments: list[str], hostfile: Path, run_dir: Path) -> int:
+def _start_with_deepspeed(arguments: list[str], hostfile: Path, run_dir: Path | None) -> int:
     """DeepSpeed's launcher over pdsh, also for a single host (`--force_multi`): it may be another machine.
 
     USR1 would kill that launcher and leave its ranks alone, so it goes on as TERM. DeepSpeed then ends every
@@ -119,10 +119,10 @@ def _start_with_deepspeed(arguments: list[str], hostfile: Path, run_dir: Path) -
     where = [f"--hostfile={hostfile}", f"--master_addr={hosts[0]}", "--force_multi", "--no_local_rank"]
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--module", "fdscale"]
     command = [*runner, *(_quoted_for_pdsh(argument) for argument in arguments)]
-    as_term = {signal.SIGUSR1: signal.SIGTERM}
+    as_term = {signal.SIGUSR1: signal.SIGTERM, signal.SIGINT: signal.SIGTERM}
     before = newest_attempt(run_dir)
     code = supervise(command, [os.environ], on_orphaned=signal.SIGTERM, forward_as=as_term).code
-    record_codes(run_dir, before, {"deepspeed": code})
+    record_codes(claimed_since(run_dir, before), {"deepspeed": code})
     return code
 
 

@@ -8,26 +8,35 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from fdscale.training.failures import read_failures
 from fdscale.training.lineage import attempt_folders
 from fdscale.training.run_directory import LOGS, RunDirectory, write_text
 
 
-def newest_attempt(run_dir: Path) -> Path | None:
-    """The folder of the last attempt at a run, `RUN/attempts/0003`; None before the first one."""
-    return next(reversed(attempt_folders(RunDirectory(run_dir).attempts)), None)
+def newest_attempt(run_dir: Path | None) -> Path | None:
+    """The folder of the last attempt at a run, `RUN/attempts/0003`; None before the first one, and for no run."""
+    return None if run_dir is None else next(reversed(attempt_folders(RunDirectory(run_dir).attempts)), None)
 
 
-def record_codes(run_dir: Path, before: Path | None, codes: Mapping[str, int]) -> bool:
-    """Keep a launch's exit codes, by rank or by the program that started the ranks elsewhere, beside its attempt.
+def claimed_since(run_dir: Path | None, before: Path | None) -> Path | None:
+    """The attempt that a launch has claimed, which began when `before` was the newest; None when it claimed none.
 
-    `before`: the newest attempt when it began. False when it has claimed none since, and there is nothing to keep.
+    The first one after that: should this node be cut off, later ones are other lives'.
     """
-    attempt = newest_attempt(run_dir)
-    if attempt is None or attempt == before:
-        return False
-    with suppress(OSError):  # a full disk may be what ended it
-        write_text(attempt / "launcher.json", json.dumps({"codes": dict(codes)}) + "\n")
-    return True
+    folders = [] if run_dir is None else attempt_folders(RunDirectory(run_dir).attempts)
+    return next((folder for folder in folders if before is None or int(folder.name) > int(before.name)), None)
+
+
+def record_codes(attempt: Path | None, codes: Mapping[str, int]) -> None:
+    """Keep a launch's exit codes, by rank or by the program that started the ranks elsewhere, beside its attempt."""
+    if attempt is not None:
+        with suppress(OSError):  # a full disk may be what ended it
+            write_text(attempt / "launcher.json", json.dumps({"codes": dict(codes)}) + "\n")
+
+
+def is_mistake(attempt: Path) -> bool:
+    """Whether a rank of an attempt left a user's mistake: srun tells the highest code alone, its peers' 137."""
+    return any(failure.is_mistake for failure in read_failures(attempt))
 
 
 def log_apart(run_dir: Path, job: str, restarts: str) -> None:

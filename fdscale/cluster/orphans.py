@@ -66,9 +66,9 @@ def _launchers(parent: int) -> list[int]:
     """The parent, and for a rank of DeepSpeed's launcher who started that: a runner, or sshd for pdsh."""
     if NODE_LAUNCHER not in _command(parent):
         return [parent]
-    above = _parent(parent)
+    above = parent_of(parent)
     if any(NODE_LAUNCHER in word for word in _command(above)[1:]):  # the shell that sshd runs its command in
-        above = _parent(above)
+        above = parent_of(above)
     return [parent, above] if _is_runner(_command(above)) else [parent]
 
 
@@ -84,7 +84,8 @@ def _command(pid: int) -> list[str]:
     return []
 
 
-def _parent(pid: int) -> int:
+def parent_of(pid: int) -> int:
+    """The process that a process of this machine belongs to; 0 when it is gone."""
     with suppress(OSError):
         return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
     return 0

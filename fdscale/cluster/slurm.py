@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from fdscale.cluster.lives import log_apart, newest_attempt, record_codes
+from fdscale.cluster.lives import claimed_since, is_mistake, log_apart, newest_attempt, record_codes
 from fdscale.cluster.ranks import USER_ERROR_EXIT_CODE, in_srun_step
 from fdscale.cluster.supervise import supervise
 from fdscale.config.errors import UserError
@@ -33,23 +33,28 @@ def _in_batch_script(env: Mapping[str, str]) -> bool:
     return in_allocation(env) and "SLURM_PROCID" in env
 
 
-def start_with_srun(command: list[str], ranks: int | None, run_dir: Path) -> int:
+def start_with_srun(command: list[str], ranks: int | None, run_dir: Path | None) -> int:
     """One srun step over the allocation; without `ranks`, one task for each that sbatch allotted.
 
     A batch job is requeued after every end but completion and a mistake, which the next life would meet again, and
-    only when this life has claimed an attempt: otherwise the start itself is broken.
+    only when this life has claimed an attempt: otherwise the start itself is broken. Without a `run_dir` it is no run:
+    nothing is kept, and nothing requeued.
     """
     srun = _srun(os.environ)
     command = [*srun, *([] if ranks is None else [f"--ntasks={ranks}"]), *_container(os.environ), *command]
-    if _in_batch_script(os.environ):
+    requeued = run_dir is not None and _in_batch_script(os.environ)
+    if run_dir is not None and requeued:
         _log_apart(run_dir, os.environ)
     before = newest_attempt(run_dir)
-    # srun passes USR1 to its tasks but answers TERM by killing them, so TERM, and our own death, reach it as USR1
-    as_usr1 = {signal.SIGTERM: signal.SIGUSR1}
+    # srun passes USR1 to its tasks but answers TERM by killing them, and INT by a report: all reach it as USR1
+    as_usr1 = {signal.SIGTERM: signal.SIGUSR1, signal.SIGINT: signal.SIGUSR1}
     code = supervise(command, [_for_srun(os.environ)], on_orphaned=signal.SIGUSR1, forward_as=as_usr1).code
-    claimed = record_codes(run_dir, before, {"srun": code})
-    if code not in (0, USER_ERROR_EXIT_CODE) and _in_batch_script(os.environ):
-        _start_again(os.environ, code, run_dir, claimed)
+    attempt = claimed_since(run_dir, before)
+    record_codes(attempt, {"srun": code})
+    if code != 0 and attempt is not None and is_mistake(attempt):
+        code = USER_ERROR_EXIT_CODE
+    if requeued and code not in (0, USER_ERROR_EXIT_CODE):
+        _start_again(os.environ, code, attempt)
     return code
 
 
@@ -95,18 +100,18 @@ def _log_apart(run_dir: Path, env: Mapping[str, str]) -> None:
         log.warning("no log of this life's own, all is told here: %s", error)
 
 
-def _start_again(env: Mapping[str, str], code: int, run_dir: Path, claimed: bool) -> None:
+def _start_again(env: Mapping[str, str], code: int, attempt: Path | None) -> None:
     """Requeue the job, unless that would repeat a broken start or touch a life that is not this one.
 
     A cancelled job would come back to life, a preempted one is SLURM's, and on a node that was cut off a former life
     may end while the next one runs. A failure is told and no more: what is committed is committed.
     """
     job = env["SLURM_JOB_ID"]
-    if not claimed:
+    if attempt is None:
         log.error(
-            "code %d before an attempt began in %s: the start itself fails, so job %s is not requeued; repair what is "
-            "told above, then submit it again",
-            *(code, run_dir, job),
+            "code %d before an attempt began: the start itself fails, so job %s is not requeued; repair what is told "
+            "above, then submit it again",
+            *(code, job),
         )
         return
     try:

@@ -25,7 +25,7 @@ from fdscale.training.run_directory import RunDirectory
 OUTPUT = "fdscale-%j.out"  # of the job, all lives: it says where each life's own log is
 COMMIT_SECONDS = 120  # USR1 comes so long before the time limit, at most a minute earlier
 TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}")  # what sbatch takes for a time limit
-SOURCE_SITE = '. "$1" && shift && exec "$@"'  # for bash -c: the site's variables, then the command as it is
+SOURCE_SITE = '. "$1"; shift; exec "$@"'  # for bash -c: the site's variables, then the command as it is
 
 
 @dataclass(frozen=True)

@@ -128,10 +128,9 @@ def doctor(
         return
     from fdscale.cluster.launch import launch as start
 
-    settings = settings_of(None, target, overrides, smoke)  # what is wrong is told once, before any rank starts
-    assert settings.run_dir, "settings_of names one"
+    settings_of(None, target, overrides, smoke)  # what is wrong with them is told once, before any rank starts
     arguments = ["examine", target, *(["--smoke"] if smoke else []), *(overrides or [])]
-    raise typer.Exit(start(arguments, Path(settings.run_dir), ranks, hostfile, SMOKE_RANKS if smoke else None))
+    raise typer.Exit(start(arguments, None, ranks, hostfile, SMOKE_RANKS if smoke else None))
 
 
 def examine(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -> None:

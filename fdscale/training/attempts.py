@@ -1,12 +1,14 @@
 """Attempts at a run: each claims the next number, writes under it alone, and finds out when a newer one has begun.
 
-`RUN/attempts/0003` is made by one `mkdir`, which one process alone can win, on any file system. No torch in here.
+`RUN/attempts/0003` is put in place by one rename, which one process alone can win, on any file system. No torch here.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +19,7 @@ from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
 from fdscale.config.errors import StartAgain, UserError
 from fdscale.training.lineage import RECORD, Commit, attempt_folders, read_record, step_folder, step_folders, step_of
 from fdscale.training.run_directory import write_text
-from fdscale.training.writer import Heartbeat, is_alive, this_process
+from fdscale.training.writer import ALIVE, Heartbeat, clock_of, is_alive, this_process
 
 ENDED = "ended.json"
 CODES = {UserError: 2, StartAgain: REQUEUE_EXIT_CODE, KeyboardInterrupt: 130}  # as the command line ends with them
@@ -113,22 +115,34 @@ def _claim(attempts: Path, world_size: int, most_without_progress: int, env: Map
     if folders:
         _refuse_second_writer(folders[-1], submission, env.get("SLURM_RESTART_COUNT"))
         _refuse_crash_loop(folders, submission, most_without_progress)
-    attempt = Attempt(attempts / f"{int(folders[-1].name) + 1 if folders else 1:04d}")
-    try:
-        attempt.folder.mkdir()
-    except FileExistsError:
-        raise UserError(f"{attempts.parent}: another start has just claimed attempt {attempt.number}") from None
-    attempt._add(
-        {
-            "number": attempt.number,
-            "started": time.time(),
-            "world_size": world_size,
-            "submission": submission,
-            "slurm_restarts": env.get("SLURM_RESTART_COUNT"),
-            "writer": this_process(),
-        }
-    )
-    return Attempt(attempt.folder, Heartbeat(attempt.folder))
+    number = int(folders[-1].name) + 1 if folders else 1
+    record = {
+        "number": number,
+        "started": clock_of(attempts),
+        "world_size": world_size,
+        "submission": submission,
+        "slurm_restarts": env.get("SLURM_RESTART_COUNT"),
+        "writer": this_process(),
+    }
+    folder = attempts / f"{number:04d}"
+    _put_in_place(folder, record)
+    return Attempt(folder, Heartbeat(folder))
+
+
+def _put_in_place(folder: Path, record: dict[str, Any]) -> None:
+    """Make an attempt's folder with its record and heartbeat in it, at once: a rename onto one that is there fails."""
+    with tempfile.TemporaryDirectory(prefix=".claim_", dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+        beside = Path(scratch, "attempt")
+        beside.mkdir()
+        (beside / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        (beside / ALIVE).touch()
+        try:
+            os.rename(beside, folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            told = f"{folder.parent.parent}: another start has just claimed attempt {record['number']}"
+            raise UserError(told) from None
 
 
 def note_current(attempt: Attempt) -> None:
@@ -160,8 +174,8 @@ def _refuse_crash_loop(folders: Sequence[Path], submission: str | None, most: in
     if submission is not None and made >= most:
         raise UserError(
             f"{folders[-1].parent.parent}: {made} attempts of {submission} in a row made no new checkpoint, "
-            f"guards.attempts allows {most}: `fdscale doctor {folders[-1].parent.parent}` says what ended them; a new "
-            "submission begins to count anew"
+            f"guards.attempts allows {most}: `fdscale doctor {folders[-1].parent.parent}` says what ended them; mend "
+            "that and submit anew, which begins to count anew, or set guards.attempts higher"
         )
 
 

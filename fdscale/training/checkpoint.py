@@ -71,15 +71,24 @@ class Checkpoints:
         self.connection.on_main(lambda: self._prune(step))  # and no rank goes on, or ends, before it is committed
 
     def _write(self, engine: DeepSpeedEngine, target: Path, state: dict[str, Any]) -> dict[str, Any]:
-        """Write this rank's files; returns size and SHA-256 of every rank's, all of them on the disk."""
+        """Write this rank's files; returns size and SHA-256 of every rank's, all of them on the disk.
+
+        Where one rank cannot write, all raise its UserError together: none is left waiting in a collective.
+        """
         written: dict[str, Any] = {}
+        failed: list[str] = []
 
         def write(value: Any, path: str | Path) -> None:
-            written[Path(path).name] = save_hashed(value, Path(path))
+            try:
+                written[Path(path).name] = {} if failed else save_hashed(value, Path(path))
+            except OSError as error:
+                failed.append(self._write_failure(target, error))
 
         with files_written_by(engine, write):
             engine.save_checkpoint(str(target.parent), tag=target.name, client_state=state, save_latest=False)
         write(random_state(), target / f"rank_{self.rank}.pt")
+        if told := gather_lists(failed, self.connection):
+            raise UserError(told[0] + (f" (likewise {len(told) - 1} other ranks)" if len(told) > 1 else ""))
         files = dict(gather_lists(list(written.items()), self.connection))  # and every rank's files are there
         assert sorted(files) == files_of(target), "a file was written that nobody has hashed"
         return files

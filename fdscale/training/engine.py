@@ -47,7 +47,7 @@ class Connection:
         return box[0]
 
     def on_main(self, action: Callable[[], object]) -> None:
-        """Let the main rank do something that the others wait for; a UserError of its is raised on all of them."""
+        """Let the main rank do something that the others wait for; its UserError, or OSError, is a UserError on all."""
         problem = _problem(action) if self.rank.is_main else None
         if problem := self.broadcast(problem):
             raise UserError(problem)
@@ -58,6 +58,8 @@ def _problem(action: Callable[[], object]) -> str | None:
         action()
     except UserError as error:
         return str(error)
+    except OSError as error:  # the others wait for this rank's word, whatever its disk does
+        return f"rank 0 could not read or write what belongs to the run: {error}; mend that, then start it again"
     return None
 
 
@@ -124,13 +126,17 @@ def start_engine(
 
 @contextmanager
 def files_written_by(engine: DeepSpeedEngine, write: Callable[[Any, str], None]) -> Iterator[None]:
-    """Hand every file of a checkpoint that DeepSpeed saves inside to `write(value, path)`."""
+    """Hand every file of a checkpoint that DeepSpeed saves inside to `write(value, path)`, which must not raise.
+
+    Its ranks meet between files. Of its own accord rank 0 would copy scripts beside: more that a full disk can fail.
+    """
     writer = engine.checkpoint_engine
     writer.save = lambda state_dict, path: write(state_dict, path)
+    engine._copy_recovery_script = lambda save_path: None
     try:
         yield
     finally:
-        del writer.save
+        del writer.save, engine._copy_recovery_script
 
 
 @contextmanager

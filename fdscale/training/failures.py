@@ -28,6 +28,11 @@ class Failure:
     text: str
 
     @property
+    def is_mistake(self) -> bool:
+        """Whether a person must decide: starting again would meet the same."""
+        return self.text.startswith(f"{UserError.__name__}: ")
+
+    @property
     def message(self) -> str:
         """The exception itself: what stands under the last frame, in several lines if it has them."""
         lines = self.text.splitlines()

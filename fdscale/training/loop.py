@@ -116,12 +116,12 @@ def fit(
         if reporting:
             row = _row(engine, terms, progress, plan, rate) | guards.phase.row(progress.step, loader.data_wait_seconds)
             sinks.write(progress.step, row | meter.row(plan, progress.step, loader.data_wait_seconds))
-        if evaluate and plan.due(progress.step, plan.eval_every):
-            sinks.write(progress.step, evaluate())
         saving = stopping or _to_be_saved(progress, plan)
         guards.check_teachers(progress.step, saving)
         if saving:
             _save(engine, checkpoints, progress, sinks, guards)
+        if evaluate and _to_be_evaluated(progress, plan, stopping):
+            sinks.write(progress.step, evaluate())
         if reporting:  # after what is no training: its time is no step's
             meter = Meter(progress.step, loader.data_wait_seconds)
         if stopping:
@@ -212,6 +212,11 @@ def _to_be_saved(progress: Progress, plan: Plan) -> bool:
     """Whether a checkpoint is due; amid steps that were left out it waits: it is where they would go back to."""
     due = plan.due(progress.step, plan.checkpoint_every)
     return due and (progress.skipped_in_a_row == 0 or progress.step == plan.last)
+
+
+def _to_be_evaluated(progress: Progress, plan: Plan, stopping: bool) -> bool:
+    """Whether an evaluation is due, after the commit; a stop may not wait for one, unless it is the run's last."""
+    return plan.due(progress.step, plan.eval_every) and (not stopping or progress.step == plan.last)
 
 
 def _save(engine: DeepSpeedEngine, checkpoints: Checkpoints, progress: Progress, sinks: Sinks, guards: Guards) -> None:

@@ -13,8 +13,9 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO
+from typing import Any, Literal, Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -131,10 +132,10 @@ class JsonLines:
         self._path = path
         self._file = self._opened(resumed_step)
 
-    def _opened(self, resumed_step: int | None) -> TextIO:
+    def _opened(self, resumed_step: int | None) -> FileIO:
         rows = read_rows(self._path) if resumed_step is not None and self._path.exists() else []
         _replace(self._path, [row for row in rows if resumed_step is not None and row["step"] <= resumed_step])
-        return self._path.open("a", encoding="utf-8")
+        return FileIO(self._path, "a")  # without a buffer: a row that did not fit is not written later
 
     def cut(self, step: int) -> None:
         """Leave out the rows after `step`, as if the file were opened anew."""
@@ -143,8 +144,10 @@ class JsonLines:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         row = {"step": step, "time": time.time()} | {name: _plain(values[name]) for name in values if name != "step"}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        except OSError as error:  # a full disk: a checkpoint will say so, what is only told must not end a run
+            logger.warning("%s: the row of step %d could not be written: %s", self._path, step, error)
 
     def close(self) -> None:
         self._file.close()

@@ -87,7 +87,7 @@ class RunDirectory:
             older = f"mkdir -p {self.attempts} && mv {self.folder}/checkpoints {self.attempts}/0000"
             raise UserError(f"run_dir: {self.folder} was written by an older version; to go on in it: {older}")
         if not self.recipe.exists():
-            if self.folder.exists() and {path.name for path in self.folder.iterdir()} - {self.attempts.name, LOGS}:
+            if self.folder.exists() and _names(self.folder) - {self.attempts.name, LOGS}:
                 raise UserError(f"run_dir: {self.folder} is not empty and not a run; name a new folder with run_dir=…")
             return
         before, now = self._recorded_recipe(), tomllib.loads(to_toml(settings))
@@ -180,6 +180,11 @@ class RunDirectory:
     def mark_complete(self, step: int) -> None:
         """Say that the run is done and its student file is whole."""
         write_text(self.complete_marker, json.dumps({"step": step}) + "\n")
+
+
+def _names(folder: Path) -> set[str]:
+    """What a folder holds, but for what a start that was cut short leaves: hidden files, and texts not yet in place."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".") and path.suffix != ".new"}
 
 
 def _differ(before: Mapping[str, str | None], now: Mapping[str, str | None]) -> bool:

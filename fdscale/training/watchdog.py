@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from fdscale.cluster.orphans import process_start
+from fdscale.cluster.orphans import parent_of, process_start
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
 from fdscale.training.engine import Connection, gather_lists
 from fdscale.training.run_directory import write_text
@@ -49,14 +49,7 @@ def members_of(connection: Connection) -> list[Member]:
 def _children(pid: int) -> list[int]:
     """The processes of this machine whose parent is `pid`."""
     found = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
-    return [child for child in found if _parent(child) == pid]
-
-
-def _parent(pid: int) -> int | None:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
-    except (OSError, IndexError):
-        return None
+    return [child for child in found if parent_of(child) == pid]
 
 
 class Watchdog:
@@ -106,7 +99,7 @@ class Watchdog:
         poll, before = min(self.limit / 20, 5.0), time.monotonic()
         while not self._ended.wait(poll):
             now = time.monotonic()
-            if now - before > poll + self.limit / 4:  # a suspended job stood still as a whole: that is no hang
+            if now - before > poll + self.limit / 4:  # a job that was suspended for a while stood still as a whole
                 self._last += now - before
             before = now
             if now - self._last > self.limit * self._patience:

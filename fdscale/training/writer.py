@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fdscale.cluster.orphans import process_start
+
+logger = logging.getLogger(__name__)
 
 ALIVE = "alive"
 BEAT_SECONDS = 10.0
@@ -59,9 +63,7 @@ def is_alive(attempt: Path, writer: Mapping[str, Any], silent: float = SILENT_SE
     """Whether the `writer` of an attempt lives; may wait `silent` seconds for a sign of life from another machine."""
     here = this_process()
     if writer.get("kernel") and writer["kernel"] == here["kernel"]:
-        mine = (
-            writer["pid"] == here["pid"]
-        )  # an earlier attempt of this very process has ended, or we would not be here
+        mine = writer["pid"] == here["pid"]  # and has ended, or it would not ask
         return not mine and process_start(writer["pid"]) == writer["started"]
     return _is_touched(attempt / ALIVE, silent)
 
@@ -71,7 +73,10 @@ def _is_touched(file: Path, silent: float) -> bool:
     last = _touched(file)
     if last is None:
         return False
-    deadline = time.monotonic() + silent - max(0.0, _clock_of(file.parent) - last)
+    age = max(0.0, clock_of(file.parent) - last)
+    if age < silent:
+        logger.info("%s was alive %.0f s ago: waiting up to %.0f s for a sign of life", file.parent, age, silent - age)
+    deadline = time.monotonic() + silent - age
     while time.monotonic() < deadline:
         time.sleep(0.2)
         if _touched(file) != last:
@@ -87,11 +92,8 @@ def _touched(file: Path) -> float | None:
         return None
 
 
-def _clock_of(folder: Path) -> float:
+def clock_of(folder: Path) -> float:
     """Now, as the file system of a folder has it: its server's clock need not be this machine's."""
-    probe = folder / f".clock_{socket.gethostname()}_{os.getpid()}"
-    try:
-        probe.touch()
-        return probe.stat().st_mtime
-    finally:
-        probe.unlink(missing_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock_") as probe:
+        os.utime(probe.name)
+        return os.stat(probe.name).st_mtime

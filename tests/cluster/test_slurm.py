@@ -22,6 +22,8 @@ logging.basicConfig(level=logging.INFO)
 sys.exit(launch(["distill", "x"], Path("run")))
 """
 CLAIM = "mkdir -p run/attempts/0001"
+WORDS = "rank 1 on n2, pid 7, 2026-11-27 10:00:00 +0000 (1795000000.000)"
+MISTAKE = f"mkdir -p run/attempts/0001/failures; printf '{WORDS}\\n\\nUserError: a full disk\\n'"
 SHOW = """#!/bin/sh
 if [ "$1" = show ]; then
   printf 'JobId=7 JobName=a JobState=FAILED\\n   JobState={state} Reason=None\\n'
@@ -65,6 +67,20 @@ def log(folder: Path, restart: int = 0) -> str:
     return (folder / "run" / "logs" / f"7_{restart}.log").read_text()
 
 
+def test_whoever_ends_it_last_a_mistake_is_one(tmp_path: Path, stage: Stage) -> None:
+    """srun tells the highest code of its tasks: 137 of the peers, whom it killed after the one with the mistake."""
+    done = live(tmp_path, stage(f"{MISTAKE} > run/attempts/0001/failures/rank_1.txt; exit 137"))
+    assert done.returncode == 2, done.stderr
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_what_is_no_run_leaves_nothing(tmp_path: Path, stage: Stage) -> None:
+    command = [sys.executable, "-c", LIFE.replace('Path("run")', "None")]
+    done = subprocess.run(command, cwd=tmp_path, env=stage("exit 1"), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tools"]
+
+
 @pytest.mark.parametrize(
     ("step", "state", "requeued"),
     [
@@ -86,7 +102,7 @@ def test_who_is_requeued(tmp_path: Path, stage: Stage, step: str, state: str, re
         kept = json.loads((tmp_path / "run" / "attempts" / "0001" / "launcher.json").read_text())
         assert kept == {"codes": {"srun": done.returncode}}
     else:
-        assert "before an attempt began in run" in log(tmp_path)
+        assert "before an attempt began: the start itself fails" in log(tmp_path)
 
 
 def test_an_attempt_of_an_earlier_life_is_not_this_ones(tmp_path: Path, stage: Stage) -> None:

@@ -85,7 +85,7 @@ def test_a_name_is_made_harmless_and_sbatchs_own_arguments_come_after_it(tmp_pat
     command = sbatch_command(job([], name="my recipe\n$(id)"), further, None)
     assert command == ["sbatch", "--parsable", "--job-name=my_recipe___id_", *further]
     site = tmp_path / "si'te $x.env"
-    site.write_text("export SITE=sourced\n")
+    site.write_text("export SITE=sourced\nfalse\n")
     tool = executable(tmp_path / "tools" / "sbatch", PRINT_ARGV)
     env = {**os.environ, "PATH": f"{tool.parent}:{os.environ['PATH']}"}
     done = subprocess.run(sbatch_command(job([]), further, site), env=env, capture_output=True, text=True, check=True)

@@ -52,7 +52,8 @@ def write_reliability() -> None:
     columns = ("fault", "done", "found", "held", "commit, date")
     head = [INTRODUCTION, f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     body = [f"| {' | '.join((*texts, 'yes' if held else '**no**', given))} |" for *texts, held, given in faults()]
-    details = "Every kill: [killed_runs](measurements/killed_runs.md); saves: [save_rate](measurements/save_rate.md)."
+    pages = [name for name in ("killed_runs", "save_rate") if (PAGES / f"{name}.md").exists()]
+    details = f"In full: {', '.join(f'[{name}](measurements/{name}.md)' for name in pages)}."
     (REPOSITORY / "docs" / "reliability.md").write_text("\n".join([*head, *body, "", details, ""]))
 
 

@@ -162,8 +162,9 @@ def save_with_no_room(connection: Connection, folder: str) -> str:
 
 
 def test_a_failed_write_leaves_the_previous_checkpoint_and_says_so(tmp_path: Path, two_ranks: Any) -> None:
-    for rank, message in enumerate(two_ranks(save_with_no_room, str(tmp_path))):
-        assert message.startswith(f"rank {rank} could not write {tmp_path / '0001' / 'step_00000002'}")
+    for message in two_ranks(save_with_no_room, str(tmp_path)):
+        assert message.startswith(f"rank 0 could not write {tmp_path / '0001' / 'step_00000002'}")
+        assert message.endswith("(likewise 1 other ranks)")
         assert "step_00000001 is intact" in message
         assert "free" in message
     assert two_ranks(loaded_step, str(tmp_path)) == [1, 1]
@@ -320,3 +321,22 @@ def save_into_what_cannot_be_made(connection: Connection, folder: str) -> str:
 def test_a_folder_that_cannot_be_made_is_told_on_every_rank(tmp_path: Path, two_ranks: Any) -> None:
     for told in two_ranks(save_into_what_cannot_be_made, str(tmp_path)):
         assert told.startswith(f"rank 0 could not write {tmp_path}/0001/step_00000001: [Errno 20] Not a directory")
+
+
+def save_where_one_rank_has_no_room(connection: Connection, folder: str) -> str:
+    """As on two nodes, of which one's disk is full."""
+    engine, checkpoints = small_engine(3), Checkpoints(first_attempt(folder), connection, keep=2)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if connection.rank.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+    told = refusal_of(lambda: checkpoints.save(engine, 1, {"step": 1}))
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    engine.destroy()
+    return told
+
+
+def test_where_one_rank_cannot_write_all_of_them_hear_it(tmp_path: Path, two_ranks: Any) -> None:
+    told = two_ranks(save_where_one_rank_has_no_room, str(tmp_path))
+    assert told[0] == told[1]
+    assert told[0].startswith("rank 1 could not write ")
+    assert not list(tmp_path.rglob(MANIFEST))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,22 @@ def test_floats_read_back_bit_for_bit(tmp_path_factory, loss):
     assert row["loss"].hex() == loss.hex()
     assert row["step"] == 1
     assert row["time"] > 1.6e9
+
+
+def test_a_disk_that_is_full_ends_no_run(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLines(path)
+    sink.write(1, {"loss": 1.0})
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, unlimited[1]))
+    try:
+        sink.write(2, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    sink.write(3, {"loss": 1.0})
+    sink.close()
+    assert "the row of step 2 could not be written" in caplog.text
+    assert [row["step"] for row in strict_rows(path)] == [1, 3]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
