@@ -60,30 +60,18 @@ def train(
 
     `watch_of` makes what the loop puts around a step; `teachers`, by the setting that names each, are looked after.
     """
-    with run.attempt:
-        done = _train(run, module, student, batch_terms, sample_terms, save, watch_of, teachers or {})
-        stopped_by = run.stop.received.name if run.stop.received else "a peer, or as its launcher died"
-        run.attempt.end(0 if done else REQUEUE_EXIT_CODE, "complete" if done else f"stopped by {stopped_by}")
-    return done
-
-
-def _train(
-    run: Run,
-    module: nn.Module,
-    student: Student,
-    batch_terms: BatchTerms,
-    sample_terms: SampleTerms,
-    save: Save,
-    watch_of: WatchOf | None,
-    teachers: Mapping[str, Teacher],
-) -> bool:
     chosen = run.settings.guards
-    guards = Guards(run.connection, run.attempt.folder, chosen.hang_seconds, chosen.skipped_in_a_row)
     try:
-        with guards:
-            return _fit(run, module, student, batch_terms, sample_terms, save, watch_of, teachers, guards)
+        with (
+            run.attempt,
+            Guards(run.connection, run.attempt.folder, chosen.hang_seconds, chosen.skipped_in_a_row) as guards,
+        ):
+            done = _fit(run, module, student, batch_terms, sample_terms, save, watch_of, teachers or {}, guards)
+            stopped_by = run.stop.received.name if run.stop.received else "a peer, or as its launcher died"
+            run.attempt.end(0 if done else REQUEUE_EXIT_CODE, "complete" if done else f"stopped by {stopped_by}")
     finally:
         run.stop.restore()
+    return done
 
 
 def _fit(
