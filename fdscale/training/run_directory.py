@@ -117,7 +117,7 @@ class RunDirectory:
 
     def _has_trained(self) -> bool:
         """Whether there is something that another setting would contradict."""
-        return any(self.attempts.glob("*/step_*"))
+        return any(self.attempts.glob("[0-9]*/step_*"))
 
     def _recorded_weights(self) -> dict[str, dict[str, Any]]:
         return json.loads(self.weights.read_text()) if self.weights.exists() else {}

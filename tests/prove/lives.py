@@ -60,7 +60,7 @@ def _printed(run: Path) -> Path:
 
 def uncommitted(run: Path) -> list[str]:
     """Checkpoint folders without a manifest: a save is under way, or was lost."""
-    folders = list(run.glob("attempts/*/step_*"))  # not what is in them: one may be renamed meanwhile
+    folders = list(run.glob("attempts/[0-9]*/step_*"))  # nothing that comes and goes meanwhile
     return sorted(str(folder.relative_to(run)) for folder in folders if not (folder / "manifest.json").exists())
 
 
