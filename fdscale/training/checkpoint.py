@@ -54,7 +54,7 @@ class Checkpoints:
     def save(self, engine: DeepSpeedEngine, step: int, state: dict[str, Any]) -> None:
         """Write and commit step `step`; `state` is what the loop needs to go on (equal on all ranks).
 
-        Raises UserError on all ranks when one cannot write, or a newer attempt has begun; former commits stay as they are.
+        Raises UserError on all ranks when one cannot write, or a newer attempt has begun; earlier commits stay whole.
         """
         target = self.attempt.step_folder(step)
         self.connection.on_main(lambda: self._clear(target))
