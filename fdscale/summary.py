@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fdscale.config.errors import UserError
-from fdscale.training.metrics import METRICS, read_rows
+from fdscale.training.json_lines import read_rows
+from fdscale.training.metrics import METRICS
 from fdscale.training.run_directory import RunDirectory
 
 Rows = Sequence[Mapping[str, Any]]

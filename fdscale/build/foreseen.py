@@ -17,8 +17,8 @@ from fdscale.planning.forecast import IMAGE_CHANNELS, Forecast, forecast
 from fdscale.planning.memory import size_text
 from fdscale.planning.placement import Placement
 from fdscale.training.allocator import peak_of_step
-from fdscale.training.metrics import Sinks
 from fdscale.training.run_directory import write_text
+from fdscale.training.sinks import Sinks
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -29,16 +29,18 @@ from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import parameter_dtype, start_engine
 from fdscale.training.evaluate import SampleTerms, evaluate
 from fdscale.training.guards import Guards
+from fdscale.training.live import Live
 from fdscale.training.loop import BatchTerms, Plan, fit
-from fdscale.training.metrics import Sinks
 from fdscale.training.optim import Schedule, adamw, layer_scales, parameter_groups
 from fdscale.training.partition import divide, is_divided
 from fdscale.training.progress import Progress
-from fdscale.training.sinks import open_sinks
+from fdscale.training.sinks import Sinks, open_sinks
 from fdscale.training.watchdog import PATIENCE
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+    from fdscale.training.prometheus import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +62,12 @@ def train(
 
     `watch_of` makes what the loop puts around a step; `teachers`, by the setting that names each, are looked after.
     """
-    chosen = run.settings.guards
+    chosen, live = run.settings.guards, Live()
     try:
         with (
             run.attempt,
-            Guards(run.connection, run.attempt.folder, chosen.hang_seconds, chosen.skipped_in_a_row) as guards,
+            _endpoint(run, live) or nullcontext(),
+            Guards(run.connection, run.attempt.folder, chosen.hang_seconds, chosen.skipped_in_a_row, live) as guards,
         ):
             done = _fit(run, module, student, batch_terms, sample_terms, save, watch_of, teachers or {}, guards)
             stopped_by = run.stop.received.name if run.stop.received else "a peer, or as its launcher died"
@@ -89,15 +92,15 @@ def _fit(
     loader = _train_loader(run, student)
     schedule = schedule_of(settings.optim, settings.data.global_batch, run.order.steps_per_epoch, run.total_steps)
     torch.manual_seed(settings.seed + run.connection.rank.rank)  # a network's own dropout; nothing of ours draws
-    guards.mark("starting the engine", None, PATIENCE)
+    guards.mark("starting", None, PATIENCE, "starting the engine")
     engine = _engine(run, module, student, schedule)
     kept = settings.checkpoint
     checkpoints = Checkpoints(run.attempt, run.connection, kept.keep, kept.keep_every, kept.verify_every)
-    guards.mark("loading the checkpoint", None, PATIENCE)
+    guards.mark("starting", None, PATIENCE, "loading the checkpoint")
     state = checkpoints.load(engine)
     progress = Progress.resumed(state)
     _record(run, student, progress, fresh=state is None)
-    sinks = _sinks(run, progress.step if state else None)
+    sinks = _sinks(run, progress.step if state else None, guards.live)
     try:
         _set_out_canary(run, teachers, guards)
         held_out = _held_out(run, engine, student.image_size, sample_terms, guards)
@@ -134,18 +137,19 @@ def _set_out_canary(run: Run, teachers: Mapping[str, Teacher], guards: Guards) -
         guards.canary_every = chosen.canary_every
 
 
-def _sinks(run: Run, resumed_step: int | None) -> Sinks:
-    log = run.settings.log
-    return open_sinks(
-        run.connection.rank,
-        run.directory.folder,
-        run.settings.program,
-        run.last_step,
-        resumed_step,
-        log.prometheus_host,
-        log.prometheus_port,
-        terminal(),
-    )
+def _endpoint(run: Run, live: Live) -> Endpoint | None:
+    rank, log = run.connection.rank, run.settings.log
+    if rank.local_rank or log.prometheus_port is None:
+        return None
+    # imported on use: a run without an endpoint needs no prometheus_client
+    from fdscale.training.prometheus import serve_prometheus
+
+    return serve_prometheus(live, run.directory.folder.name, rank.is_main, log.prometheus_host, log.prometheus_port)
+
+
+def _sinks(run: Run, resumed_step: int | None, live: Live) -> Sinks:
+    folder, program = run.directory.folder, run.settings.program
+    return open_sinks(run.connection.rank, folder, program, run.last_step, resumed_step, terminal(), live)
 
 
 def _record(run: Run, student: Student, progress: Progress, fresh: bool) -> None:
@@ -261,5 +265,4 @@ def _held_out(
         data.workers,
         run.device,
     )
-    marked = guards.watchdog.marking
-    return lambda: evaluate(engine, sample_terms, marked(loader, "evaluating"), run.settings.eval.knn)
+    return lambda: evaluate(engine, sample_terms, guards.marking(loader), run.settings.eval.knn)

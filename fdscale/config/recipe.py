@@ -42,7 +42,7 @@ def load_recipe(
     Raises UserError when the file cannot be read, SettingsError with every problem at once otherwise.
     """
     path = find("recipe", name_or_path, "recipes", ".toml")
-    recipe = _read(path)
+    recipe = {"recipe": path.stem, **_read(path)}
     pairs, broken = _parse_all(overrides)
     chosen = _apply(recipe, pairs, broken)
     problems = broken + _problems(chosen)

@@ -204,9 +204,13 @@ class LogSettings(Settings):
 
 
 class RunSettings(Settings):
-    """What every program needs. `max_steps` stops earlier and leaves the schedule as it is."""
+    """What every program needs. `max_steps` stops earlier and leaves the schedule as it is.
+
+    `recipe` is the name of the recipe they come from, for whoever looks at many runs.
+    """
 
     program: str
+    recipe: Name | None = None
     run_dir: Name | None = None
     deepspeed: Name
     epochs: Annotated[float, Field(gt=0)]

@@ -6,9 +6,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -18,9 +18,10 @@ from fdscale.training.canary import Canary
 from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import Connection, gather_lists
 from fdscale.training.finite import searches_scale
-from fdscale.training.metrics import Sinks
+from fdscale.training.live import Live
 from fdscale.training.phases import Phases
 from fdscale.training.progress import Progress
+from fdscale.training.sinks import Sinks
 from fdscale.training.watchdog import PATIENCE, Watchdog, members_of
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SKIPPED = "skipped.jsonl"
+T = TypeVar("T")
 
 
 class Guards:
@@ -43,6 +45,7 @@ class Guards:
         folder: Path,
         hang_seconds: float,
         skipped_in_a_row: int,
+        live: Live | None = None,
         canary: Canary | None = None,
         canary_every: int = 0,
     ) -> None:
@@ -50,7 +53,7 @@ class Guards:
         self.connection, self.folder = connection, folder
         self.watchdog = Watchdog(folder / "stacks", members, connection.rank.rank, hang_seconds)
         self.phase = Phases(connection, [member.host for member in members], folder / "phases.json")
-        self.mark = self.watchdog.mark
+        self.live = live or Live()
         self.skipped_in_a_row = skipped_in_a_row
         self.canary, self.canary_every = canary, canary_every
         self._went_back = False  # since the newest commit
@@ -61,6 +64,18 @@ class Guards:
 
     def __exit__(self, *exception: object) -> None:
         self.watchdog.__exit__(*exception)
+
+    def mark(self, state: str, step: int | None = None, patience: float = 1.0, doing: str = "") -> None:
+        """The run enters a state; `doing` says it more exactly to whoever finds it hanging."""
+        self.live.enter(state)
+        self.watchdog.mark(doing or state, step, patience)
+
+    def marking(self, things: Iterable[T]) -> Iterator[T]:
+        """The same things, while the run evaluates: each of them is progress."""
+        for thing in things:
+            self.mark("evaluating")
+            yield thing
+        self.mark("evaluating")
 
     def check_teachers(self, step: int, saving: bool) -> None:
         """Before a checkpoint, and at a cadence of their own: raise StartAgain where a teacher is not what it was."""
@@ -126,7 +141,7 @@ class Guards:
 
     def _go_back(self, engine: DeepSpeedEngine, checkpoints: Checkpoints, progress: Progress, sinks: Sinks) -> None:
         failed = progress.step
-        self.mark("going back to the last checkpoint", failed, PATIENCE)
+        self.mark("going back", failed, PATIENCE, "going back to the last checkpoint")
         state = None if self._went_back else checkpoints.load(engine)
         if state is None:
             why = (

@@ -20,9 +20,9 @@ from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import Connection, balanced_module_stack, gather_lists, set_learning_rate
 from fdscale.training.finite import carried_by_gradient, take_step
 from fdscale.training.guards import Guards
-from fdscale.training.metrics import Sinks
 from fdscale.training.optim import Schedule
 from fdscale.training.progress import Progress
+from fdscale.training.sinks import Sinks
 from fdscale.training.watchdog import PATIENCE
 
 if TYPE_CHECKING:

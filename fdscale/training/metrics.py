@@ -1,39 +1,44 @@
-"""What is measured: the one table of metrics, the JSON lines file of a run, and the fan-out to every sink.
+"""What is measured: the one table of metrics, from which exporter, docs and the dashboards' checks derive.
 
-The loop measures and calls `Sinks.write`; a sink (console, file, Prometheus) only shows or keeps. A new
-metric is one row of `METRICS`.
+A new metric is one row of `METRICS`. The loop measures and calls `Sinks.write`; what changes between two rows is noted
+in `Live`. No torch in here.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import math
-import os
-import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import FileIO
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal
 
-logger = logging.getLogger(__name__)
+Kind = Literal["gauge", "counter", "info"]
+Scope = Literal["run", "node"]
 
-Kind = Literal["gauge", "counter"]
+STATES = (
+    "starting",
+    "waiting for data",
+    "training",
+    "saving",
+    "evaluating",
+    "looking at the teachers",
+    "going back",
+    "writing the result",
+)
+ENDS = ("complete", "stopped", "canary", "hang", "killed", "mistake", "error")
 
 
 @dataclass(frozen=True)
 class Metric:
     """One measured quantity: its name in the loop and in `metrics.jsonl`, kind, base unit and meaning.
 
-    With a `label` it is measured for each of several things: `teacher_loss/dino` is that of the teacher `dino`.
+    With `labels` it is measured for each of several things: `teacher_loss/dino` is that of the teacher `dino`. The
+    main rank's node serves those of the `run`; each node serves those of its own ranks.
     """
 
     name: str
     kind: Kind
     unit: str
     help: str
-    label: str | None = None
+    labels: tuple[str, ...] = ()
+    scope: Scope = "run"
 
     @property
     def prometheus_name(self) -> str:
@@ -41,149 +46,108 @@ class Metric:
 
     def measures(self, name: str) -> bool:
         """Whether a value of that name is this quantity's."""
-        return name == self.name if self.label is None else name.startswith(f"{self.name}/")
+        return name.partition("/")[0] == self.name and name.count("/") == len(self.labels)
 
+
+def _gauge(name: str, unit: str, help: str, *labels: str) -> Metric:
+    return Metric(name, "gauge", unit, help, labels)
+
+
+def _counter(name: str, unit: str, help: str, *labels: str) -> Metric:
+    return Metric(name, "counter", unit, help, labels)
+
+
+def _of_rank(name: str, unit: str, help: str, *labels: str) -> Metric:
+    return Metric(name, "gauge", unit, help, ("rank", *labels), "node")
+
+
+INFO = ("attempt", "commit", "version", "recipe", "program", "student", "teachers", "ranks", "nodes", "chip")
 
 _ROWS = (
-    Metric("step", "gauge", "steps", "Optimizer steps done since the run began"),
-    Metric("epoch", "gauge", "epochs", "Passes over the data set, fractional"),
-    Metric("images", "gauge", "images", "Images trained on since the run began; falls back on resume"),
-    Metric("loss", "gauge", "1", "Training loss of the global batch"),
-    Metric("loss_zero", "gauge", "1", "Distillation loss that predicting zero would have on the same target"),
-    Metric("feature_cosine", "gauge", "1", "Mean cosine between projected student tokens and target tokens"),
-    Metric("target_variance", "gauge", "1", "Variance of the target tokens; 1 when they are whitened"),
-    Metric("teacher_loss", "gauge", "1", "Distillation loss of one of several teachers, not weighted", "teacher"),
-    Metric("teacher_cosine", "gauge", "1", "Mean cosine between projected tokens and one teacher's", "teacher"),
-    Metric("accuracy", "gauge", "ratio", "Correctly classified share of the global batch"),
-    Metric("grad_norm", "gauge", "1", "Total gradient norm before clipping"),
-    Metric("lr", "gauge", "1", "Learning rate of the head's or projector's group, which layer decay leaves whole"),
-    Metric("images_per_second", "gauge", "images/second", "Training throughput of all ranks together"),
-    Metric("step_seconds", "gauge", "seconds", "Time of one step, data wait included; mean since last row"),
-    Metric("data_wait_seconds", "gauge", "seconds", "Time a step waited for its batch; mean since last row"),
-    Metric("eta_seconds", "gauge", "seconds", "Estimated time to the last step"),
-    Metric("checkpoint_seconds", "gauge", "seconds", "Time the last checkpoint took until it was committed"),
-    Metric("bad_samples_total", "counter", "samples", "Undecodable images replaced since the run began"),
-    Metric(
-        "skipped_steps_total", "counter", "steps", "Steps whose loss or gradient was not finite, applied on no rank"
+    # the run
+    Metric("run_info", "info", "1", "Always 1: what runs, in the labels; commit is that of the code", INFO),
+    _gauge("run_state", "1", "1 for what the main rank is doing, 0 for the other states", "state"),
+    _gauge("attempt", "1", "Number of this start of the run, from 1; restarts are one less"),
+    _gauge("attempt_start_timestamp_seconds", "seconds", "Unix time at which this attempt began"),
+    _gauge("attempts_without_commit", "1", "Starts in a row, this one included, without a new checkpoint; 0 after one"),
+    _gauge("previous_end", "1", "1 for how the attempt before this one ended", "reason"),
+    _gauge("goodput", "ratio", "Share of the time since the first start that went into steps which count"),
+    # progress
+    _gauge("step", "steps", "Optimizer steps done since the run began; falls back on resume"),
+    _gauge("steps_planned", "steps", "The step at which the run is complete"),
+    _gauge("epoch", "epochs", "Passes over the data set, fractional"),
+    _gauge("images", "images", "Images trained on since the run began; falls back on resume"),
+    _gauge("eta_seconds", "seconds", "Estimated time to the last step"),
+    _gauge("last_step_timestamp_seconds", "seconds", "Unix time at which the last step ended"),
+    # what is learned
+    _gauge("loss", "1", "Training loss of the global batch"),
+    _gauge("loss_zero", "1", "Distillation loss that predicting zero would have on the same target"),
+    _gauge("feature_cosine", "1", "Mean cosine between projected student tokens and target tokens"),
+    _gauge("target_variance", "1", "Variance of the target tokens; 1 when they are whitened"),
+    _gauge("teacher_loss", "1", "Distillation loss of one of several teachers, not weighted", "teacher"),
+    _gauge("teacher_cosine", "1", "Mean cosine between projected tokens and one teacher's", "teacher"),
+    _gauge("accuracy", "ratio", "Correctly classified share of the global batch"),
+    _gauge("grad_norm", "1", "Total gradient norm before clipping"),
+    _gauge("lr", "1", "Learning rate of the head's or projector's group, which layer decay leaves whole"),
+    _gauge(
+        "residual_amplitude",
+        "1",
+        "Largest absolute activation of the residual stream, mean of ranks",
+        "stage",
     ),
-    Metric("phase_seconds", "gauge", "seconds", "Time of one step by phase; mean over ranks, since last row", "phase"),
-    Metric("slowest_rank", "gauge", "1", "The rank whose own work takes longest"),
+    _gauge("eval_loss", "1", "Loss on the held-out shards"),
+    _gauge("eval_accuracy", "ratio", "Correctly classified share of the held-out images"),
+    _gauge("eval_knn_accuracy", "ratio", "k-NN accuracy of student features on the held-out shards"),
+    # how fast
+    _gauge("images_per_second", "images/second", "Training throughput of all ranks together"),
+    _gauge("step_seconds", "seconds", "Time of one step, data wait included; mean since last row"),
+    _gauge("phase_seconds", "seconds", "Time of one step by phase; mean over ranks, since last row", "phase"),
+    _gauge("data_wait_seconds", "seconds", "Time a step waited for its batch on the main rank; mean since last row"),
+    _gauge("collective_seconds", "seconds", "Time of one step inside the engine's collectives; mean over ranks"),
+    _gauge("model_flops_per_second", "FLOP/s", "Model arithmetic of all ranks, recomputation not counted"),
+    _gauge("mfu", "ratio", "Model FLOP/s as a share of the chips' peak: published for GPUs, measured on CPUs"),
+    _gauge("slowest_rank", "1", "The rank whose own work takes longest"),
+    _gauge("slowest_lag_seconds", "seconds", "How much longer a step's work takes there than on the median rank"),
+    _gauge("straggler_ratio", "ratio", "The slowest rank's own work over the median rank's"),
+    # memory
+    _gauge("planned_memory_bytes", "bytes", "Peak of a rank as planned, activations included"),
+    _gauge("measured_memory_bytes", "bytes", "Peak of rank 0 as measured in one step"),
+    # what can be lost, and what was
+    _gauge("checkpoint_step", "steps", "Step of the newest commit"),
+    _gauge("checkpoint_timestamp_seconds", "seconds", "Unix time of the newest commit; that of the start before one"),
+    _gauge("checkpoint_bytes", "bytes", "Size of the newest commit, all ranks together"),
+    _gauge("checkpoint_seconds", "seconds", "Time the last checkpoint took until it was committed"),
+    _gauge("checkpoint_every", "steps", "Steps between checkpoints, as the recipe says"),
+    _gauge("skipped_steps", "steps", "Steps applied on no rank since the run began; falls back on resume"),
+    _counter("skipped_steps_total", "steps", "Steps whose loss or gradient was not finite, in this attempt"),
+    _counter("rollbacks_total", "1", "Times this attempt went back to its last checkpoint"),
+    _gauge("bad_samples", "samples", "Undecodable images replaced since the run began; falls back on resume"),
+    _counter("bad_samples_total", "samples", "Undecodable images replaced in this attempt"),
+    _counter("canary_checks_total", "1", "Times all teachers were what they had been"),
+    # the nodes
+    _of_rank("rank_phase_seconds", "seconds", "Time of one step by phase on one rank; mean since last row", "phase"),
+    _of_rank("rank_collective_seconds", "seconds", "Time of one step inside the engine's collectives on one rank"),
+    _of_rank("rank_probe_seconds", "seconds", "Time of a small fixed matrix product on one rank: its chip's pace"),
+    _of_rank("rank_device_memory_bytes", "bytes", "Most device memory reserved since the last row"),
+    _of_rank("rank_device_memory_limit_bytes", "bytes", "Device memory that there is"),
+    _of_rank("rank_host_memory_bytes", "bytes", "Resident memory of one rank's process"),
+    Metric("node_memory_available_bytes", "gauge", "bytes", "Host memory that a node can still give", (), "node"),
     Metric(
-        "slowest_lag_seconds", "gauge", "seconds", "How much longer a step's work takes there than on the median rank"
+        "node_memory_limit_bytes",
+        "gauge",
+        "bytes",
+        "Host memory that a node or its job has",
+        (),
+        "node",
     ),
-    Metric("eval_loss", "gauge", "1", "Loss on the held-out shards"),
-    Metric("eval_accuracy", "gauge", "ratio", "Correctly classified share of the held-out images"),
-    Metric("eval_knn_accuracy", "gauge", "ratio", "k-NN accuracy of student features on the held-out shards"),
+    # the telling itself
+    _counter("telemetry_seconds_total", "seconds", "Time the training loop spent on handing over its measurements"),
+    _counter("telemetry_failures_total", "1", "Measurements that one way out could not take", "way"),
 )
 METRICS: dict[str, Metric] = {row.name: row for row in _ROWS}
 
 
-class Sink(Protocol):
-    """Shows or keeps the values of a step."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class Sinks:
-    """Hands every row to each sink and every event to `say`; with no sinks (another rank) it is silent.
-
-    The step is itself a metric, so the sinks are given `values` with `step` first.
-    """
-
-    def __init__(self, sinks: Sequence[Sink] = (), say: Callable[[str], None] | None = None) -> None:
-        self._sinks = tuple(sinks)
-        self._say = say
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one row. Raises KeyError for a name that `METRICS` lacks (our mistake, on every rank)."""
-        unknown = sorted(name for name in values if not any(metric.measures(name) for metric in _ROWS))
-        if unknown:
-            raise KeyError(f"metrics without a row in METRICS: {', '.join(unknown)}")
-        for sink in self._sinks:
-            sink.write(step, {"step": step, **values})
-
-    def say(self, text: str) -> None:
-        """Tells an event (resumed, saved, stopped) to whoever reads the console."""
-        if self._say is not None:
-            self._say(text)
-
-    def go_back(self, step: int) -> None:
-        """Forget the rows after `step`, where rows are kept: their steps are done once more."""
-        for sink in self._sinks:
-            if isinstance(sink, JsonLines):
-                sink.cut(step)
-
-    def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
-
-
-class JsonLines:
-    """`metrics.jsonl`: one JSON object a row with `step`, `time` (Unix seconds) and the values.
-
-    Floats read back bit for bit; a value that is not finite becomes null, so that the file stays valid JSON.
-    `resumed_step` is the step of the checkpoint that was loaded: later rows belong to work that was lost and
-    will be done again, so they are cut off, as is a line torn by a kill. Without it the file starts empty.
-    """
-
-    def __init__(self, path: Path, resumed_step: int | None = None) -> None:
-        self._path = path
-        self._file = self._opened(resumed_step)
-
-    def _opened(self, resumed_step: int | None) -> FileIO:
-        rows = read_rows(self._path) if resumed_step is not None and self._path.exists() else []
-        _replace(self._path, [row for row in rows if resumed_step is not None and row["step"] <= resumed_step])
-        return FileIO(self._path, "a")  # without a buffer: a row that did not fit is not written later
-
-    def cut(self, step: int) -> None:
-        """Leave out the rows after `step`, as if the file were opened anew."""
-        self._file.close()
-        self._file = self._opened(step)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        row = {"step": step, "time": time.time()} | {name: _plain(values[name]) for name in values if name != "step"}
-        try:
-            self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        except OSError as error:  # a full disk: a checkpoint will say so, what is only told must not end a run
-            logger.warning("%s: the row of step %d could not be written: %s", self._path, step, error)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl` in file order; a line torn by a kill is named and left out."""
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        row = _row(line)
-        if row is None:
-            logger.warning("%s line %d is not a whole row; left out", path, number)
-        else:
-            rows.append(row)
-    return rows
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:  # JSONDecodeError, or UnicodeDecodeError of a torn line
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-
-def _replace(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the whole file anew beside itself and renames it: a kill leaves the old one or the new."""
-    fresh = path.with_name(path.name + ".new")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
-
-
-def _plain(value: float) -> float | int | None:
-    if isinstance(value, int):
-        return value
-    return float(value) if math.isfinite(value) else None
+def row_of(name: str) -> Metric | None:
+    """The metric that a value's name belongs to, `teacher_loss/dino` to `teacher_loss`; None for none."""
+    metric = METRICS.get(name.partition("/")[0])
+    return metric if metric is not None and metric.measures(name) else None

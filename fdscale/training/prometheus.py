@@ -12,41 +12,42 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
-from fdscale.training.metrics import METRICS, Metric
+from fdscale.training.live import Live
+from fdscale.training.metrics import METRICS, STATES, Metric
 
 logger = logging.getLogger(__name__)
 
 
 class LatestValues(Collector):
-    """The latest value of each metric, read by the server's thread at every scrape; the label `run` names it.
+    """What `live` has, read by the server's thread at every scrape; the label `run` names it.
 
     A collector instead of the library's Gauge and Counter objects: the loop hands over totals, and a Counter
-    could only be incremented.
+    could only be incremented. `whole`: with what is the whole run's, or the node's alone.
     """
 
-    def __init__(self, run: str) -> None:
-        self._run = run
-        self._values: dict[str, float] = {}
-
-    def update(self, values: Mapping[str, float]) -> None:
-        self._values = {
-            **self._values,
-            **values,
-        }  # a new dict: the server's thread may be walking the old one
+    def __init__(self, live: Live, run: str, whole: bool) -> None:
+        self._live, self._run, self._whole = live, run, whole
 
     def collect(self) -> Iterator[Family]:
-        values = self._values
+        values, state = self._live.values, self._live.state
+        states = {f"run_state/{one}": float(one == state) for one in STATES}
+        named: dict[str, dict[str, float]] = {}
+        for name, value in {**values, **states}.items():
+            named.setdefault(name.partition("/")[0], {})[name] = value
         for metric in METRICS.values():
-            measured = {name: value for name, value in values.items() if metric.measures(name)}
-            if measured:
-                yield _family(metric, self._run, measured)
+            if not self._whole and metric.scope == "run":
+                continue
+            if metric.kind == "info":
+                labels = {label: self._live.info.get(label, "") for label in metric.labels}
+                yield _info(metric, {"run": self._run, **labels})
+            elif metric.name in named:
+                yield _family(metric, self._run, named[metric.name])
 
 
-class PrometheusSink:
+class Endpoint:
     """A running endpoint, `http://host:port/metrics`; `close` frees the port."""
 
-    def __init__(self, latest: LatestValues, server: WSGIServer, thread: threading.Thread) -> None:
-        self._latest = latest
+    def __init__(self, server: WSGIServer, thread: threading.Thread) -> None:
         self._server = server
         self._thread = thread
 
@@ -54,24 +55,23 @@ class PrometheusSink:
     def port(self) -> int:
         return self._server.server_port
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._latest.update({**values, "step": step})
+    def __enter__(self) -> Endpoint:
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
 
-def serve_prometheus(run: str, host: str, port: int) -> PrometheusSink | None:
+def serve_prometheus(live: Live, run: str, whole: bool, host: str, port: int) -> Endpoint | None:
     """Starts the endpoint of this node; port 0 takes a free one.
 
     A port that cannot be had (in use, forbidden, an unknown host) is one warning and None: metrics are not
     worth a training run.
     """
-    latest = LatestValues(run)
     registry = CollectorRegistry()
-    registry.register(latest)
+    registry.register(LatestValues(live, run, whole))
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
@@ -81,13 +81,18 @@ def serve_prometheus(run: str, host: str, port: int) -> PrometheusSink | None:
             host, port, error.strerror or error,
         )  # fmt: skip
         return None
-    return PrometheusSink(latest, server, thread)
+    return Endpoint(server, thread)
 
 
 def _family(metric: Metric, run: str, measured: Mapping[str, float]) -> Family:
     family_type = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
-    labels = ["run"] if metric.label is None else ["run", metric.label]
-    family = family_type(metric.prometheus_name, f"{metric.help} [{metric.unit}]", labels=labels)
+    family = family_type(metric.prometheus_name, f"{metric.help} [{metric.unit}]", labels=["run", *metric.labels])
     for name, value in measured.items():
         family.add_metric([run, *name.split("/")[1:]], value)
+    return family
+
+
+def _info(metric: Metric, labels: Mapping[str, str]) -> Family:
+    family = GaugeMetricFamily(metric.prometheus_name, metric.help, labels=list(labels))
+    family.add_metric(list(labels.values()), 1)
     return family

@@ -18,6 +18,7 @@ from fdscale.config.settings import RunSettings
 
 # What may change between two starts of one run; everything else decides what is learned.
 MAY_CHANGE = {
+    "recipe": "a name",
     "run_dir": "the folder may be moved or named in another way",
     "deepspeed": "another file, whose contents are compared",
     "data.shards": "another place for the same shards, whose index is compared",

@@ -9,11 +9,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from fdscale.cluster.orphans import parent_of, process_start
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
@@ -22,7 +21,6 @@ from fdscale.training.run_directory import write_text
 from fdscale.training.writer import this_process
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 PATIENCE = 4.0  # the rank that writes first waits for the one whose disk is slowest
 BACKUP_SECONDS = 120.0  # after the limit: when not even the watchdog's thread can run
@@ -87,13 +85,6 @@ class Watchdog:
             self._armed = self._last
             faulthandler.dump_traceback_later(self.limit * patience + BACKUP_SECONDS, exit=True)
         self._patience = patience
-
-    def marking(self, things: Iterable[T], phase: str) -> Iterator[T]:
-        """The same things, each of them marked."""
-        for thing in things:
-            self.mark(phase)
-            yield thing
-        self.mark(f"after {phase}")
 
     def _watch(self) -> None:
         poll, before = min(self.limit / 20, 5.0), time.monotonic()

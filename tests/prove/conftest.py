@@ -9,7 +9,7 @@ from statistics import median
 
 import pytest
 
-from fdscale.training.metrics import read_rows
+from fdscale.training.json_lines import read_rows
 from tests.prove.lives import LIFE_SECONDS, Launch, Life, Undisturbed, printed_by
 
 

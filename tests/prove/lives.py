@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fdscale.training.metrics import read_rows
+from fdscale.training.json_lines import read_rows
 from tests.test_runs import ranks_of
 
 STEPS, LIFE_SECONDS = 24, 120

@@ -25,10 +25,11 @@ from fdscale.distill.targets import TargetMaker
 from fdscale.students.geometry import SwinV2Geometry
 from fdscale.students.student import build_student, set_activation_checkpointing
 from fdscale.training.engine import Connection, set_learning_rate, start_engine
+from fdscale.training.json_lines import JsonLines
 from fdscale.training.loop import train_step
-from fdscale.training.metrics import JsonLines, Sinks
 from fdscale.training.optim import Schedule, adamw, parameter_groups
 from fdscale.training.sharding import place
+from fdscale.training.sinks import Sinks
 from tests.prove.memory import allocated_by_c, live_storages, python_blocks
 from tests.prove.page import Page
 

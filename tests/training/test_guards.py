@@ -20,10 +20,11 @@ from fdscale.training.canary import Canary
 from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import Connection, full_state, start_engine
 from fdscale.training.guards import Guards
+from fdscale.training.json_lines import JsonLines, read_rows
 from fdscale.training.loop import Plan, fit
-from fdscale.training.metrics import JsonLines, Sinks, read_rows
 from fdscale.training.optim import Schedule, adamw, parameter_groups
 from fdscale.training.progress import Progress
+from fdscale.training.sinks import Sinks
 from tests.training.first_attempt import first_attempt
 
 PLAN = Plan(

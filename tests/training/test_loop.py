@@ -19,9 +19,10 @@ from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import Connection, start_engine
 from fdscale.training.guards import Guards
 from fdscale.training.loop import Plan, fit
-from fdscale.training.metrics import METRICS, Sinks
+from fdscale.training.metrics import METRICS
 from fdscale.training.optim import Schedule, adamw, parameter_groups
 from fdscale.training.progress import Progress
+from fdscale.training.sinks import Sinks
 from tests.training.first_attempt import first_attempt
 
 GLOBAL_BATCH, WORLD = 8, 2

@@ -1,0 +1,44 @@
+"""The latest value of every metric of this process, for whoever asks: a scrape, a push."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from fdscale.training.metrics import METRICS, STATES, row_of
+
+
+class Live:
+    """Values by their names in `METRICS`, kept on every rank; `info` are the labels of `run_info`.
+
+    One thread writes (the training's), any may read `values`, which is replaced and never changed.
+    """
+
+    def __init__(self, info: Mapping[str, str] | None = None) -> None:
+        self.info = dict(info or {})
+        self.values: dict[str, float] = {}
+        self.enter(STATES[0])
+
+    def note(self, values: Mapping[str, float]) -> None:
+        """Take over new values. Raises KeyError for a name that `METRICS` lacks (our mistake, on every rank)."""
+        if unknown := sorted(name for name in values if row_of(name) is None):
+            raise KeyError(f"metrics without a row in METRICS: {', '.join(unknown)}")
+        self.values = {**self.values, **values}
+
+    def count(self, name: str, by: float = 1) -> None:
+        """A counter of this attempt goes up."""
+        assert METRICS[name.partition("/")[0]].kind == "counter", name
+        self.note({name: self.values.get(name, 0) + by})
+
+    def enter(self, state: str) -> None:
+        """The process is in one of STATES from now on."""
+        self.state = state
+        assert state in STATES, state
+
+    @contextmanager
+    def handing_over(self) -> Iterator[None]:
+        """What is done inside is metrics' work, not training's: its time is counted."""
+        began = time.perf_counter()
+        yield
+        self.count("telemetry_seconds_total", time.perf_counter() - began)
