@@ -1,4 +1,4 @@
-"""The shipped configuration under real Prometheus, pushgateway and Alertmanager: what goes wrong is told, and only that."""
+"""The shipped alerts under real Prometheus, pushgateway and Alertmanager: what goes wrong is told, and only that."""
 
 from __future__ import annotations
 
