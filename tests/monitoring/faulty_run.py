@@ -1,6 +1,6 @@
 """`fdscale` on every rank, with faults put in from outside: `torchrun … faulty_run.py distill RECIPE …`.
 
-Rank 1 reads slowly; three steps in a row are not finite, once; the save of step 12 does not come to an end.
+Rank 1 reads slowly; three steps in a row are not finite, once; the save of step 8 does not come to an end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fdscale.training.checkpoint import Checkpoints
 
 SECONDS_A_SAMPLE = 0.04
 NOT_FINITE = {5, 6, 7}  # steps, counted from 0
-HANGING_SAVE, HANGING_SECONDS = 12, 300.0
+HANGING_SAVE, HANGING_SECONDS = 8, 300.0
 
 read, train_step, save = ImageReader._read, loop.train_step, Checkpoints.save
 

@@ -14,7 +14,7 @@ from fdscale.training.prometheus import serve_prometheus
 class StandIn:
     """One node of a run that makes a step whenever it is told; `targets` is the folder that Prometheus watches."""
 
-    def __init__(self, targets: Path, run: str, **values: float) -> None:
+    def __init__(self, targets: Path, run: str) -> None:
         self.run, self.file, self.live = run, targets / f"{run}-0001-node1.json", Live()
         self.endpoint = serve_prometheus(self.live, run, True, "127.0.0.1", 0)
         assert self.endpoint is not None
@@ -23,7 +23,7 @@ class StandIn:
         self.live.note({"attempt_start_timestamp_seconds": now, "checkpoint_timestamp_seconds": now})
         self.live.note({"checkpoint_every": 1000, "attempts_without_commit": 1, "rollbacks_total": 0})
         self.live.enter("training")
-        self.step(**values)
+        self.step()
         self._tell({})
 
     def step(self, **values: float) -> None:
@@ -43,10 +43,6 @@ class StandIn:
                 **values,
             }
         )
-
-    def note(self, name: str, value: float) -> None:
-        """A value of a name with a label: `previous_end/canary`."""
-        self.live.note({name: value})
 
     def crash(self) -> None:
         """As kill -9 leaves it: nobody answers, and its target stays."""

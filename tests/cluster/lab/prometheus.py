@@ -74,6 +74,11 @@ class Prometheus:
         """The samples of an instant query: each with `metric`, its labels, and `value`."""
         return _get(f"{self.url}/api/v1/query?query={quote(expression)}")["data"]["result"]
 
+    def answers(self, run: str, ended: str = "") -> list[str]:
+        """Of each target of a run, or of one that ended so, whether it answers: "1" or "0"."""
+        samples = self.query(f'up{{job="fdscale", run="{run}", ended="{ended}"}}')
+        return [sample["value"][1] for sample in samples]
+
     def rules(self) -> list[dict[str, Any]]:
         """Every rule with its `health`, `lastError` and, of alerts, `state`."""
         groups = _get(f"{self.url}/api/v1/rules")["data"]["groups"]
