@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fdscale.cluster.ranks import Rank, export_rank
+from fdscale.config.deepspeed_json import MONITORS
 from fdscale.config.errors import UserError
 from fdscale.training.average import AVERAGE
 from fdscale.training.optim import Schedule
@@ -115,7 +116,7 @@ def start_engine(
     `clip` is always written: DeepSpeed clips at 1.0 when the key is absent; 0 switches clipping off.
     """
     config = {
-        **deepspeed_json,
+        **{key: value for key, value in deepspeed_json.items() if key not in MONITORS},  # see open_monitor
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": clip,
         # DeepSpeed's throughput timer waits for the device twice in every micro batch; the loop has its own
@@ -124,6 +125,26 @@ def start_engine(
         "zero_force_ds_cpu_optimizer": False,
     }
     return quiet_deepspeed().initialize(model=module, optimizer=optimizer, config=config)[0]
+
+
+def open_monitor(
+    engine: DeepSpeedEngine,
+    blocks: Mapping[str, Mapping[str, Any]],
+    write_events: Callable[[Sequence[tuple[str, float, int]]], None],
+) -> Callable[[Sequence[tuple[str, float, int]]], None]:
+    """Give the main rank's engine the monitor of a JSON's `blocks`, and return what writes (name, value, images) to it.
+
+    The engine's own events go to `write_events`. Left to itself DeepSpeed opens it amid its start, where a writer that
+    fails would leave the other ranks waiting.
+    """
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    monitor = MonitorMaster(get_monitor_config(dict(blocks)))
+    write = monitor.write_events
+    monitor.write_events = write_events
+    engine.monitor = monitor
+    return write
 
 
 @contextmanager
