@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import io
 import logging
+import os
 import socket
 import ssl
 import threading
@@ -41,6 +42,8 @@ class Endpoint:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         self._server = _Server(family, (str(address[0]), port), context)
         self._server.set_app(application if credentials is None else _asking_for(credentials, application))
+        # a loader's forked workers outlive a killed rank by seconds: with this socket they would hold its port
+        os.register_at_fork(after_in_child=self._server.socket.close)
         serve = self._server.serve_forever
         self._thread = threading.Thread(target=serve, args=(SECONDS_TO_CLOSE,), name="prometheus", daemon=True)
         self._thread.start()

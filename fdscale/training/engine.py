@@ -116,7 +116,7 @@ def start_engine(
     `clip` is always written: DeepSpeed clips at 1.0 when the key is absent; 0 switches clipping off.
     """
     config = {
-        **{key: value for key, value in deepspeed_json.items() if key not in MONITORS},  # see open_monitor
+        **{key: value for key, value in deepspeed_json.items() if key not in MONITORS},  # see monitor_writer
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": clip,
         # DeepSpeed's throughput timer waits for the device twice in every micro batch; the loop has its own
@@ -127,23 +127,16 @@ def start_engine(
     return quiet_deepspeed().initialize(model=module, optimizer=optimizer, config=config)[0]
 
 
-def open_monitor(
-    engine: DeepSpeedEngine,
-    blocks: Mapping[str, Mapping[str, Any]],
-    write_events: Callable[[Sequence[tuple[str, float, int]]], None],
-) -> Callable[[Sequence[tuple[str, float, int]]], None]:
-    """Give the main rank's engine the monitor of a JSON's `blocks`, and return what writes (name, value, images) to it.
+def monitor_writer(name: str, block: Mapping[str, Any]) -> Callable[[Sequence[tuple[str, float, int]]], None]:
+    """What writes (name, value, images) events as one block of DeepSpeed's monitor says; for the main rank.
 
-    The engine's own events go to `write_events`. Left to itself DeepSpeed opens it amid its start, where a writer that
-    fails would leave the other ranks waiting.
+    Left to itself DeepSpeed opens it amid its start, where a writer that fails would leave the other ranks waiting.
     """
     from deepspeed.monitor.config import get_monitor_config
     from deepspeed.monitor.monitor import MonitorMaster
 
-    monitor = MonitorMaster(get_monitor_config(dict(blocks)))
-    write = monitor.write_events
-    monitor.write_events = write_events
-    engine.monitor = monitor
+    write: Callable[[Sequence[tuple[str, float, int]]], None]
+    write = MonitorMaster(get_monitor_config({name: dict(block)})).write_events
     return write
 
 

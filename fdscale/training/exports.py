@@ -160,9 +160,13 @@ class Exports:
         if gateway := self.ways.pushgateway:
             from fdscale.training.pushgateway import Pusher
 
-            left = self._hosts(older=True) - self._hosts(older=False) if self.rank.is_main else set()
+            left: set[str] = set()
+            if self.rank.is_main:
+                told = "what older attempts left at log.pushgateway stays there"
+                self._try("pushgateway", told, lambda: left.update(self._hosts(older=True) - self._hosts(older=False)))
             outage = self._outages["pushgateway"]
             self._pusher = Pusher(gateway, registry, self.run, self._node, outage, left)
+            logger.info("metrics: pushed to %s", gateway)
 
     def _hosts(self, older: bool) -> set[str]:
         """The nodes of this attempt, or of all before it."""
@@ -176,6 +180,8 @@ class Exports:
             self.attempt.refuse_if_superseded()
         except UserError:
             return True
+        except OSError:  # a run directory that cannot be read is told by whoever needs it
+            return False
         return False
 
     def _try(self, way: str, told: str, action: Callable[[], None]) -> bool:

@@ -3,55 +3,59 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdscale.config.deepspeed_json import MONITORS
-from fdscale.training.engine import open_monitor
+from fdscale.training.engine import monitor_writer
 from fdscale.training.live import Live
 from fdscale.training.outage import Outage
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-Event = tuple[str, float, int]
+Write = Callable[[Sequence[tuple[str, float, int]]], None]
 
 
 class MonitorSink:
-    """Hands each row to the writers of `monitored` blocks, over images as DeepSpeed's own events are.
+    """Hands each row to the writers of the monitor's `blocks`, over images as DeepSpeed's own events are.
 
-    Opened on the main rank, it becomes the engine's monitor. DeepSpeed writes its events inside of a step, where a full
-    disk or a service that is down would end the run: they, too, go through here. After a first failure, be it to open,
-    nothing is written any more.
+    Opened on the main rank, it takes these as well: DeepSpeed writes them inside of a step, where a full disk or a
+    service that is down would end the run. A writer that fails, be it to open, is left out from then on.
     """
 
     def __init__(
         self, engine: DeepSpeedEngine, blocks: Mapping[str, Mapping[str, Any]], global_batch: int, live: Live
     ) -> None:
-        self._global_batch, self._outage, self._broken = global_batch, Outage(live, "monitor"), False
-        try:
-            self._write = open_monitor(engine, blocks, self._write_spared)
-        except Exception as error:  # a service's client may raise anything
-            self._give_up(error)
+        self._global_batch = global_batch
+        self._outages = {name: Outage(live, "monitor") for name in blocks}
+        self._writers: dict[str, Write] = {}
+        for name, block in blocks.items():
+            self._spare(name, partial(self._open, name, block))
+        engine.monitor.enabled, engine.monitor.write_events = True, self._write
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         images = step * self._global_batch
-        self._write_spared([(f"fdscale/{name}", value, images) for name, value in values.items() if name != "images"])
+        self._write([(f"fdscale/{name}", value, images) for name, value in values.items() if name != "images"])
 
     def close(self) -> None:
         pass  # DeepSpeed's writers have flushed after every row
 
-    def _write_spared(self, events: Sequence[Event]) -> None:
-        try:
-            if not self._broken:
-                self._write(events)
-        except Exception as error:
-            self._give_up(error)
+    def _open(self, name: str, block: Mapping[str, Any]) -> None:
+        self._writers[name] = monitor_writer(name, block)
 
-    def _give_up(self, error: Exception) -> None:
-        self._broken = True
-        self._outage.lasts(f"DeepSpeed's monitor cannot write ({error}) and is left out from now on")
+    def _write(self, events: Sequence[tuple[str, float, int]]) -> None:
+        for name, write in list(self._writers.items()):
+            self._spare(name, partial(write, events))
+
+    def _spare(self, name: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # a service's client may raise anything
+            self._writers.pop(name, None)
+            self._outages[name].lasts(f"{name} of the DeepSpeed JSON cannot be written ({error}) and is left out")
 
 
 def monitored(deepspeed_json: Mapping[str, Any], run_dir: Path) -> dict[str, dict[str, Any]]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import http.client
+import os
+import signal
 import socket
 import ssl
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -129,6 +132,26 @@ def test_nothing_is_said_on_standard_error(certificate: tuple[str, str], capfd: 
             assert get(endpoint)[0] == 500
         endpoint.close()
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_forked_worker_does_not_hold_the_port_of_a_rank_that_was_killed():
+    code = (
+        "import os, time; from fdscale.training.endpoint import Endpoint\n"
+        "endpoint = Endpoint(lambda environ, start: [], '127.0.0.1', 0)\n"
+        "worker = os.fork()\n"
+        "if not worker:\n"
+        "    os.close(1); time.sleep(60)\n"
+        "print(endpoint.port, worker, flush=True); time.sleep(60)\n"
+    )
+    rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert rank.stdout is not None
+    port, worker = map(int, rank.stdout.readline().split())
+    rank.kill()
+    rank.wait()
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    finally:
+        os.kill(worker, signal.SIGKILL)
 
 
 def test_the_address_of_this_machine_depends_on_who_is_to_be_reached():

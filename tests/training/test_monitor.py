@@ -85,9 +85,16 @@ def test_a_writer_that_breaks_ends_no_run(one_rank, tmp_path: Path):
 def test_a_writer_that_cannot_begin_ends_no_run(two_ranks, tmp_path: Path):
     (tmp_path / "run").touch()
     main, other = two_ranks(trained, str(tmp_path / "run"), FILES)
-    assert main["live"]["telemetry_failures_total/monitor"] == 1
+    assert main["live"]["telemetry_failures_total/monitor"] == 2  # each of them once
     assert "telemetry_failures_total/monitor" not in other["live"]
-    assert not main["enabled"]
+
+
+def test_one_writer_that_breaks_leaves_the_others(one_rank, tmp_path: Path):
+    (tmp_path / "file").touch()
+    blocks = {**FILES, "tensorboard": {"enabled": True, "output_path": str(tmp_path / "file")}}
+    (told,) = one_rank(trained, str(tmp_path), blocks)
+    assert told["live"]["telemetry_failures_total/monitor"] == 1
+    assert (tmp_path / "csv_monitor" / "fdscale_loss.csv").read_text().splitlines() == ["step,loss", "16,0.5", "32,nan"]
 
 
 def test_what_is_on_is_written_into_the_run_directory_unless_it_says_where(monkeypatch: pytest.MonkeyPatch):
