@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fdscale.config.errors import SettingsError, StartAgain, UserError
 from fdscale.training.attempts import Attempt, claim
 from fdscale.training.exports import Exports, Ways
 from fdscale.training.live import Live
+from tests.training.gateway import Gateway, grouping
 
 HOST = socket.gethostname()
 ALONE = Rank(0, 0, 2, 2, "127.0.0.1", 29500)
@@ -45,6 +47,14 @@ def targets(tmp_path: Path) -> Path:
 @pytest.fixture
 def ways(targets: Path) -> Ways:
     return Ways(port=0, targets=str(targets))
+
+
+@pytest.fixture
+def gateway() -> Iterator[Gateway]:
+    server = Gateway()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 def listed(targets: Path) -> list[dict[str, Any]]:
@@ -203,6 +213,50 @@ def test_a_folder_that_cannot_be_written_is_one_warning_and_the_metrics_are_serv
     assert len(warnings) == 1
     assert str(tmp_path / "a file") in warnings[0]
     assert live.values[f"{FAILURES}/targets"] == 3  # to tidy, at the start, at the end
+
+
+@pytest.mark.parametrize(
+    ("raised", "done", "last"),
+    [
+        (None, True, "DELETE"),
+        (None, False, "DELETE"),
+        (StartAgain("a teacher changed"), False, "DELETE"),
+        (UserError("a mistake"), False, "PUT"),
+        (RuntimeError("out of memory"), False, "PUT"),
+    ],
+)
+def test_a_gateway_forgets_who_is_not_missed(tmp_path, monkeypatch, gateway, raised, done, last):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    exports = Exports(Ways(pushgateway=gateway.url), Live(), begun(tmp_path / "my run"), ALONE).__enter__()
+    exports.done = done
+    exports.__exit__(raised and type(raised), raised, None)
+    assert set(gateway.methods[:-1]) == {"PUT"}
+    assert gateway.methods[-1] == last
+    assert {tuple(grouping(path).values()) for _, path, _ in gateway.requests} == {("fdscale", HOST, "my run")}
+
+
+def test_a_gateway_forgets_the_nodes_that_older_attempts_had(tmp_path, gateway):
+    ways = Ways(pushgateway=gateway.url)
+    attempt = claim(tmp_path / "run" / "attempts", 1, 100, {})
+    attempt.record_ranks([{"host": "gone"}, {"host": HOST}])
+    attempt.end(1, "for the test")
+    with Exports(ways, Live(), begun(tmp_path / "run"), OTHER_NODE):
+        pass
+    assert {grouping(path)["node"] for _, path, _ in gateway.requests} == {HOST}, "the main rank does that"
+    gateway.requests.clear()
+    with Exports(ways, Live(), begun(tmp_path / "run"), ALONE):
+        deadline = time.monotonic() + 5
+        while len(gateway.requests) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    told = [(method, grouping(path)["node"]) for method, path, _ in gateway.requests]
+    assert told[:2] == [("PUT", HOST), ("DELETE", "gone")]
+    gateway.requests.clear()
+    Exports(ways, Live(), begun(tmp_path / "run"), ALONE).forget_older()
+    assert {(method, grouping(path)["node"]) for method, path, _ in gateway.requests} == {
+        ("DELETE", HOST),
+        ("DELETE", "gone"),
+    }
 
 
 def test_a_password_without_tls_is_warned_of_where_others_listen(tmp_path, targets, caplog):

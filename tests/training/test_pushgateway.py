@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote_plus
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -18,43 +15,9 @@ from fdscale.training.live import Live
 from fdscale.training.outage import PATIENCE, Outage
 from fdscale.training.prometheus import registry_of
 from fdscale.training.pushgateway import Pusher
+from tests.training.gateway import Gateway, grouping
 
 COUNT = "telemetry_failures_total/pushgateway"
-
-
-class Gateway(ThreadingHTTPServer):
-    """A real HTTP server that notes what it is sent, and answers with `status`."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.status = 202
-        self.requests: list[tuple[str, str, str]] = []
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    @property
-    def methods(self) -> list[str]:
-        return [method for method, _, _ in self.requests]
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Gateway
-
-    def do_PUT(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
-        self.server.requests.append((self.command, self.path, body))
-        self.send_response(self.server.status)
-        self.end_headers()
-
-    do_DELETE = do_PUT
-
-    def log_message(self, *args: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -74,17 +37,6 @@ def soon(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def grouping(path: str) -> dict[str, str]:
-    parts = path.removeprefix("/metrics/").split("/")
-    found = {}
-    for name, value in zip(parts[::2], parts[1::2], strict=True):
-        coded = name.endswith("@base64")
-        found[name.removesuffix("@base64")] = (
-            base64.urlsafe_b64decode(value).decode() if coded and value != "=" else unquote_plus(value.strip("="))
-        )
-    return found
 
 
 def test_it_pushes_at_once_and_again_and_takes_away_at_an_orderly_end(gateway: Gateway, monkeypatch):
