@@ -272,7 +272,7 @@ def write(page: Page) -> None:
     lines = [{"what": key, "figure": row["told"], "goal": row["goal"]} for key, row in page.rows.items()]
     how = (
         "Distillation of a 4-stage SwinV2 with extra norms by two ZeRO-3 ranks on CPUs, activations recomputed, a row "
-        "of metrics every 10 steps, amplitudes of every block, collectives timed, an endpoint that is scraped every 5 s. "
+        "of metrics every 10 steps, amplitudes of every block, collectives timed, an endpoint scraped every 5 s. "
         f"With and without: {PAIRS} pairs of {STEPS} steps in random order within one process; without, the same steps "
         "run by hand with no metrics code but the blocks' sleeping hooks."
     )
