@@ -7,8 +7,9 @@ import os
 import time
 from pathlib import Path
 
+from fdscale.training.endpoint import Endpoint
 from fdscale.training.live import Live
-from fdscale.training.prometheus import serve_prometheus
+from fdscale.training.prometheus import application, registry_of
 
 
 class StandIn:
@@ -16,8 +17,7 @@ class StandIn:
 
     def __init__(self, targets: Path, run: str) -> None:
         self.run, self.file, self.live = run, targets / f"{run}-0001-node1.json", Live()
-        self.endpoint = serve_prometheus(self.live, run, True, "127.0.0.1", 0)
-        assert self.endpoint is not None
+        self.endpoint: Endpoint | None = Endpoint(application(registry_of(self.live, run, whole=True)), "127.0.0.1", 0)
         self._steps = 0
         now = time.time()
         self.live.note({"attempt_start_timestamp_seconds": now, "checkpoint_timestamp_seconds": now})
@@ -47,7 +47,7 @@ class StandIn:
     def crash(self) -> None:
         """As kill -9 leaves it: nobody answers, and its target stays."""
         if self.endpoint is not None:
-            self.endpoint.__exit__()
+            self.endpoint.close()
             self.endpoint = None
 
     def end(self, ended: str = "") -> None:

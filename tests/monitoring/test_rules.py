@@ -93,6 +93,15 @@ def test_the_rules_look_for_values_that_labels_can_have() -> None:
 
 
 def test_seconds_are_written_so_that_the_lab_can_shorten_them() -> None:
-    for rule in rules():
-        for seconds in re.findall(r"(?<![\d.])(\d+)(?! \* 60)(?:\s|$)", rule["expr"]):
-            assert int(seconds) < 300 or int(seconds) in (1000, 32752), f"write N * 60: {rule['expr']}"
+    """As N * 60 or N * 60 * 60: where time is compared no number is larger."""
+    timed = [rule["expr"] for rule in rules() if re.search(r"time\(\)|(age|idle)_seconds", rule["expr"])]
+    assert len(timed) > 5
+    for expression in timed:
+        assert all(int(number) <= 60 for number in re.findall(r"(?<![\w.])\d+\b", expression)), expression
+
+
+def test_the_exporter_of_gpus_is_told_what_rules_and_dashboards_ask_for() -> None:
+    listed = re.findall(r"^(DCGM_\w+),", (MONITORING / "dcgm" / "counters.csv").read_text(), re.MULTILINE)
+    dashboards = [file.read_text() for file in MONITORING.glob("grafana/dashboards/*.json")]
+    asked = {name for text in (*expressions(), *dashboards) for name in re.findall(r"DCGM_\w+", text)}
+    assert asked <= set(listed)
