@@ -59,7 +59,7 @@ class Run:
             raise TimeoutError(f"{error}\n{self.log.read_text()[-5000:]}") from None
 
     def ends(self, code: int) -> None:
-        assert self.process.wait(90) == code, self.log.read_text()[-5000:]
+        assert self.process.wait(240) == code, self.log.read_text()[-5000:]
 
 
 def faulty_run(folder: Path, port: int, *settings: str) -> Run:
@@ -77,16 +77,16 @@ def healthy_run(folder: Path, *settings: str) -> Run:
 def through_the_queue(run: Run, prometheus: Prometheus) -> None:
     """What a job goes through: it is stopped, waits, is started again, and completes; all of it seen by Prometheus."""
     run.start(SLURM_JOB_ID="7")
-    run.until(lambda: prometheus.answers(run.name) == ["1"], 90, "Prometheus to find it")
+    run.until(lambda: prometheus.answers(run.name) == ["1"], 180, "Prometheus to find it")
     time.sleep(IN_QUEUE)
     os.kill(run.process.pid, signal.SIGTERM)
     run.ends(REQUEUE_EXIT_CODE)
-    run.until(lambda: prometheus.answers(run.name, "stopped") == ["0"], 15, "that it waits to be started")
+    run.until(lambda: prometheus.answers(run.name, "stopped") == ["0"], 60, "that it waits to be started")
     time.sleep(IN_QUEUE)
     run.command.append(f"max_steps={run.steps() + STEPS_LEFT}")
     run.start(SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
-    run.until(lambda: prometheus.answers(run.name) == ["1"], 90, "Prometheus to find it again")
+    run.until(lambda: prometheus.answers(run.name) == ["1"], 180, "Prometheus to find it again")
     run.ends(0)
     run.until(
-        lambda: prometheus.answers(run.name) == prometheus.answers(run.name, "stopped") == [], 15, "its target to go"
+        lambda: prometheus.answers(run.name) == prometheus.answers(run.name, "stopped") == [], 60, "its target to go"
     )
