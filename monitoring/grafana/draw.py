@@ -18,6 +18,8 @@ from monitoring.grafana.panels import RUN, Board, Panel, Query, Row, of
 DATASOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 TAG = "fdscale"
 PAGE_WIDTH = 24
+BEGAN = "attempt_start_timestamp_seconds"
+GREY = "#9fa7b3"
 DASHED = {"fill": "dash", "dash": [8, 6]}
 
 
@@ -42,7 +44,10 @@ def board_json(board: Board) -> str:
         else:
             page.with_panel(_drawn(part).id(number).grid_pos(place))
     plain = json.loads(json.dumps(page.build(), cls=JSONEncoder))
-    plain["annotations"] = {"list": [*_annotations()]}
+    for variable in plain["templating"]["list"]:
+        for name in ("auto", "auto_count", "auto_min"):  # the SDK gives every variable what only an interval has
+            variable.pop(name, None)
+    plain["annotations"] = {"list": _annotations(board)}
     return json.dumps(plain, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -81,27 +86,35 @@ def _run() -> dashboard.QueryVariable:
     )
 
 
-def _annotations() -> list[dict[str, Any]]:
-    """Marks on every panel. The SDK knows no titles, nor that a value can be the time of the mark."""
+def _annotations(board: Board) -> list[dict[str, Any]]:
+    """Events as marks in panels: some at once, all at a click. The SDK lacks their titles and times that are values."""
+    committed = f"{of('checkpoint_timestamp_seconds')} and {of('checkpoint_step')} > 0"
     skipped = f"max by (run) (increase(fdscale_skipped_steps_total{{{RUN}}}[$__rate_interval])) > 0"
-    committed = f"1000 * ({of('checkpoint_timestamp_seconds')} and {of('checkpoint_step')} > 0)"
-    return [
-        _annotation("Checkpoints", "{{run}}: checkpoint committed", "green", committed, at_value=True),
-        _annotation(
-            "Restarts", "{{run}}: attempt began", "blue", f"1000 * {of('attempt_start_timestamp_seconds')}", True
-        ),
+    marks = [
+        _annotation("Checkpoints", "{{run}}: checkpoint committed", "green", f"1000 * ({committed})", at_value=True),
+        _annotation("Restarts", "{{run}}: attempt began", "blue", f"1000 * {of(BEGAN)}", at_value=True),
         _annotation("Steps left out", "{{run}}: steps left out", "red", skipped, at_value=False),
     ]
+    for mark in marks:
+        heading = board.marks.get(mark["name"])
+        mark["enable"] = heading is not None
+        if heading:
+            mark["filter"] = {"exclude": False, "ids": _numbers_under(board, heading)}
+    return marks
+
+
+def _numbers_under(board: Board, heading: str) -> list[int]:
+    """The numbers of the panels of one row."""
+    row = next(row for row in board.rows if row.title == heading)
+    return [number for number, (part, _) in enumerate(placed(board), 1) if part in row.panels]
 
 
 def _annotation(name: str, title: str, colour: str, expr: str, at_value: bool) -> dict[str, Any]:
-    source = {"type": DATASOURCE.type_val, "uid": DATASOURCE.uid}
     return {
         "name": name,
         "titleFormat": title,
         "iconColor": colour,
-        "datasource": source,
-        "enable": True,
+        "datasource": {"type": DATASOURCE.type_val, "uid": DATASOURCE.uid},
         "expr": expr,
         "step": "60s",
         "target": {"refId": "Anno", "expr": expr, "interval": "60s"},
@@ -141,8 +154,8 @@ def _target(one: Panel, query: Query, letter: str) -> prometheus.Dataquery:
 
 
 def is_of_now(one: Panel) -> bool:
-    """Whether a panel shows the present alone: bars, tables, and numbers without a line behind them."""
-    return one.kind in ("bargauge", "table") or (one.kind == "stat" and bool(one.names or one.text != "value"))
+    """Whether a panel shows the present alone, which one point answers."""
+    return one.kind in ("stat", "bargauge", "table")
 
 
 def _thresholds(one: Panel) -> dashboard.ThresholdsConfig:
@@ -162,16 +175,27 @@ def _lines(one: Panel) -> timeseries.Panel:
         ).line_width(1)
     if one.log:
         drawn.scale_distribution(common.ScaleDistributionConfig().type(options.ScaleDistribution.LOG).log(10))
+    if one.points:
+        drawn.draw_style(options.GraphDrawStyle.POINTS).show_points(options.VisibilityMode.ALWAYS).point_size(3)
+    if one.reach is not None:
+        drawn.axis_soft_max(one.reach)
     if one.dashed:
-        drawn.override_by_regexp(f"/{one.dashed}/", [model.DynamicConfigValue("custom.lineStyle", DASHED)])
+        drawn.override_by_regexp(
+            f"/{one.dashed}/", [model.DynamicConfigValue("custom.lineStyle", DASHED), _colour(GREY)]
+        )
+    for name, colour in one.paint.items():
+        drawn.override_by_name(name, [_colour(colour)])
     return drawn
 
 
+def _colour(colour: str) -> model.DynamicConfigValue:
+    return model.DynamicConfigValue("color", {"mode": "fixed", "fixedColor": colour})
+
+
 def _number(one: Panel) -> stat_panel.Panel:
-    line = options.BigValueGraphMode.NONE if is_of_now(one) else options.BigValueGraphMode.AREA
-    drawn = stat_panel.Panel().graph_mode(line).color_mode(options.BigValueColorMode.VALUE)
-    drawn.text_mode(options.BigValueTextMode.AUTO if one.text == "value" else options.BigValueTextMode(one.text))
-    return drawn.reduce_options(_newest()).justify_mode(options.BigValueJustifyMode.AUTO)
+    drawn = stat_panel.Panel().graph_mode(options.BigValueGraphMode.NONE).color_mode(options.BigValueColorMode.VALUE)
+    drawn.text_mode(options.BigValueTextMode(one.text)).justify_mode(options.BigValueJustifyMode.AUTO)
+    return drawn.reduce_options(_newest())
 
 
 def _bars(one: Panel) -> bargauge.Panel:
@@ -198,7 +222,7 @@ def _newest() -> common.ReduceDataOptions:
 
 def _table(one: Panel) -> table.Panel:
     hidden = {"Time": True, "Value": True, "__name__": True, "job": True, "instance": True}
-    tidy = model.DataTransformerConfig("organize", {"excludeByName": hidden})
+    tidy = model.DataTransformerConfig(id_val="organize", options={"excludeByName": hidden})
     return table.Panel().with_transformation(tidy)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from monitoring.grafana.panels import RUN, Panel, Query, Row, panel
+from monitoring.grafana.panels import RUN, Panel, Query, Row, few, panel
 
-FEW = 8  # ranks, nodes or GPUs that a panel names: the worst ones
 TARGETS = f'up{{job="fdscale", {RUN}}}'
 
 
-def gpus(title: str, field: str, unit: str, help: str, pick: str = "topk", change: str = "", **options: Any) -> Panel:
+def gpus(title: str, field: str, unit: str, help: str, least: bool = False, change: str = "", **options: Any) -> Panel:
     """The few GPUs with the greatest (or least) values of a field of the exporter.
 
     The exporter knows no runs: its `Hostname` is joined with the `node` of the runs' targets. `change` is a function
@@ -19,7 +18,7 @@ def gpus(title: str, field: str, unit: str, help: str, pick: str = "topk", chang
     series = f"{change}({field}[10m])" if change else field
     node = f'label_replace({series}, "node", "$1", "Hostname", "(.+)")'
     mine = f"max by (node, gpu) ({node} and on (node) {TARGETS})"
-    query = Query(f"{pick}({FEW}, {mine})", "{{node}} GPU {{gpu}}", "dcgm")
+    query = Query(few(mine, "node", "gpu", least=least), "{{node}} GPU {{gpu}}", "dcgm")
     return panel(title, query, unit=unit, help=help, width=6, **options)
 
 
@@ -31,24 +30,26 @@ GPUS = Row(
             "DCGM_FI_DEV_GPU_UTIL",
             "percent",
             "Share of the time in which a kernel ran, of the idlest GPUs; 100 % says busy, not fast",
-            pick="bottomk",
+            least=True,
             minimum=0,
             maximum=100,
         ),
-        gpus("Power", "DCGM_FI_DEV_POWER_USAGE", "watt", "Of the GPUs that draw least", pick="bottomk", minimum=0),
+        gpus("Power", "DCGM_FI_DEV_POWER_USAGE", "watt", "Of the GPUs that draw least", least=True, minimum=0),
         gpus("Temperature", "DCGM_FI_DEV_GPU_TEMP", "celsius", "Of the hottest GPUs"),
         gpus(
             "Clock",
             "DCGM_FI_DEV_SM_CLOCK",
             "suffix: MHz",
             "Of the slowest GPUs; a throttled one stands out",
-            pick="bottomk",
+            least=True,
         ),
         gpus(
             "Last XID",
             "DCGM_FI_DEV_XID_ERRORS",
             "none",
             "Number of the last error that the driver told of a GPU; 0 for none",
+            minimum=0,
+            reach=1,
         ),
         gpus(
             "Double-bit ECC errors",
@@ -56,6 +57,7 @@ GPUS = Row(
             "none",
             "Errors that a GPU's memory could not correct, since the driver was loaded",
             minimum=0,
+            reach=1,
         ),
         gpus(
             "Single-bit ECC errors",
@@ -64,6 +66,7 @@ GPUS = Row(
             "Errors that a GPU's memory corrected within ten minutes",
             change="increase",
             minimum=0,
+            reach=1,
         ),
         gpus(
             "Rows not remapped",
@@ -71,6 +74,7 @@ GPUS = Row(
             "none",
             "1: a GPU has no spare rows of memory left and is to be replaced",
             minimum=0,
+            reach=1,
         ),
     ),
 )

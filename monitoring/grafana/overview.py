@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from monitoring.grafana.panels import GREEN, ORANGE, RED, RUN, Board, Query, Row, of, panel, stat
-from monitoring.grafana.states import STATE_NAMES, state_number
+from monitoring.grafana.states import PHASE_COLOURS, STATE_NAMES, state_number
 
 FIRING = f'ALERTS{{alertstate="firing", {RUN}}}'
 
-# Parts of a step in which this run does not get on: the greatest is what slows it.
+# Parts of a step in which a run does not get on: the greatest is what slows it. In collectives all ranks wait for the
+# slowest one, so that its lag is taken out of them.
 LOSSES = {
     "waiting for data": of("data_wait_seconds"),
-    "collectives": of("collective_seconds"),
+    "collectives": f"clamp_min({of('collective_seconds')} - {of('slowest_lag_seconds')}, 0)",
     "the slowest rank": of("slowest_lag_seconds"),
 }
 SLOWED_BY = " or ".join(
@@ -20,7 +21,14 @@ SLOWED_BY = " or ".join(
 HEALTH = Row(
     "Is it healthy",
     (
-        stat("State", Query(state_number()), unit="none", names=STATE_NAMES, help="What the main rank is doing"),
+        stat(
+            "State",
+            Query(state_number()),
+            unit="none",
+            names=STATE_NAMES,
+            empty="ended",
+            help="What the main rank is doing",
+        ),
         stat(
             "Firing alerts",
             Query(f"count by (run) ({FIRING}) or 0 * {of('run_info', 'run')}"),
@@ -104,8 +112,11 @@ STORY = Row(
         ),
         panel(
             "Alerts over time",
-            Query(f"max by (run, alertname) ({FIRING})", "{{alertname}}", "trouble"),
-            Query(f'label_replace(vector(0), "alertname", "none", "", "") unless on () {FIRING}', "none fires"),
+            Query(
+                f"max by (run, alertname) ({FIRING}) "
+                f'or (label_replace(vector(0), "alertname", "none fires", "", "") unless on () {FIRING})',
+                "{{alertname}}",
+            ),
             kind="state-timeline",
             width=12,
             height=5,
@@ -165,6 +176,7 @@ SPEED = Row(
             Query(of("phase_seconds"), "{{phase}}"),
             width=24,
             stacked=True,
+            paint=PHASE_COLOURS,
             repeat=True,
             minimum=0,
             help="Time of one step by phase, mean over ranks; collectives are inside forward, backward and update. "

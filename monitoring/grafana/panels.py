@@ -11,6 +11,8 @@ from fdscale.training.metrics import METRICS
 RUN = 'run=~"$run"'
 GREEN, ORANGE, RED, NEUTRAL = "green", "orange", "red", "blue"
 
+FEW = 6  # ranks, nodes or GPUs that one panel names
+
 # How Grafana writes a unit of METRICS. "locale" leaves a count whole: a step is 126,400, never 126 K.
 UNITS = {
     "1": "short",
@@ -21,7 +23,7 @@ UNITS = {
     "images": "locale",
     "samples": "locale",
     "epochs": "short",
-    "images/second": "suffix: images/s",
+    "images/second": "locale",
     "FLOP": "sishort",
     "FLOP/s": "flops",
 }
@@ -55,8 +57,9 @@ class Panel:
     """One panel: what is asked and how it is drawn; `width` in 24ths of the page, `height` in Grafana's units.
 
     `colours` are thresholds, (from this value on, colour), the first from None; `names` give values a text and a
-    colour. `stacked` draws areas on one another, `log` a logarithmic axis, `repeat` one panel for each run. Series
-    that match `dashed` are what others are held against.
+    colour. `stacked` draws areas on one another, `points` no line between values, `log` a logarithmic axis, `repeat`
+    one panel for each run. The axis reaches from `minimum` to `maximum` exactly, or at least up to `reach`. Series
+    that match `dashed` are what others are held against; `paint` gives series a colour by their name.
     """
 
     title: str
@@ -71,11 +74,14 @@ class Panel:
     decimals: int | None = None
     minimum: float | None = None
     maximum: float | None = None
-    text: str = "value"
+    reach: float | None = None
+    text: str = "auto"
     stacked: bool = False
+    points: bool = False
     log: bool = False
     repeat: bool = False
     dashed: str = ""
+    paint: dict[str, str] = field(default_factory=dict)
     empty: str = ""
 
 
@@ -89,12 +95,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Board:
-    """One page; its address in Grafana is `uid`."""
+    """One page; its address in Grafana is `uid`.
+
+    `marks` are the events that are drawn into its panels at once: into those under one heading, or into all ("").
+    """
 
     uid: str
     title: str
     help: str
     rows: tuple[Row, ...]
+    marks: dict[str, str] = field(default_factory=lambda: {"Restarts": "", "Steps left out": ""})
 
     @property
     def panels(self) -> tuple[Panel, ...]:
@@ -138,6 +148,15 @@ def band(expr: str) -> tuple[Query, ...]:
         Query(f"quantile by (run) (0.5, {expr})", "{{run}} median"),
         Query(f"min by (run) ({expr})", "{{run}} least"),
     )
+
+
+def few(expr: str, *by: str, least: bool = False) -> str:
+    """The few series of an expression with the greatest (or least) values of the whole time shown.
+
+    Chosen once: topk at every point of a line would show another series at each.
+    """
+    chosen = f"{'min' if least else 'max'}_over_time(({expr})[$__range:$__interval] @ end())"
+    return f"{expr} and on ({', '.join(by)}) {'bottomk' if least else 'topk'}({FEW}, {chosen})"
 
 
 def _legend(name: str, named: bool) -> str:

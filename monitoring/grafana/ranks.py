@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
-from monitoring.grafana.gpus import FEW, GPUS, TARGETS
-from monitoring.grafana.panels import GREEN, ORANGE, RED, Board, Panel, Query, Row, band, of, panel, stat
+from monitoring.grafana.gpus import GPUS, TARGETS
+from monitoring.grafana.panels import (
+    FEW,
+    GREEN,
+    NEUTRAL,
+    ORANGE,
+    RED,
+    Board,
+    Panel,
+    Query,
+    Row,
+    band,
+    few,
+    of,
+    panel,
+    stat,
+)
+from monitoring.grafana.states import PHASE_COLOURS
 
 DEVICE_SHARE = f"{of('rank_device_memory_bytes')} / {of('rank_device_memory_limit_bytes')}"
 NODE_SHARE = f"1 - {of('node_memory_available_bytes', 'node')} / {of('node_memory_limit_bytes', 'node')}"
@@ -12,7 +28,7 @@ NODE_SHARE = f"1 - {of('node_memory_available_bytes', 'node')} / {of('node_memor
 def worst(title: str, expr: str, legend: str, needs: str = "", least: bool = False, **options: object) -> Panel:
     """Bars of the few greatest (or least) values there are now."""
     query = Query(f"{'bottomk' if least else 'topk'} by (run) ({FEW}, {expr})", legend, needs)
-    return panel(title, query, kind="bargauge", **options)
+    return panel(title, query, **{"kind": "bargauge", "colours": ((None, NEUTRAL),), **options})
 
 
 MEMORY_COLOURS = ((None, GREEN), (0.9, ORANGE), (0.97, RED))
@@ -78,7 +94,7 @@ SLOW = Row(
             unit="suffix: times",
             minimum=1,
         ),
-        panel("Which rank that is", "slowest_rank", width=8, unit="none"),
+        panel("Which rank that is", "slowest_rank", width=8, unit="none", points=True),
         panel(
             "Pace of the chips",
             *band(of("rank_probe_seconds")),
@@ -107,19 +123,19 @@ SLOW = Row(
         worst(
             "Slowest chips",
             of("rank_probe_seconds"),
-            "{{run}} rank {{rank}}",
+            "rank {{rank}} {{run}}",
             help="Longest times of the matrix product",
         ),
         worst(
             "Longest waits for data",
             of("rank_phase_seconds", "rank", where='phase="data"'),
-            "{{run}} rank {{rank}}",
+            "rank {{rank}} {{run}}",
             help="Ranks whose steps wait longest for their batch",
         ),
         worst(
             "Least time in collectives",
             of("rank_collective_seconds"),
-            "{{run}} rank {{rank}}",
+            "rank {{rank}} {{run}}",
             least=True,
             help="Ranks that the others wait for: least time inside collectives",
         ),
@@ -130,6 +146,7 @@ SLOW = Row(
                 f'count_values by (run) ("rank", {of("slowest_rank")}))',
                 "{{phase}}",
             ),
+            paint=PHASE_COLOURS,
             width=24,
             stacked=True,
             repeat=True,
@@ -153,7 +170,7 @@ MEMORY = Row(
         worst(
             "Fullest devices",
             DEVICE_SHARE,
-            "{{run}} rank {{rank}}",
+            "rank {{rank}} {{run}}",
             "gpu",
             unit="percentunit",
             maximum=1,
@@ -164,13 +181,13 @@ MEMORY = Row(
         panel("Host memory of the ranks", *band(of("rank_host_memory_bytes")), minimum=0),
         panel(
             "Host memory left",
-            Query(f"bottomk by (run) ({FEW}, {of('node_memory_available_bytes', 'node')})", "{{run}} {{node}}"),
+            Query(few(of("node_memory_available_bytes", "node"), "run", "node", least=True), "{{node}} {{run}}"),
             minimum=0,
             help="Host memory that a node can still give: the nodes with least",
         ),
         panel(
             "Host memory in use",
-            Query(f"topk by (run) ({FEW}, {NODE_SHARE})", "{{run}} {{node}}"),
+            Query(few(NODE_SHARE, "run", "node"), "{{node}} {{run}}"),
             unit="percentunit",
             minimum=0,
             maximum=1,
@@ -193,7 +210,7 @@ NODES = Row(
         ),
         panel(
             "Nodes over time",
-            Query(f"bottomk by (run) ({FEW}, min by (run, node) ({TARGETS}))", "{{run}} {{node}}", "targets"),
+            Query(few(f"min by (run, node) ({TARGETS})", "run", "node", least=True), "{{node}} {{run}}", "targets"),
             kind="state-timeline",
             width=12,
             unit="none",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from monitoring.grafana.panels import GREEN, NEUTRAL, ORANGE, RED, RUN, Board, Query, Row, of, panel, stat
+from monitoring.grafana.panels import GREEN, ORANGE, RED, RUN, Board, Query, Row, of, panel, stat
 from monitoring.grafana.states import END_NAMES, STATE_NAMES, end_number, state_number
 
 CHECKPOINT_AGE = f"time() - {of('checkpoint_timestamp_seconds')}"
 DATA_SHARE = f"{of('data_wait_seconds')} / {of('step_seconds')}"
-BAD_SHARE = f"{of('bad_samples')} / {of('images')}"
+BAD_SHARE = f"1e6 * {of('bad_samples')} / {of('images')}"
 TELLING_SHARE = f"max by (run) (rate(fdscale_telemetry_seconds_total{{{RUN}}}[10m]))"
 NONE_IS_BEST = ((None, GREEN), (1, ORANGE))
 
@@ -39,7 +39,7 @@ NOW = Row(
             help="How the attempt before this one ended",
         ),
         stat(
-            "Measurements not handed over",
+            "Telemetry failures",
             Query(f"{of('telemetry_failures_total', 'run', pick='sum')} or 0 * {of('attempt')}"),
             unit="none",
             help="Failures of the ways out in this attempt, all together; training goes on without them",
@@ -60,9 +60,9 @@ DATA = Row(
         ),
         panel("Undecodable images replaced", Query(of("bad_samples"), "{{run}}"), minimum=0),
         panel(
-            "Their share of all images",
+            "Of a million images",
             Query(BAD_SHARE),
-            unit="percentunit",
+            unit="short",
             minimum=0,
             help="Undecodable images, of those trained on since the run began",
         ),
@@ -73,7 +73,7 @@ LOST = Row(
     "What was lost",
     (
         panel("Goodput", "goodput", maximum=1),
-        panel("Steps left out", "skipped_steps", minimum=0),
+        panel("Steps left out", "skipped_steps", minimum=0, reach=1),
         panel(
             "In this attempt",
             Query(of("skipped_steps_total"), "{{run}} steps left out"),
@@ -175,15 +175,15 @@ TELLING = Row(
             Query(f"0 * {of('attempt')}", "{{run}} none"),
             unit="none",
             minimum=0,
+            reach=1,
             help="What one way out could not take: prometheus, pushgateway, targets, monitor",
         ),
         panel(
             "Age of what was pushed",
-            Query(f"time() - max by (run, node) (push_time_seconds{{{RUN}}})", "{{run}} {{node}}", "pushgateway"),
+            Query(f"time() - min by (run) (push_time_seconds{{{RUN}}})", needs="pushgateway"),
             unit="s",
             minimum=0,
-            help="Since the last push of each node; every ten seconds when all is well",
-            colours=((None, NEUTRAL),),
+            help="Since the last push of the node that is longest silent; every ten seconds when all is well",
         ),
     ),
 )
@@ -193,4 +193,5 @@ BOARD = Board(
     "fdscale / data and reliability",
     "Whether the data comes, what was lost, what a crash would cost",
     (NOW, DATA, LOST, CHECKPOINTS, ATTEMPTS, TELLING),
+    marks={"Checkpoints": "Checkpoints", "Restarts": "", "Steps left out": ""},
 )

@@ -10,6 +10,9 @@ _OF_END = {"complete": GREEN, "stopped": GREEN, "canary": ORANGE}
 # After an end: a target without a label `ended` that does not answer has crashed, or its node has.
 _AFTER = (("no answer", RED, ""), ("to be started again", ORANGE, "stopped|canary"), ("failed", RED, "mistake|error"))
 
+# Waiting in warm colours, work in cold ones.
+PHASE_COLOURS = {"data": "orange", "forward": "green", "backward": "blue", "update": "purple", "agree": "red"}
+
 STATE_NAMES = {
     **{number: (state, _OF_STATE.get(state, NEUTRAL)) for number, state in enumerate(STATES, 1)},
     **{number: (word, colour) for number, (word, colour, _) in enumerate(_AFTER, len(STATES) + 1)},
