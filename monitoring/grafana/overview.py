@@ -10,9 +10,9 @@ FIRING = f'ALERTS{{alertstate="firing", {RUN}}}'
 # Parts of a step in which a run does not get on: the greatest is what slows it. In collectives all ranks wait for the
 # slowest one, so that its lag is taken out of them.
 LOSSES = {
-    "waiting for data": of("data_wait_seconds"),
+    "data": of("data_wait_seconds"),
     "collectives": f"clamp_min({of('collective_seconds')} - {of('slowest_lag_seconds')}, 0)",
-    "the slowest rank": of("slowest_lag_seconds"),
+    "straggler": of("slowest_lag_seconds"),
 }
 SLOWED_BY = " or ".join(
     f'label_replace({seconds} / {of("step_seconds")}, "cause", "{cause}", "", "")' for cause, seconds in LOSSES.items()
@@ -87,11 +87,11 @@ PACE = Row(
         ),
         stat(
             "Slowed most by",
-            Query(f"topk by (run) (1, {SLOWED_BY})", "{{cause}}"),
+            Query(f"topk by (run) (1, {SLOWED_BY})", "{{cause}} {{run}}"),
             unit="percentunit",
             decimals=0,
             text="value_and_name",
-            help="The greatest part of a step that is not computing on every rank: data, collectives, the slowest rank",
+            help="The greatest part of a step that is not computing: waiting for data, collectives, waiting for the slowest rank",
             colours=((None, GREEN), (0.15, ORANGE), (0.4, RED)),
         ),
     ),
@@ -115,7 +115,7 @@ STORY = Row(
             Query(
                 f"max by (run, alertname) ({FIRING}) "
                 f'or (label_replace(vector(0), "alertname", "none fires", "", "") unless on () {FIRING})',
-                "{{alertname}}",
+                "{{alertname}} {{run}}",
             ),
             kind="state-timeline",
             width=12,
@@ -172,7 +172,7 @@ SPEED = Row(
         panel("Model arithmetic", "model_flops_per_second", minimum=0),
         panel("MFU", "mfu", minimum=0),
         panel(
-            "A step by phase",
+            "A step by phase: $run",
             Query(of("phase_seconds"), "{{phase}}"),
             width=24,
             stacked=True,

@@ -140,7 +140,7 @@ SLOW = Row(
             help="Ranks that the others wait for: least time inside collectives",
         ),
         panel(
-            "Phases of the slowest rank",
+            "Phases of the slowest rank: $run",
             Query(
                 f"max by (run, phase) ({of('rank_phase_seconds')} and on (run, rank) "
                 f'count_values by (run) ("rank", {of("slowest_rank")}))',

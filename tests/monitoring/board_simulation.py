@@ -1,7 +1,7 @@
 """A run that was never run: thirty hours of figures, told by fdscale's own `Live` and its endpoint's own collector.
 
 Hour by hour: 8 two steps of a bad batch are left out · 13 the main node dies, and is started again 24 minutes later ·
-25 the chip of rank 5 gets hot and slow, and stays so.
+25 the chip of rank 5 (of the last one, where there are fewer) gets hot and slow, and stays so.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ class Run:
     attempt: int = 1
     skipped: int = 0
     draw: random.Random = field(default_factory=lambda: random.Random(3))
+
+    @property
+    def hot_rank(self) -> int:
+        return min(5, len(self.nodes) * RANKS - 1)
 
     def samples(self) -> Iterator[Sample]:
         """Everything that Prometheus would have scraped, once a minute."""
@@ -117,7 +121,7 @@ class Run:
             "peak_flops_per_second": 8 * 989e12,
             "model_flops_per_second": rate * 3.3e11 * 3,
             "mfu": rate * 3.3e11 * 3 / (8 * 989e12),
-            "slowest_rank": 5 if hot else draw.randrange(8),
+            "slowest_rank": self.hot_rank if hot else draw.randrange(len(self.nodes) * RANKS),
             "slowest_lag_seconds": (seconds - STEP) if hot else draw.uniform(0.01, 0.05),
             "straggler_ratio": seconds / STEP if hot else draw.uniform(1.0, 1.03),
             "planned_memory_bytes": 61.5 * GIB,
@@ -150,7 +154,7 @@ class Run:
             "node_memory_limit_bytes": 1007 * GIB,
         }
         for rank in range(number * RANKS, number * RANKS + RANKS):
-            slow = hot and rank == 5
+            slow = hot and rank == self.hot_rank
             phases = _phases(seconds, hot)
             phases["data"] *= draw.uniform(0.6, 1.5)
             values |= {f"rank_phase_seconds/{rank}/{phase}": part for phase, part in phases.items()}
@@ -185,7 +189,7 @@ class Run:
                 at,
             )
         for rank in range(len(self.nodes) * RANKS):
-            hot = second >= HOT and rank == 5
+            hot = second >= HOT and rank == self.hot_rank
             labels = {"Hostname": self.nodes[rank // RANKS], "gpu": str(rank % RANKS), "job": "dcgm"}
             for name, value in _dcgm(hot, silent, self.draw).items():
                 yield name, labels, value, at

@@ -8,7 +8,7 @@ import {
   createTheme, DataFrame, dateTime, FieldType, getDisplayValueAlignmentFactors, getFieldDisplayName, getFieldDisplayValues,
 } from '@grafana/data';
 import { VizOrientation } from '@grafana/schema';
-import { load, loadMarks, Mark, Page, resolve, stepOf } from './data';
+import { load, loadMarks, Mark, Page, stepOf } from './data';
 
 const UNIT = 38, GAP = 8; // pixels: one unit of height, and the space between panels
 const theme = createTheme({ colors: { mode: 'dark' } });
@@ -130,7 +130,7 @@ function repeated(panel: any, page: Page): Array<{ panel: any; page: Page }> {
   if (!panel.repeat) return [{ panel, page }];
   const w = panel.gridPos.w / page.runs.length;
   return page.runs.map((run, i) => ({
-    panel: { ...panel, gridPos: { ...panel.gridPos, w, x: panel.gridPos.x + i * w } }, page: { ...page, runs: [run] },
+    panel: { ...panel, title: panel.title.replace('$run', run), gridPos: { ...panel.gridPos, w, x: panel.gridPos.x + i * w } }, page: { ...page, runs: [run] },
   }));
 }
 
@@ -153,7 +153,7 @@ function Sheet({ board, panels, marks, page, column }: any) {
     {panels.map((drawn: Drawn, i: number) => {
       const at = place(drawn.panel.gridPos);
       return <div key={i} style={at} id={`panel-${i}`}>
-        <PanelChrome title={resolve(drawn.panel.title, page)} description={drawn.panel.description} width={at.width} height={at.height} statusMessage={drawn.error}>
+        <PanelChrome title={drawn.panel.title} description={drawn.panel.description} width={at.width} height={at.height} statusMessage={drawn.error}>
           {(width: number, height: number) => <ErrorBoundary>{({ error }) => {
             drawn.error ??= error?.stack; // one panel's failure is its own
             return <Body {...{ drawn, marks, page, width, height }} />;
