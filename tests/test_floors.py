@@ -19,6 +19,7 @@ FLOORS = {
     "fdscale.config": 0,
     "fdscale.cluster": 0,
     "fdscale.cluster.gpus": 0,
+    "fdscale.cluster.host_memory": 0,
     "fdscale.cluster.ranks": 0,
     "fdscale.terminal": 0,
     "fdscale.tokens": 0,
@@ -64,7 +65,12 @@ ONE_ROOM = {  # what stops a rank; the launcher's files; the post-mortem's; the 
 
 # Heavy libraries, and the only modules that may import them when they run (for types alone, anyone may).
 HEAVY = {
-    "deepspeed": ("fdscale.training.engine", "fdscale.training.partition", "fdscale.export.gather"),
+    "deepspeed": (
+        "fdscale.training.engine",
+        "fdscale.training.partition",
+        "fdscale.training.collectives",
+        "fdscale.export.gather",
+    ),
     "open_clip": ("fdscale.teachers.from_open_clip",),
     "transformers": ("fdscale.export.transformers_format",),
     "prometheus_client": ("fdscale.training.prometheus",),

@@ -1,4 +1,4 @@
-"""A run's planned memory, told beside what one of its steps was measured to hold."""
+"""A run's planned memory, told beside what one of its steps was measured to hold; its arithmetic beside its chips'."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from fdscale.build.outline import AnySettings, Outline, Traces, traces_of
 from fdscale.build.run import Run
 from fdscale.data.order import accumulation_steps
+from fdscale.planning.cost import Flops, flops_per_image
 from fdscale.planning.forecast import IMAGE_CHANNELS, Forecast, forecast
+from fdscale.planning.gpus import gpu_called
 from fdscale.planning.memory import size_text
 from fdscale.planning.placement import Placement
 from fdscale.training.allocator import peak_of_step
+from fdscale.training.engine import compute_dtype
+from fdscale.training.phases import host_flops_per_second
 from fdscale.training.run_directory import write_text
 from fdscale.training.sinks import Sinks
 
@@ -80,11 +85,15 @@ def step_watch(
 
 
 def _tell(run: Run, outline: Callable[[], Outline] | None, measured: int, step: int, sinks: Sinks) -> None:
-    planned = None if outline is None else _planned(run, outline)
+    found = None if outline is None else _traced(run, outline)
+    planned = None if found is None else found[0]
     device = "GPU" if run.device.type == "cuda" else "CPU allocator"
     told = f"memory of rank 0 at its peak in step {step}: {size_text(measured)} measured ({device})"
-    if planned is not None:
+    sinks.live.note({"measured_memory_bytes": measured})
+    if found is not None:
+        planned, flops = found
         told += f", {size_text(planned.peak)} planned, {measured / planned.peak - 1:+.1%}"
+        sinks.live.note({"planned_memory_bytes": planned.peak, "model_flops_per_image": flops.model, **_peak(run)})
     sinks.say(told)
     kept = {"step": step, "measured_bytes": measured, "planned_bytes": None if planned is None else planned.peak}
     phases = {} if planned is None else {"states": planned.states.resident, **planned.phases}
@@ -94,12 +103,24 @@ def _tell(run: Run, outline: Callable[[], Outline] | None, measured: int, step: 
         logger.warning("memory.json could not be written: %s", error)
 
 
-def _planned(run: Run, outline: Callable[[], Outline]) -> Forecast | None:
-    """None for a network that cannot be traced: what is only told must not end a run."""
+def _traced(run: Run, outline: Callable[[], Outline]) -> tuple[Forecast, Flops] | None:
+    """Memory and arithmetic; None for a network that cannot be traced: what is only told must not end a run."""
     cuda, ranks = run.device.type == "cuda", run.connection.rank.world_size
     try:
         traces = traces_of(outline(), run.settings, run.deepspeed_json, run.micro_batch, cuda)
-        return forecast_of(traces, run.settings, run.deepspeed_json, run.placements, ranks, cuda)
+        planned = forecast_of(traces, run.settings, run.deepspeed_json, run.placements, ranks, cuda)
+        return planned, flops_per_image(traces.student, traces.teachers, run.micro_batch)
     except Exception as error:  # networks raise whatever their operations do on fake tensors
         logger.warning("the memory of this run cannot be planned (%s: %s)", type(error).__name__, error)
         return None
+
+
+def _peak(run: Run) -> dict[str, float]:
+    """The most arithmetic that the chips of all ranks can do; nothing for a GPU that the table lacks."""
+    ranks = run.connection.rank.world_size
+    if run.device.type != "cuda":
+        return {"peak_flops_per_second": ranks * host_flops_per_second()}
+    properties = torch.cuda.get_device_properties(run.device)
+    gpu = gpu_called(properties.name, properties.total_memory)
+    sixteen_bits = compute_dtype(run.deepspeed_json) != torch.float32
+    return {} if gpu is None else {"peak_flops_per_second": ranks * (gpu.bf16 if sixteen_bits else gpu.fp32)}

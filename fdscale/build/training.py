@@ -12,6 +12,7 @@ from torch import nn
 
 from fdscale.build.result import BACKBONE, Save, save_backbone, save_result
 from fdscale.build.run import Run
+from fdscale.build.run_info import open_live
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
 from fdscale.config.errors import UserError
 from fdscale.config.settings import DistillSettings, FinetuneSettings, OptimSettings
@@ -23,6 +24,7 @@ from fdscale.students.files import describe_student
 from fdscale.students.student import Student
 from fdscale.teachers.teacher import Teacher
 from fdscale.terminal import terminal
+from fdscale.training.amplitudes import Amplitudes
 from fdscale.training.average import keep_average
 from fdscale.training.canary import Canary, chip_of
 from fdscale.training.checkpoint import Checkpoints
@@ -62,7 +64,7 @@ def train(
 
     `watch_of` makes what the loop puts around a step; `teachers`, by the setting that names each, are looked after.
     """
-    chosen, live = run.settings.guards, Live()
+    chosen, live = run.settings.guards, open_live(run)
     try:
         with (
             run.attempt,
@@ -102,6 +104,7 @@ def _fit(
     _record(run, student, progress, fresh=state is None)
     sinks = _sinks(run, progress.step if state else None, guards.live)
     try:
+        guards.amplitudes = Amplitudes(student.backbone)
         _set_out_canary(run, teachers, guards)
         held_out = _held_out(run, engine, student.image_size, sample_terms, guards)
         done = fit(

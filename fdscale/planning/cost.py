@@ -32,6 +32,11 @@ class Flops:
     def total(self) -> int:
         return self.forward + self.backward + self.teachers
 
+    @property
+    def model(self) -> int:
+        """What the networks need, whether or not a part of it is computed twice: the numerator of MFU."""
+        return self.total - self.recomputed
+
 
 def flops_per_image(student: Trace, teachers: Mapping[str, Trace], micro_batch: int) -> Flops:
     """From the traces of one micro batch; the backward pass proper costs twice the forward's."""

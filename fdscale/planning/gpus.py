@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from fdscale.config.errors import UserError, nearest
@@ -50,3 +51,15 @@ def gpu_named(name: str) -> Gpu:
     alike = [known for known in GPUS if known.lower().startswith(name.lower())]
     hint = f"; did you mean {' or '.join(alike)}?" if alike else nearest(name.lower(), by_lower)
     raise UserError(f"--gpu: unknown GPU {name!r}{hint}; known: {', '.join(GPUS)}, or {CPU}")
+
+
+def gpu_called(device: str, memory: int) -> Gpu | None:
+    """The GPU that a driver calls `NVIDIA A100-SXM4-80GB`, by model and nearest memory; None for an unknown one.
+
+    A PCIe card of a model of several forms is slower than the table's and counts as unknown.
+    """
+    if "PCIe" in device and "H100" in device:
+        return None
+    name = device.replace("RTX ", "RTX").replace("RTXA", "A")
+    models = {known: gpu for known, gpu in GPUS.items() if re.search(rf"\b{known.split('-')[0]}\b", name)}
+    return min(models.values(), key=lambda gpu: abs(gpu.memory - memory), default=None)

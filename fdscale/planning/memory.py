@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fdscale.cluster import host_memory
 from fdscale.cluster.gpus import visible_gpus
 from fdscale.config.errors import UserError
 from fdscale.planning.engine_rules import FP32, EngineRules, engine_rules
@@ -141,7 +142,7 @@ def _buckets(rules: EngineRules) -> int:
 
 def machine_memory(root: Path = Path("/")) -> MachineMemory:
     """What this machine has, asked without torch: nvidia-smi, /proc/meminfo and the control groups."""
-    host = min([_total_memory(root), *_cgroup_limits(root)])
+    host = host_memory.limit(root)
     gpus = visible_gpus(os.environ)
     return MachineMemory(tuple(host if size is None else size for size in gpus), host)  # untold: it shares the host's
 
@@ -180,31 +181,3 @@ def _gib(size: int) -> str:
 
 def _gib_down(size: int) -> str:
     return f"{size // GIB}" if size >= 10 * GIB else f"{size * 10 // GIB / 10:.1f}"
-
-
-def _total_memory(root: Path) -> int:
-    for line in (root / "proc/meminfo").read_text().splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) * 1024
-    raise UserError(f"{root / 'proc/meminfo'} has no MemTotal line: how much memory is there?")
-
-
-def _cgroup_limits(root: Path) -> list[int]:
-    """The limits of this process's control groups, versions 2 and 1, every ancestor included."""
-    memberships = root / "proc/self/cgroup"
-    lines = memberships.read_text().splitlines() if memberships.exists() else []
-    groups = [line.split(":", 2)[1:] for line in lines if line.count(":") >= 2]
-    limits: list[int] = []
-    for controllers, group in groups:
-        if controllers == "":
-            limits += _limits_upwards(root / "sys/fs/cgroup", group, "memory.max")
-        elif "memory" in controllers.split(","):
-            limits += _limits_upwards(root / "sys/fs/cgroup/memory", group, "memory.limit_in_bytes")
-    return limits
-
-
-def _limits_upwards(mount: Path, group: str, file: str) -> list[int]:
-    here = Path(group.lstrip("/"))
-    files = [mount / folder / file for folder in (here, *here.parents)]
-    texts = [path.read_text().strip() for path in dict.fromkeys(files) if path.is_file()]
-    return [int(text) for text in texts if text.isdigit()]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fdscale.config.errors import StartAgain
 from fdscale.teachers.teacher import Teacher
 from fdscale.training.engine import Connection, gather_lists
+from fdscale.training.lineage import read_object
 from fdscale.training.partition import is_divided
 from fdscale.training.run_directory import write_text
 
@@ -131,7 +132,7 @@ class Canary:
 
     def _first(self) -> dict[str, str]:
         """The run's first features; none where nothing is recorded, or under other conditions, which is said."""
-        recorded = _read(self.file)
+        recorded = read_object(self.file)
         before, now = recorded.get("conditions", {}), self._conditions()
         if changed := [f"{key} {before[key]} -> {now[key]}" for key in before if before[key] != now.get(key)]:
             logger.info("the teachers' features are recorded anew, their conditions changed: %s", "; ".join(changed))
@@ -218,11 +219,3 @@ def chip_of(device: torch.device) -> str:
 
 def _digest(features: Tensor) -> str:
     return hashlib.sha256(features.contiguous().cpu().view(torch.uint8).numpy().tobytes()).hexdigest()
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        contents = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return contents if isinstance(contents, dict) else {}

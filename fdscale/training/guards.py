@@ -7,6 +7,8 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,10 +16,13 @@ from torch import Tensor
 
 from fdscale.config.errors import UserError
 from fdscale.data.batches import Batch
+from fdscale.training.amplitudes import Amplitudes
 from fdscale.training.canary import Canary
 from fdscale.training.checkpoint import Checkpoints
+from fdscale.training.collectives import timed_collectives
 from fdscale.training.engine import Connection, gather_lists
 from fdscale.training.finite import searches_scale
+from fdscale.training.history import newest_commit
 from fdscale.training.live import Live
 from fdscale.training.phases import Phases
 from fdscale.training.progress import Progress
@@ -36,7 +41,8 @@ T = TypeVar("T")
 class Guards:
     """The guards of one attempt, made by all ranks together; `folder`, which is there, holds what they write.
 
-    As a context they watch for hangs. `hang_seconds` 0: no watchdog; `canary` None: no teacher, or not wanted.
+    As a context they watch for hangs and measure collectives. `hang_seconds` 0: no watchdog; `canary` None: no
+    teacher, or not wanted.
     """
 
     def __init__(
@@ -52,18 +58,21 @@ class Guards:
         members = members_of(connection)
         self.connection, self.folder = connection, folder
         self.watchdog = Watchdog(folder / "stacks", members, connection.rank.rank, hang_seconds)
-        self.phase = Phases(connection, [member.host for member in members], folder / "phases.json")
         self.live = live or Live()
+        self.phase = Phases(connection, [member.host for member in members], folder / "phases.json", self.live)
+        self.amplitudes = Amplitudes()
         self.skipped_in_a_row = skipped_in_a_row
         self.canary, self.canary_every = canary, canary_every
         self._went_back = False  # since the newest commit
+        self._open = ExitStack()
 
     def __enter__(self) -> Guards:
-        self.watchdog.__enter__()
+        self._open.enter_context(self.watchdog)
+        self._open.enter_context(timed_collectives(partial(self.phase, "collective")))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.watchdog.__exit__(*exception)
+        self._open.close()
 
     def mark(self, state: str, step: int | None = None, patience: float = 1.0, doing: str = "") -> None:
         """The run enters a state; `doing` says it more exactly to whoever finds it hanging."""
@@ -82,10 +91,14 @@ class Guards:
         if self.canary is not None and (saving or (self.canary_every and step % self.canary_every == 0)):
             self.mark("looking at the teachers", step)
             self.canary.check(step)
+            self.live.count("canary_checks_total")
 
     def saved(self) -> None:
         """A commit was made: to it the run may go back once."""
         self._went_back = False
+        self.live.note({"attempts_without_commit": 0})
+        if self.connection.rank.is_main:
+            self.live.note(newest_commit(self.folder.parent))
 
     def went_back(
         self,
@@ -105,6 +118,7 @@ class Guards:
             return False
         losses = self._note(progress.step, float(loss), batches)
         progress.skipped_steps += 1
+        self.live.count("skipped_steps_total")
         if searches_scale(engine) and all(map(math.isfinite, losses)):
             return False  # what overflowed is the scaled gradient: the next one is scaled less
         progress.skipped_in_a_row += 1
@@ -154,6 +168,7 @@ class Guards:
                 f"finite, {why}. Their samples are in {self._keys_file}. Look at those, lower optim.lr or set "
                 f"optim.clip; `fdscale doctor {self.folder.parent.parent}` reads the run"
             )
+        self.live.count("rollbacks_total")
         progress.become(Progress.resumed(state))
         progress.skipped_in_a_row = 0
         self._went_back = True

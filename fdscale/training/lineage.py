@@ -63,11 +63,16 @@ def step_of(folder: Path) -> int:
 
 def read_record(attempt: Path) -> dict[str, Any]:
     """What an attempt says of itself; empty where it died before it said anything."""
+    return read_object(attempt / RECORD)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none, or half of one."""
     try:
-        record = json.loads((attempt / RECORD).read_text())
+        contents = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
+    return contents if isinstance(contents, dict) else {}
 
 
 def lineage_of(attempts: Path) -> Lineage:

@@ -33,12 +33,14 @@ class Live:
 
     def enter(self, state: str) -> None:
         """The process is in one of STATES from now on."""
-        self.state = state
         assert state in STATES, state
+        self.state = state
 
     @contextmanager
     def handing_over(self) -> Iterator[None]:
         """What is done inside is metrics' work, not training's: its time is counted."""
         began = time.perf_counter()
-        yield
-        self.count("telemetry_seconds_total", time.perf_counter() - began)
+        try:
+            yield
+        finally:
+            self.count("telemetry_seconds_total", time.perf_counter() - began)

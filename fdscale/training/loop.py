@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -20,6 +20,8 @@ from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import Connection, balanced_module_stack, gather_lists, set_learning_rate
 from fdscale.training.finite import carried_by_gradient, take_step
 from fdscale.training.guards import Guards
+from fdscale.training.live import Live
+from fdscale.training.meter import Meter
 from fdscale.training.optim import Schedule
 from fdscale.training.progress import Progress
 from fdscale.training.sinks import Sinks
@@ -58,25 +60,9 @@ class Plan:
         """Whether something done every so many steps (0: at the end only) is done after this step."""
         return step == self.last or (every > 0 and step % every == 0)
 
-
-@dataclass
-class Meter:
-    """Wall-clock since the last row of metrics."""
-
-    step: int
-    waited: float
-    since: float = field(default_factory=time.perf_counter)
-
-    def row(self, plan: Plan, step: int, waited: float) -> dict[str, float]:
-        """Throughput and waiting since the last row, and the time left at that pace."""
-        steps = step - self.step
-        seconds = (time.perf_counter() - self.since) / steps
-        return {
-            "step_seconds": seconds,
-            "images_per_second": plan.global_batch / seconds,
-            "data_wait_seconds": (waited - self.waited) / steps,
-            "eta_seconds": seconds * (plan.last - step),
-        }
+    def reports(self, step: int) -> bool:
+        """Whether this step's values are a row of metrics: the first one's are, which tell what it began with."""
+        return step == 1 or self.due(step, self.log_every)
 
 
 def fit(
@@ -100,22 +86,22 @@ def fit(
     When `stop` was requested on any rank, the step is finished and committed before the loop ends. Each step runs
     inside `watch(step)`. Raises what the guards raise: UserError, or StartAgain before anything is saved.
     """
-    meter = Meter(progress.step, loader.data_wait_seconds)
+    meter = Meter(plan.global_batch, plan.last, guards.live, progress.step, loader.data_wait_seconds)
     for micro_batches in _steps(loader, progress, plan, guards):
-        rate = schedule.for_step(progress.step)
         set_learning_rate(engine, schedule, progress.step)
-        with watch(progress.step):
+        with watch(progress.step), guards.amplitudes.watching(plan.reports(progress.step + 1)):
             terms = train_step(engine, batch_terms, micro_batches, progress.step, guards.phase)
         progress.step += 1
+        guards.live.note({"step": progress.step, "last_step_timestamp_seconds": time.time()})
         with guards.phase("agree"):
-            stopping = _agree(connection, stop.requested, micro_batches, progress, plan)
+            stopping = _agree(connection, stop.requested, micro_batches, progress, plan, guards.live)
         if guards.went_back(engine, checkpoints, progress, terms["loss"], micro_batches, sinks):
-            meter = Meter(progress.step, loader.data_wait_seconds)
+            meter.restart(progress.step, loader.data_wait_seconds)
             continue
-        reporting = progress.step == 1 or stopping or plan.due(progress.step, plan.log_every)
+        reporting = stopping or plan.reports(progress.step)
         if reporting:
-            row = _row(engine, terms, progress, plan, rate) | guards.phase.row(progress.step, loader.data_wait_seconds)
-            sinks.write(progress.step, row | meter.row(plan, progress.step, loader.data_wait_seconds))
+            row = _row(engine, terms | guards.amplitudes.terms(), progress, plan, schedule)
+            sinks.write(progress.step, row | _pace(progress, loader.data_wait_seconds, guards, meter))
         saving = stopping or _to_be_saved(progress, plan)
         guards.check_teachers(progress.step, saving)
         if saving:
@@ -123,7 +109,7 @@ def fit(
         if evaluate and _to_be_evaluated(progress, plan, stopping):
             sinks.write(progress.step, evaluate())
         if reporting:  # after what is no training: its time is no step's
-            meter = Meter(progress.step, loader.data_wait_seconds)
+            meter.restart(progress.step, loader.data_wait_seconds)
         if stopping:
             stop.request()  # on this rank, too: a late signal must not find it unprepared
             sinks.say(f"stopped by a signal after step {progress.step}; the same command goes on from there")
@@ -171,13 +157,16 @@ def train_step(
     return {name: torch.stack([of_batch[name] for of_batch in terms]).mean() for name in terms[0]}
 
 
-def _agree(connection: Connection, stop: bool, batches: list[Batch], progress: Progress, plan: Plan) -> bool:
+def _agree(
+    connection: Connection, stop: bool, batches: list[Batch], progress: Progress, plan: Plan, live: Live
+) -> bool:
     """Whether any rank was asked to stop; counts bad samples of all ranks and raises when there are too many."""
     names = [name for batch in batches for name in batch.bad]
     flags = torch.tensor([int(stop), len(names)])
     dist.all_reduce(flags, group=connection.control)
     stopping, bad = flags.tolist()
     if bad:
+        live.count("bad_samples_total", bad)
         names = gather_lists(names, connection)
         if connection.rank.is_main:
             logger.warning("step %d: cannot be decoded, a neighbour stands in: %s", progress.step, "; ".join(names))
@@ -190,7 +179,7 @@ def _agree(connection: Connection, stop: bool, batches: list[Batch], progress: P
 
 
 def _row(
-    engine: DeepSpeedEngine, terms: dict[str, Tensor], progress: Progress, plan: Plan, rate: float
+    engine: DeepSpeedEngine, terms: dict[str, Tensor], progress: Progress, plan: Plan, schedule: Schedule
 ) -> dict[str, float]:
     """This step's values over all ranks. The only place of the loop that waits for the device."""
     values = torch.stack(list(terms.values()))
@@ -200,12 +189,18 @@ def _row(
     return {
         **means,
         **({} if norm is None else {"grad_norm": float(norm)}),  # ZeRO-0 keeps none
-        "lr": rate,
+        "lr": schedule.for_step(progress.step - 1),
         "epoch": progress.step / plan.steps_per_epoch,
         "images": progress.step * plan.global_batch,
-        "bad_samples_total": progress.bad_samples,
-        "skipped_steps_total": progress.skipped_steps,
+        "bad_samples": progress.bad_samples,
+        "skipped_steps": progress.skipped_steps,
     }
+
+
+def _pace(progress: Progress, waited: float, guards: Guards, meter: Meter) -> dict[str, float]:
+    """Where the time of the steps since the last row went; to be called when the device has been waited for."""
+    phases = guards.phase.row(progress.step, waited)
+    return phases | meter.row(progress, waited, phases)
 
 
 def _to_be_saved(progress: Progress, plan: Plan) -> bool:

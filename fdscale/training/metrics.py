@@ -22,6 +22,7 @@ STATES = (
     "going back",
     "writing the result",
 )
+WAYS_OUT = ("prometheus", "targets", "pushgateway", "monitor")
 ENDS = ("complete", "stopped", "canary", "hang", "killed", "mistake", "error")
 
 
@@ -69,6 +70,7 @@ _ROWS = (
     _gauge("run_state", "1", "1 for what the main rank is doing, 0 for the other states", "state"),
     _gauge("attempt", "1", "Number of this start of the run, from 1; restarts are one less"),
     _gauge("attempt_start_timestamp_seconds", "seconds", "Unix time at which this attempt began"),
+    _gauge("first_start_timestamp_seconds", "seconds", "Unix time at which the first attempt began"),
     _gauge("attempts_without_commit", "1", "Starts in a row, this one included, without a new checkpoint; 0 after one"),
     _gauge("previous_end", "1", "1 for how the attempt before this one ended", "reason"),
     _gauge("goodput", "ratio", "Share of the time since the first start that went into steps which count"),
@@ -104,8 +106,10 @@ _ROWS = (
     _gauge("phase_seconds", "seconds", "Time of one step by phase; mean over ranks, since last row", "phase"),
     _gauge("data_wait_seconds", "seconds", "Time a step waited for its batch on the main rank; mean since last row"),
     _gauge("collective_seconds", "seconds", "Time of one step inside the engine's collectives; mean over ranks"),
+    _gauge("model_flops_per_image", "FLOP", "Model arithmetic of one image, teachers included, recomputation not"),
+    _gauge("peak_flops_per_second", "FLOP/s", "Peak of all ranks' chips: published for GPUs, measured on CPUs"),
     _gauge("model_flops_per_second", "FLOP/s", "Model arithmetic of all ranks, recomputation not counted"),
-    _gauge("mfu", "ratio", "Model FLOP/s as a share of the chips' peak: published for GPUs, measured on CPUs"),
+    _gauge("mfu", "ratio", "Model FLOP/s as a share of the chips' peak"),
     _gauge("slowest_rank", "1", "The rank whose own work takes longest"),
     _gauge("slowest_lag_seconds", "seconds", "How much longer a step's work takes there than on the median rank"),
     _gauge("straggler_ratio", "ratio", "The slowest rank's own work over the median rank's"),
@@ -128,7 +132,7 @@ _ROWS = (
     _of_rank("rank_phase_seconds", "seconds", "Time of one step by phase on one rank; mean since last row", "phase"),
     _of_rank("rank_collective_seconds", "seconds", "Time of one step inside the engine's collectives on one rank"),
     _of_rank("rank_probe_seconds", "seconds", "Time of a small fixed matrix product on one rank: its chip's pace"),
-    _of_rank("rank_device_memory_bytes", "bytes", "Most device memory reserved since the last row"),
+    _of_rank("rank_device_memory_bytes", "bytes", "Device memory in use on a rank's device, by anyone"),
     _of_rank("rank_device_memory_limit_bytes", "bytes", "Device memory that there is"),
     _of_rank("rank_host_memory_bytes", "bytes", "Resident memory of one rank's process"),
     Metric("node_memory_available_bytes", "gauge", "bytes", "Host memory that a node can still give", (), "node"),
@@ -145,6 +149,12 @@ _ROWS = (
     _counter("telemetry_failures_total", "1", "Measurements that one way out could not take", "way"),
 )
 METRICS: dict[str, Metric] = {row.name: row for row in _ROWS}
+
+
+def counters() -> dict[str, float]:
+    """Every counter at 0: one that first appears as 1 has not risen, for Prometheus."""
+    plain = [row.name for row in _ROWS if row.kind == "counter" and not row.labels]
+    return dict.fromkeys((*plain, *(f"telemetry_failures_total/{way}" for way in WAYS_OUT)), 0.0)
 
 
 def row_of(name: str) -> Metric | None:

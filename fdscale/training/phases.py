@@ -17,12 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fdscale.cluster import host_memory
 from fdscale.training.engine import Connection
+from fdscale.training.live import Live
 from fdscale.training.run_directory import write_text
 
 logger = logging.getLogger(__name__)
 
 PHASES = ("data", "forward", "backward", "update", "agree")
+OWN = (*PHASES, "collective", "device_memory", "device_memory_limit", "host_memory", "probe")  # what each rank tells
+HOST_SIZE = 256  # of the square matrices that a CPU multiplies
 KEPT = 1000  # pairs of times of each phase; between two rows of metrics there are seldom as many
 SECONDS_APART = 10.0  # at least, between two writings of the file and two probes of the chip
 SLOW, ROWS = 1.5, 3  # times the median, in so many rows of metrics one after the other: then it is said
@@ -46,11 +50,11 @@ class Phases:
     ZeRO-3, whose forward gathers weights, the phases of all ranks are alike, and the slow rank waits least. Hence two
     figures that no peer enters: the wait for one's own data, and the time of a small fixed matrix product. They see a
     slow disk or decoder, and a throttled or shared chip; they do not see slow links, memory or host code, nor a chip
-    that is slow only now and then.
+    that is slow only now and then. What the first rank of a node notes in its `live` is that node's ranks' own.
     """
 
-    def __init__(self, connection: Connection, hosts: Sequence[str], file: Path) -> None:
-        self.connection, self.hosts, self.file = connection, tuple(hosts), file
+    def __init__(self, connection: Connection, hosts: Sequence[str], file: Path, live: Live) -> None:
+        self.connection, self.hosts, self.file, self.live = connection, tuple(hosts), file, live
         self._on_gpu = connection.device.type == "cuda"
         self._host: dict[str, float] = defaultdict(float)
         self._events: dict[str, deque[tuple[Any, Any]]] = defaultdict(lambda: deque(maxlen=KEPT))
@@ -87,21 +91,46 @@ class Phases:
 
         To be called when the device has been waited for. The main rank keeps the ranks' own figures in the file.
         """
-        mine = self._mine(step, waited)
-        self.restart(step, waited)
-        table = torch.zeros(self.connection.rank.world_size, len(mine), dtype=torch.float64)
-        table[self.connection.rank.rank] = torch.tensor(mine)
+        with self.live.handing_over():
+            mine = self._mine(step, waited)
+            self.restart(step, waited)
+            table = torch.zeros(self.connection.rank.world_size, len(mine), dtype=torch.float64)
+            table[self.connection.rank.rank] = torch.tensor(mine)
         dist.all_reduce(table, group=self.connection.control)
-        ranks = table.tolist()
+        with self.live.handing_over():
+            return self._of_all(step, table)
+
+    def _of_all(self, step: int, table: Tensor) -> dict[str, float]:
+        ranks, means = table.tolist(), dict(zip(OWN, table.mean(0).tolist(), strict=True))
         slowest = slowest_of(ranks)
         if self.connection.rank.is_main:
             self._keep(step, ranks, slowest)
         self._warn(slowest)
-        means = dict(zip((f"phase_seconds/{phase}" for phase in PHASES), table.mean(0).tolist(), strict=False))
-        return {**means, "slowest_rank": slowest.rank, "slowest_lag_seconds": slowest.lag}
+        self._note_node(ranks)
+        return {
+            **{f"phase_seconds/{phase}": means[phase] for phase in PHASES},
+            "collective_seconds": means["collective"],
+            "slowest_rank": slowest.rank,
+            "slowest_lag_seconds": slowest.lag,
+            "straggler_ratio": slowest.ratio,
+        }
+
+    def _note_node(self, ranks: Sequence[Sequence[float]]) -> None:
+        """What this node's ranks told, for its endpoint; launchers number the ranks of a node one after the other."""
+        me = self.connection.rank
+        if me.local_rank:
+            return
+        values: dict[str, float] = {"node_memory_available_bytes": host_memory.available()}
+        for rank in range(me.rank, min(me.rank + me.local_world_size, me.world_size)):
+            own = dict(zip(OWN, ranks[rank], strict=True))
+            values |= {f"rank_phase_seconds/{rank}/{phase}": own[phase] for phase in PHASES}
+            values |= {f"rank_{name}_seconds/{rank}": own[name] for name in ("collective", "probe")}
+            held = ("device_memory", "device_memory_limit", "host_memory") if self._on_gpu else ("host_memory",)
+            values |= {f"rank_{name}_bytes/{rank}": own[name] for name in held}
+        self.live.note(values)
 
     def _mine(self, step: int, waited: float) -> list[float]:
-        """Seconds a step in PHASES, then those of the probe."""
+        """What this rank tells: OWN; seconds are those of a step."""
         sums = {**self._host, "data": waited - self._waited}
         steps = max(step - self._step, 1)
         for phase, pairs in self._events.items():
@@ -109,14 +138,15 @@ class Phases:
             sums[phase] = mean * self._counts[phase]
         if time.monotonic() - self._probed > SECONDS_APART:
             self._probe, self._probed = probe_seconds(self.connection.device), time.monotonic()
-        return [*(sums.get(phase, 0.0) / steps for phase in PHASES), self._probe]
+        seconds = [sums.get(phase, 0.0) / steps for phase in (*PHASES, "collective")]
+        return [*seconds, *device_memory(self.connection.device), host_memory.resident(), self._probe]
 
     def _keep(self, step: int, ranks: Sequence[Sequence[float]], slowest: Slowest) -> None:
         if time.monotonic() - self._written < SECONDS_APART:
             return
         self._written = time.monotonic()
         rows = [
-            {"rank": rank, "host": host, **dict(zip((*PHASES, "probe"), own, strict=True))}
+            {"rank": rank, "host": host, **dict(zip(OWN, own, strict=True))}
             for rank, (host, own) in enumerate(zip(self.hosts, ranks, strict=True))
         ]
         contents = {"step": step, "time": time.time(), "seconds": rows, "slowest": vars(slowest)}
@@ -139,7 +169,7 @@ class Phases:
 
 
 def slowest_of(ranks: Sequence[Sequence[float]]) -> Slowest:
-    """The rank whose own work takes longest, of all ranks' seconds in PHASES and of the probe.
+    """The rank whose own work takes longest, of what all ranks told: seconds in PHASES first, those of the probe last.
 
     Its own work: the wait for its data, and the median rank's computation at the rate that its probe shows.
     """
@@ -157,15 +187,28 @@ def slowest_of(ranks: Sequence[Sequence[float]]) -> Slowest:
     return Slowest(rank, works[rank] - median, works[rank] / median if median else 1.0, reason)
 
 
+def device_memory(device: torch.device) -> tuple[float, float]:
+    """Bytes of a GPU in use by anyone, and bytes that it has; nothing of a CPU, whose memory is the host's."""
+    if device.type != "cuda":
+        return 0.0, 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return float(total - free), float(total)
+
+
 def probe_seconds(device: torch.device) -> float:
     """Seconds of a fixed matrix product, the best of three; a few milliseconds in all."""
     if device.type != "cuda":
-        factor = torch.linspace(-1, 1, 256 * 256).view(256, 256)
+        factor = torch.linspace(-1, 1, HOST_SIZE**2).view(HOST_SIZE, HOST_SIZE)
         return min(_host_seconds(factor) for _ in range(4))
     factor = torch.linspace(-1, 1, 2048 * 2048, device=device).view(2048, 2048).bfloat16()
     pairs = [_device_events(factor) for _ in range(4)]
     torch.cuda.synchronize(device)
     return min(began.elapsed_time(ended) for began, ended in pairs[1:]) / 1000
+
+
+def host_flops_per_second() -> float:
+    """What a CPU rank reaches in that product, of fp32: its peak, as far as it can be told here."""
+    return 2 * HOST_SIZE**3 / probe_seconds(torch.device("cpu"))
 
 
 def _host_seconds(factor: Tensor) -> float:

@@ -12,7 +12,8 @@ class Progress:
     """Where a run stands.
 
     `step` is also the position in the data and in the schedule: the order of samples and the rate are pure functions
-    of it. A step whose update was left out counts in it, and in `skipped_steps`.
+    of it. A step whose update was left out counts in it, and in `skipped_steps`. `training_seconds` is the time of all
+    steps that count, up to the last row of metrics: what was lost between checkpoints is no longer in it.
     """
 
     step: int = 0
@@ -20,6 +21,7 @@ class Progress:
     bad_this_epoch: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
+    training_seconds: float = 0.0
 
     @classmethod
     def resumed(cls, state: Mapping[str, Any] | None) -> Progress:

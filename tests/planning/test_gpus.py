@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fdscale.config.errors import UserError
-from fdscale.planning.gpus import GPUS, gpu_named
+from fdscale.planning.gpus import GPUS, gpu_called, gpu_named
 
 
 def test_names_are_found_in_any_case() -> None:
@@ -25,3 +25,25 @@ def test_memory_is_at_most_what_the_name_says() -> None:
 def test_an_unknown_name_is_told_with_the_nearest(name: str, told: str) -> None:
     with pytest.raises(UserError, match=f"did you mean {told}"):
         gpu_named(name)
+
+
+@pytest.mark.parametrize(
+    ("driver", "gib", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.2, "H100-80GB"),
+        ("NVIDIA H100 NVL", 93.1, "H100-94GB"),
+        ("NVIDIA H200", 139.8, "H200-141GB"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "A100-40GB"),
+        ("NVIDIA A100 80GB PCIe", 79.2, "A100-80GB"),
+        ("Tesla V100-SXM2-32GB", 31.7, "V100-32GB"),
+        ("NVIDIA GeForce RTX 4090", 23.5, "RTX4090-24GB"),
+        ("NVIDIA RTX A6000", 47.4, "A6000-48GB"),
+        ("NVIDIA L4", 22.0, "L4-24GB"),
+        ("NVIDIA H100 PCIe", 79.2, None),  # three quarters of the others' peak
+        ("NVIDIA A10G", 22.0, None),
+        ("NVIDIA GeForce GTX 1080", 8.0, None),
+    ],
+)
+def test_a_card_is_known_by_what_its_driver_calls_it(driver: str, gib: float, name: str | None) -> None:
+    found = gpu_called(driver, int(gib * 2**30))
+    assert (found and found.name) == name

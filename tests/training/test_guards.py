@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,13 @@ def guarded(
     weights = full_state(engine, module, wanted=True)
     sinks.close()
     engine.destroy()
-    return {"done": done, "said": said, "error": error, "weights": weights, "progress": vars(progress)}
+    standing = {name: value for name, value in vars(progress).items() if name != "training_seconds"}
+    found = {"done": done, "said": said, "error": error, "weights": weights, "progress": standing}
+    return {**found, "live": guards.live.values}
 
 
-def with_teacher(connection: Connection, folder: str, every: int) -> tuple[int, str | None]:
-    """A run beside a teacher, of which a bit flips on rank 1 in step 3: how far it came, and what was said."""
+def with_teacher(connection: Connection, folder: str, every: int) -> tuple[int, str | None, float]:
+    """A run beside a teacher, of which a bit flips on rank 1 in step 3: how far it came, what was said, good checks."""
     (engine, _), attempt, progress = engine_of(1), first_attempt(folder), Progress()
     statistics = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     network = nn.Sequential(nn.Conv2d(3, 4, 8, 8))
@@ -99,7 +102,7 @@ def with_teacher(connection: Connection, folder: str, every: int) -> tuple[int, 
         nn.init.constant_(parameter, 0.1)
     teacher = Teacher(network, width=4, grid=(2, 2), prefix_tokens=0, image_size=16, **statistics)
     canary = Canary({"teacher": teacher}, {"teacher": "replicated"}, connection, "a chip", Path(folder) / "canary.json")
-    guards = Guards(connection, attempt.folder, 0, LIMIT, canary, every)
+    guards = Guards(connection, attempt.folder, 0, LIMIT, canary=canary, canary_every=every)
 
     def terms(engine: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         if (connection.rank.rank, step) == (1, 2):
@@ -114,15 +117,15 @@ def with_teacher(connection: Connection, folder: str, every: int) -> tuple[int, 
     except StartAgain as change:
         error = str(change)
     engine.destroy()
-    return progress.step, error
+    return progress.step, error, guards.live.values.get("canary_checks_total", 0)
 
 
 @pytest.mark.parametrize(("every", "noticed"), [(0, 4), (1, 3)])
 def test_a_changed_teacher_ends_the_attempt_before_anything_is_saved(
     every: int, noticed: int, tmp_path: Path, two_ranks: Any
 ) -> None:
-    for step, error in two_ranks(with_teacher, str(tmp_path), every):
-        assert step == noticed
+    for step, error, checks in two_ranks(with_teacher, str(tmp_path), every):
+        assert (step, checks) == (noticed, 2 if every else 0)
         assert error.startswith(f"step {noticed}: rank 1 on ")
     assert saved_steps(tmp_path) == []
 
@@ -149,10 +152,18 @@ def test_after_so_many_in_a_row_the_run_is_what_it_was_at_its_last_checkpoint(
         assert rank["done"] == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 8]
         assert "3 steps in a row, up to step 8, were not finite: back to the checkpoint of step 4" in rank["said"][0]
         assert rank["progress"] == without["progress"]
+        counted = {name: rank["live"].get(name) for name in ("step", "skipped_steps_total", "rollbacks_total")}
+        assert counted == {"step": 9, "skipped_steps_total": 3, "rollbacks_total": 1}  # what was seen stays counted
+        assert "skipped_steps_total" not in without["live"]
         assert without["weights"].keys() == rank["weights"].keys()
         assert all(torch.equal(weight, without["weights"][name]) for name, weight in rank["weights"].items())
     assert losses_in(tmp_path / "b") == losses_in(tmp_path / "a")  # the rows of what was undone are gone
     assert saved_steps(tmp_path / "b") == [4, 8, 9]
+    (main, other), saved = (rank["live"] for rank in found), tmp_path / "b" / "0001" / "step_00000009"
+    assert (main["checkpoint_step"], main["attempts_without_commit"]) == (9, 0)
+    assert main["checkpoint_bytes"] == sum(f.stat().st_size for f in saved.iterdir() if f.name != "manifest.json")
+    assert time.time() - 600 < main["checkpoint_timestamp_seconds"] <= time.time()
+    assert "checkpoint_step" not in other  # one rank tells
 
 
 def test_the_samples_of_a_step_that_was_left_out_are_kept(tmp_path: Path, two_ranks: Any) -> None:
@@ -162,7 +173,7 @@ def test_the_samples_of_a_step_that_was_left_out_are_kept(tmp_path: Path, two_ra
     assert rows[0]["keys"] == [[20, 2**64 - 3], [21, 2**64 - 3]]
     assert [loss == "nan" for loss in rows[0]["losses"]] == [False, True]
     assert rows[1]["losses"] == ["nan", "nan"]
-    counts = [row["skipped_steps_total"] for row in read_rows(tmp_path / "metrics.jsonl") if "loss" in row]
+    counts = [row["skipped_steps"] for row in read_rows(tmp_path / "metrics.jsonl") if "loss" in row]
     assert counts == [0, 0, 1, 1, 2, 2, 2, 2, 2]
     assert [row["lr"] for row in read_rows(tmp_path / "metrics.jsonl") if "lr" in row][-1] == Schedule(
         10, 4, peak=1e-2, start=1e-3

@@ -275,7 +275,7 @@ def test_bad_samples_of_all_ranks_are_counted(tmp_path: Path, two_ranks: Any) ->
     bad = {(0, 0): 1, (1, 0): 2, (1, 3): 1, (0, 4): 2, (1, 5): 2}
     for outcome in fit_on(two_ranks, tmp_path, bad=bad):
         assert outcome.error is None
-        assert outcome.values("bad_samples_total") == [3, 3, 8, 8]
+        assert outcome.values("bad_samples") == [3, 3, 8, 8]
         assert (outcome.progress["bad_samples"], outcome.progress["bad_this_epoch"]) == (8, 4)
 
 

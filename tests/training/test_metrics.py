@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import resource
 from pathlib import Path
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdscale.training.json_lines import JsonLines, read_rows
-from fdscale.training.metrics import METRICS
+from fdscale.training.metrics import ENDS, METRICS, STATES, WAYS_OUT, counters, row_of
+from fdscale.training.phases import PHASES
 from fdscale.training.sinks import Sinks
 
 
@@ -171,3 +173,44 @@ def test_lines_that_are_no_rows_are_named_and_left_out(tmp_path, caplog, damage)
     path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
     assert [row["step"] for row in read_rows(path)] == [1, 3]
     assert "metrics.jsonl line 2" in caplog.text
+
+
+def test_every_counter_begins_at_zero():
+    begun = counters()
+    assert set(begun.values()) == {0.0}
+    for metric in METRICS.values():
+        assert any(metric.measures(name) for name in begun) == (metric.kind == "counter"), metric.name
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [("loss", "loss"), ("teacher_loss/dino", "teacher_loss"), ("rank_phase_seconds/3/data", "rank_phase_seconds")],
+)
+def test_a_value_belongs_to_the_row_that_its_name_begins_with(name, metric):
+    assert row_of(name) is METRICS[metric]
+
+
+@pytest.mark.parametrize("name", ["los", "loss/dino", "teacher_loss", "rank_phase_seconds/3"])
+def test_a_value_with_other_labels_than_its_row_belongs_to_none(name):
+    assert row_of(name) is None
+
+
+def test_the_series_of_a_thousand_ranks_are_bounded():
+    """128 nodes of 8 ranks: what each rank adds is known, and nothing else grows with ranks or steps."""
+    values = {
+        "stage": STATES[:4],
+        "teacher": STATES[:3],
+        "phase": PHASES,
+        "state": STATES,
+        "reason": ENDS,
+        "way": WAYS_OUT,
+    }
+    series = {"run": 0, "node": 0, "rank": 0}
+    for metric in METRICS.values():
+        kinds = [len(values[label]) for label in metric.labels if label in values]
+        scope = "rank" if "rank" in metric.labels else metric.scope
+        series[scope] += math.prod(kinds)
+        assert metric.kind == "info" or set(metric.labels) <= {*values, "rank"}, "a label whose values are not bounded"
+    assert series == {"run": series["run"], "node": 2, "rank": 10}
+    assert series["run"] < 120
+    assert series["run"] + 128 * series["node"] + 1024 * series["rank"] < 11_000

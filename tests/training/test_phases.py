@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from fdscale.training.engine import Connection
-from fdscale.training.phases import PHASES, Phases, probe_seconds, slowest_of
+from fdscale.training.live import Live
+from fdscale.training.phases import OWN, PHASES, Phases, probe_seconds, slowest_of
 
 EVEN = [0.01, 0.2, 0.4, 0.1, 0.05, 0.001]
 
 
-def measured(connection: Connection, folder: str, waits: list[float]) -> list[Any]:
-    """Two rows of two steps each, in which this rank waited so long for its data."""
-    rank = connection.rank.rank
-    phases = Phases(connection, ["left", "right"], Path(folder) / "phases.json")
+def measured(connection: Connection, folder: str, waits: list[float]) -> tuple[list[Any], dict[str, float]]:
+    """Two rows of two steps each, in which this rank waited so long for its data; and what it noted."""
+    rank, live = connection.rank.rank, Live()
+    phases = Phases(connection, ["left", "right"], Path(folder) / "phases.json", live)
     phases.restart(0, 7.0)
     rows, waited = [], 7.0
     for step in (2, 4):
@@ -28,13 +29,15 @@ def measured(connection: Connection, folder: str, waits: list[float]) -> list[An
                 time.sleep(0.02)
             with phases("agree"):
                 pass
+            with phases("collective"):
+                time.sleep(0.01)
             waited += waits[rank]
         rows.append(phases.row(step, waited))
-    return rows
+    return rows, live.values
 
 
 def test_each_rank_has_its_own_seconds_and_the_row_their_mean(tmp_path: Path, two_ranks: Any) -> None:
-    first, second = two_ranks(measured, str(tmp_path), [0.5, 3.5])
+    (first, noted), (second, noted_elsewhere) = two_ranks(measured, str(tmp_path), [0.5, 3.5])
     assert first == second
     for row in first:
         assert row["phase_seconds/data"] == pytest.approx(2.0)
@@ -42,6 +45,13 @@ def test_each_rank_has_its_own_seconds_and_the_row_their_mean(tmp_path: Path, tw
         assert row["phase_seconds/backward"] == 0
         assert row["slowest_rank"] == 1
         assert row["slowest_lag_seconds"] == pytest.approx(3.0, abs=1)
+        assert row["straggler_ratio"] > 2
+        assert 0.01 <= row["collective_seconds"] < 1
+    assert [noted[f"rank_phase_seconds/{rank}/data"] for rank in (0, 1)] == pytest.approx([0.5, 3.5])
+    assert all(noted[f"rank_host_memory_bytes/{rank}"] > 50e6 for rank in (0, 1))
+    assert noted["node_memory_available_bytes"] > 0
+    assert not any("device" in name for name in noted), "a CPU rank has no memory but its host's"
+    assert set(noted_elsewhere) == {"telemetry_seconds_total"}, "one rank tells for its node"
     kept = json.loads((tmp_path / "phases.json").read_text())
     assert kept["step"] == 2  # the second came too soon after it
     assert [(one["rank"], one["host"], one["data"]) for one in kept["seconds"]] == [
@@ -76,7 +86,7 @@ def warned(connection: Connection, folder: str, slow: list[int]) -> list[str]:
 
     handler, logger = Kept(), logging.getLogger("fdscale.training.phases")
     logger.addHandler(handler)
-    phases, waited = Phases(connection, ["left", "right"], Path(folder) / "phases.json"), 0.0
+    phases, waited = Phases(connection, ["left", "right"], Path(folder) / "phases.json", Live()), 0.0
     for step, rank in enumerate(slow, 1):
         waited += 5.0 if rank == connection.rank.rank else 0.1
         with phases("forward"):
@@ -97,4 +107,5 @@ def test_a_rank_that_stays_slow_is_told_of_once(tmp_path: Path, two_ranks: Any) 
 
 def test_the_probe_takes_milliseconds() -> None:
     assert 0 < probe_seconds(torch.device("cpu")) < 1
-    assert len(PHASES) == 5
+    assert OWN[: len(PHASES)] == PHASES, "whose places `slowest_of` knows"
+    assert OWN[-1] == "probe"

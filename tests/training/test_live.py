@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+
+import pytest
+
+from fdscale.training.live import Live
+from fdscale.training.metrics import STATES
+
+
+def test_the_latest_of_each_value_stays_and_readers_keep_what_they_have() -> None:
+    live = Live()
+    live.note({"loss": 0.5, "step": 1})
+    before = live.values
+    live.note({"loss": 0.25})
+    assert live.values == {"loss": 0.25, "step": 1}
+    assert before == {"loss": 0.5, "step": 1}, "a scrape may be walking it"
+
+
+@pytest.mark.parametrize("name", ["los", "teacher_loss", "loss/dino", "rank_phase_seconds/0"])
+def test_a_name_that_no_row_has_is_our_mistake(name: str) -> None:
+    live = Live()
+    with pytest.raises(KeyError, match=name):
+        live.note({name: 1.0})
+    assert live.values == {}
+
+
+def test_counters_begin_at_nothing_and_only_counters_count() -> None:
+    live = Live()
+    live.count("skipped_steps_total")
+    live.count("telemetry_failures_total/pushgateway", 2)
+    live.count("skipped_steps_total")
+    assert live.values == {"skipped_steps_total": 2, "telemetry_failures_total/pushgateway": 2}
+    with pytest.raises(AssertionError):
+        live.count("loss")
+
+
+def test_a_state_is_one_of_those_that_are_told() -> None:
+    live = Live()
+    assert live.state == "starting"
+    for state in STATES:
+        live.enter(state)
+        assert live.state == state
+    with pytest.raises(AssertionError):
+        live.enter("thinking")
+
+
+def test_the_time_of_telling_is_counted_also_when_it_fails() -> None:
+    live = Live()
+    with live.handing_over():
+        time.sleep(0.02)
+    with suppress(OSError), live.handing_over():
+        time.sleep(0.02)
+        raise OSError("full")
+    assert 0.04 <= live.values["telemetry_seconds_total"] < 0.5
