@@ -39,7 +39,6 @@ NEEDS = {
     "held-out": "held-out shards and a step at which they were looked at",
     "plan": "a measured step",
     "restart": "a second attempt",
-    "trouble": "something that went wrong",
 }
 
 

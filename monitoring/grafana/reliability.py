@@ -40,7 +40,7 @@ NOW = Row(
         ),
         stat(
             "Telemetry failures",
-            Query(f"{of('telemetry_failures_total', 'run', pick='sum')} or 0 * {of('attempt')}"),
+            Query(f"sum by (run) ({of('telemetry_failures_total')})"),
             unit="none",
             help="Failures of the ways out in this attempt, all together; training goes on without them",
             colours=NONE_IS_BEST,
@@ -171,8 +171,7 @@ TELLING = Row(
         ),
         panel(
             "Failures by way out",
-            Query(of("telemetry_failures_total", "way"), "{{run}} {{way}}", "trouble"),
-            Query(f"0 * {of('attempt')}", "{{run}} none"),
+            Query(of("telemetry_failures_total"), "{{run}} {{way}}"),
             unit="none",
             minimum=0,
             reach=1,

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from fdscale.training.live import Live
-from fdscale.training.metrics import METRICS, row_of
+from fdscale.training.metrics import counters
 from fdscale.training.phases import PHASES
 from fdscale.training.prometheus import LatestValues
 
@@ -61,9 +61,7 @@ class Run:
 
     def _lives(self, attempt: int) -> dict[str, Live]:
         lives = {node: Live({**INFO, "nodes": str(len(self.nodes)), "attempt": str(attempt)}) for node in self.nodes}
-        for row in METRICS.values():
-            if row.kind == "counter" and not row.labels:
-                lives[self.nodes[0]].note({row.name: 0})
+        lives[self.nodes[0]].note(counters())
         return lives
 
     def _go_on(self, second: int, lives: Mapping[str, Live]) -> None:
@@ -145,7 +143,7 @@ class Run:
         }
         if self.attempt > 1:
             values["previous_end/killed"] = 1
-        return {name: value for name, value in values.items() if row_of(name)}
+        return values
 
     def _of_node(self, number: int, seconds: float, hot: bool) -> dict[str, float]:
         draw = self.draw
