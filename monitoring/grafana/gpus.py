@@ -9,14 +9,12 @@ from monitoring.grafana.panels import RUN, Panel, Query, Row, few, panel
 TARGETS = f'up{{job="fdscale", {RUN}}}'
 
 
-def gpus(title: str, field: str, unit: str, help: str, least: bool = False, change: str = "", **options: Any) -> Panel:
+def gpus(title: str, field: str, unit: str, help: str, least: bool = False, **options: Any) -> Panel:
     """The few GPUs with the greatest (or least) values of a field of the exporter.
 
-    The exporter knows no runs: its `Hostname` is joined with the `node` of the runs' targets. `change` is a function
-    over ten minutes, for what only counts up.
+    The exporter knows no runs: its `Hostname` is joined with the `node` of the runs' targets.
     """
-    series = f"{change}({field}[10m])" if change else field
-    node = f'label_replace({series}, "node", "$1", "Hostname", "(.+)")'
+    node = f'label_replace({field}, "node", "$1", "Hostname", "(.+)")'
     mine = f"max by (node, gpu) ({node} and on (node) {TARGETS})"
     query = Query(few(mine, "node", "gpu", least=least), "{{node}} GPU {{gpu}}", "dcgm")
     return panel(title, query, unit=unit, help=help, width=6, **options)
@@ -33,6 +31,15 @@ GPUS = Row(
             least=True,
             minimum=0,
             maximum=100,
+        ),
+        gpus(
+            "Tensor cores",
+            "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE",
+            "percentunit",
+            "Share of the time in which the tensor cores had work, of the idlest GPUs",
+            least=True,
+            minimum=0,
+            maximum=1,
         ),
         gpus("Power", "DCGM_FI_DEV_POWER_USAGE", "watt", "Of the GPUs that draw least", least=True, minimum=0),
         gpus("Temperature", "DCGM_FI_DEV_GPU_TEMP", "celsius", "Of the hottest GPUs"),
@@ -56,15 +63,6 @@ GPUS = Row(
             "DCGM_FI_DEV_ECC_DBE_VOL_TOTAL",
             "none",
             "Errors that a GPU's memory could not correct, since the driver was loaded",
-            minimum=0,
-            reach=1,
-        ),
-        gpus(
-            "Single-bit ECC errors",
-            "DCGM_FI_DEV_ECC_SBE_VOL_TOTAL",
-            "none",
-            "Errors that a GPU's memory corrected within ten minutes",
-            change="increase",
             minimum=0,
             reach=1,
         ),

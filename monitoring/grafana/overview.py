@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from monitoring.grafana.panels import GREEN, ORANGE, RED, RUN, Board, Query, Row, of, panel, stat
+from monitoring.grafana.panels import GREEN, ORANGE, RED, RUN, Board, Query, Row, fresh, of, panel, stat
 from monitoring.grafana.states import PHASE_COLOURS, STATE_NAMES, state_number
 
 FIRING = f'ALERTS{{alertstate="firing", {RUN}}}'
@@ -190,7 +190,7 @@ ABOUT = Row(
     (
         panel(
             "The run",
-            Query(f"fdscale_run_info{{{RUN}}}", "{{run}}"),
+            Query(fresh(f"fdscale_run_info{{{RUN}}}")),
             kind="table",
             width=24,
             height=4,

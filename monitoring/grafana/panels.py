@@ -118,7 +118,13 @@ def of(name: str, *by: str, pick: str = "max", where: str = "") -> str:
     """
     row = METRICS[name]
     labels = ", ".join(("run", *(by or row.labels)))
-    return f"{pick} by ({labels}) ({row.prometheus_name}{{{', '.join(filter(None, (RUN, where)))}}})"
+    matchers = ", ".join(filter(None, (RUN, where)))
+    return f"{pick} by ({labels}) ({fresh(f'{row.prometheus_name}{{{matchers}}}')})"
+
+
+def fresh(series: str) -> str:
+    """Series without what a pushgateway keeps of a run that pushes no more."""
+    return f"{series} unless on (run, node, instance) time() - push_time_seconds > 120"
 
 
 def panel(title: str, *asked: Query | str, needs: str = "", **options: Any) -> Panel:

@@ -219,6 +219,6 @@ def _dcgm(hot: bool, silent: bool, draw: random.Random) -> dict[str, float]:
         "DCGM_FI_DEV_SM_CLOCK": draw.uniform(1930, 1980) * (0.68 if hot else 1),
         "DCGM_FI_DEV_XID_ERRORS": 0,
         "DCGM_FI_DEV_ECC_DBE_VOL_TOTAL": 0,
-        "DCGM_FI_DEV_ECC_SBE_VOL_TOTAL": 3,
+        "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE": 0 if silent else draw.uniform(0.41, 0.45) * (0.97 if hot else 1),
         "DCGM_FI_DEV_ROW_REMAP_FAILURE": 0,
     }

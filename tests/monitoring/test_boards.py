@@ -21,10 +21,10 @@ from monitoring.grafana.states import END_NAMES, STATE_NAMES, end_number, state_
 FOREIGN = {
     "up": {"job", "run", "node", "ended"},
     "ALERTS": {"alertname", "alertstate", "run"},
-    "push_time_seconds": {"run", "node"},
+    "push_time_seconds": {"run", "node", "instance"},
 }
 DCGM_LABELS = {"Hostname", "gpu"}
-TARGET_LABELS = {"run", "node"}  # of every series of a run
+TARGET_LABELS = {"run", "node", "instance"}  # of every series of a run
 UNSHOWN = {  # a metric on no board, and why
     "model_flops_per_image": "a constant of the networks, inside model_flops_per_second",
     "peak_flops_per_second": "a constant of the chips, inside mfu",

@@ -1,0 +1,124 @@
+"""The boards, drawn with Grafana's UI library from a real Prometheus that holds a simulated run.
+
+`python -m pytest -m prove tests/prove/test_boards.py` writes docs/measurements/dashboards.json and dashboards.md, and the
+pictures in docs/images. It needs Node.js 20 and Debian's prometheus, chromium and fonts-dejavu-core.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from monitoring.grafana.build import BOARDS, DASHBOARDS
+from monitoring.grafana.panels import Board, Query, Row, panel
+from tests.monitoring.board_queries import check_queries
+from tests.monitoring.board_rendering import View, install, render, type_errors
+from tests.monitoring.board_server import prometheus, write_blocks
+from tests.monitoring.board_simulation import HOUR, HOURS, Run
+from tests.prove.page import REPOSITORY, Page
+
+PROGRAMS = {"prometheus": "prometheus", "promtool": "prometheus", "chromium": "chromium", "npm": "nodejs and npm"}
+MISSING = sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None})
+pytestmark = [
+    pytest.mark.prove,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(bool(MISSING), reason=f"missing: {', '.join(MISSING)}"),
+]
+
+RUN = "swinv2g-clip-dino"
+IMAGES = REPOSITORY / "docs" / "images"
+LARGEST_PICTURE = 250_000
+MEASURED = ("fdscale/training", "monitoring/grafana", "tests/monitoring", "tests/prove/test_boards.py")
+HOW = (
+    "Each board's committed JSON: held against `Dashboard` of @grafana/schema 12.4.11 by `tsc --strict`; every query "
+    "asked of a real Prometheus; every panel drawn with Grafana's UI library 12.4.10 in headless Chromium. No Grafana "
+    "server was there: variables, annotations, tables and state timelines are stood in for. The run is simulated: "
+    f"{HOURS} hours on two nodes, told by fdscale's own endpoint code. Queries that wait for fine-tuning have no answer."
+)
+COLUMNS = ("board", "panels", "queries", "types", "failed", "empty", "drawn", "marks")
+
+
+@pytest.fixture(scope="module")
+def view(tmp_path_factory: pytest.TempPathFactory) -> Iterator[View]:
+    """A Prometheus that holds the simulated run up to now."""
+    install()
+    folder = tmp_path_factory.mktemp("simulated")
+    end = int(time.time()) // 60 * 60
+    write_blocks(folder, Run(RUN, end - HOURS * HOUR).samples())
+    with prometheus(folder) as address:
+        yield View(address, (RUN,), end - HOURS * HOUR, end - 60)
+
+
+@pytest.mark.parametrize("board", BOARDS, ids=lambda board: board.uid)
+def test_a_board_is_a_dashboard_and_every_panel_is_drawn(board: Board, view: View) -> None:
+    page = Page("dashboards", MEASURED)
+    row = page.row(board.uid, lambda: measured(board, view))
+    write(page)
+    assert row["types"] == ""
+    assert (row["failed"], row["empty"]) == ([], [])
+    assert row["drawing"]["failed"] == row["drawing"]["empty"] == []
+    assert row["drawing"]["rendered"] == row["panels"]
+    assert (IMAGES / f"{board.uid}.png").stat().st_size < LARGEST_PICTURE
+
+
+def test_what_is_wrong_is_told_from_what_is_not_there(view: View) -> None:
+    asked = panel("Probe", Query("sum(("), Query("fdscale_nothing"), Query("up", needs="gpu"), unit="none", help="-")
+    asked = replace(asked, queries=(*asked.queries, Query("fdscale_none", needs="gpu")))
+    board = Board("probe", "Probe", "", (Row("", (asked,)),))
+    failed, empty = check_queries(view.prometheus, board, {"run": RUN}, at=view.end)
+    assert len(failed) == 1 and "parse error" in failed[0]
+    assert empty == ["probe: Probe: fdscale_nothing"]
+    assert len(check_queries(view.prometheus, board, {"run": RUN}, at=view.end, lacking=())[1]) == 2
+
+
+def test_a_wrong_board_is_no_dashboard(view: View, tmp_path: Path) -> None:
+    right = (DASHBOARDS / f"{BOARDS[0].uid}.json").read_text()
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text(right.replace('"gridPos"', '"gridpos"'))
+    assert "gridpos" in type_errors(wrong)
+
+
+def test_a_panel_that_cannot_be_drawn_is_told(view: View, tmp_path: Path) -> None:
+    right = (DASHBOARDS / f"{BOARDS[0].uid}.json").read_text()
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text(right.replace("max by (run) (fdscale_lr", "max by (run) ((fdscale_lr"))
+    drawing = render(wrong, view, tmp_path / "wrong.png")
+    assert [failed.partition(":")[0] for failed in drawing["failed"]] == ["Learning rate"]
+
+
+def measured(board: Board, view: View) -> dict[str, Any]:
+    json = DASHBOARDS / f"{board.uid}.json"
+    failed, empty = check_queries(view.prometheus, board, {"run": RUN}, at=view.end, lacking=("labels",))
+    types, drawing = type_errors(json), render(json, view, IMAGES / f"{board.uid}.png")
+    return {
+        "panels": len(board.panels),
+        "queries": sum(len(panel.queries) for panel in board.panels),
+        "types": types,
+        "failed": failed,
+        "empty": empty,
+        "drawing": drawing,
+        "held": not (types or failed or empty or drawing["failed"] or drawing["empty"]),
+    }
+
+
+def write(page: Page) -> None:
+    lines = [
+        {
+            "board": board,
+            "panels": str(row["panels"]),
+            "queries": str(row["queries"]),
+            "types": row["types"] or "ok",
+            "failed": str(len(row["failed"]) + len(row["drawing"]["failed"])),
+            "empty": str(len(row["empty"]) + len(row["drawing"]["empty"])),
+            "drawn": str(row["drawing"]["rendered"]),
+            "marks": str(row["drawing"]["marks"]),
+        }
+        for board, row in page.rows.items()
+    ]
+    page.write_table("Dashboards", HOW, COLUMNS, lines)
