@@ -19,6 +19,7 @@ DATASOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 TAG = "fdscale"
 PAGE_WIDTH = 24
 BEGAN = "attempt_start_timestamp_seconds"
+NAME_SIZE = 16  # pixels: by itself a long name becomes tiny, and one beside few bars is cut off
 GREY = "#9fa7b3"
 DASHED = {"fill": "dash", "dash": [8, 6]}
 
@@ -195,11 +196,14 @@ def _colour(colour: str) -> model.DynamicConfigValue:
 def _number(one: Panel) -> stat_panel.Panel:
     drawn = stat_panel.Panel().graph_mode(options.BigValueGraphMode.NONE).color_mode(options.BigValueColorMode.VALUE)
     drawn.text_mode(options.BigValueTextMode(one.text)).justify_mode(options.BigValueJustifyMode.AUTO)
+    if one.text != "auto":
+        drawn.text(common.VizTextDisplayOptions().title_size(NAME_SIZE))
     return drawn.reduce_options(_newest())
 
 
 def _bars(one: Panel) -> bargauge.Panel:
     drawn = bargauge.Panel().orientation(options.VizOrientation.HORIZONTAL).reduce_options(_newest())
+    drawn.text(common.VizTextDisplayOptions().title_size(NAME_SIZE).value_size(NAME_SIZE))
     return drawn.display_mode(options.BarGaugeDisplayMode.BASIC).min(0)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from monitoring.grafana.panels import GREEN, ORANGE, RED, RUN, Board, Query, Row, fresh, of, panel, stat
+from monitoring.grafana.panels import GREEN, ORANGE, RED, RUN, UNCOMMITTED, Board, Query, Row, fresh, of, panel, stat
 from monitoring.grafana.states import PHASE_COLOURS, STATE_NAMES, state_number
 
 FIRING = f'ALERTS{{alertstate="firing", {RUN}}}'
@@ -44,12 +44,10 @@ HEALTH = Row(
         ),
         stat(
             "Checkpoint age in intervals",
-            Query(
-                f"(time() - {of('checkpoint_timestamp_seconds')}) / ({of('checkpoint_every')} * {of('step_seconds')})"
-            ),
+            Query(f"({UNCOMMITTED}) / {of('checkpoint_every')}"),
             unit="none",
             decimals=1,
-            help="Age of the newest commit, in the time that the steps between two take; a crash loses so much",
+            help="Steps done since the newest commit, in those between two: what a crash would lose",
             colours=((None, GREEN), (1.5, ORANGE), (3, RED)),
         ),
         stat("Restarts", Query(f"{of('attempt')} - 1"), unit="none", help="Starts of the run after the first one"),

@@ -156,11 +156,12 @@ def band(expr: str) -> tuple[Query, ...]:
 
 
 def few(expr: str, *by: str, least: bool = False) -> str:
-    """The few series of an expression with the greatest (or least) values of the whole time shown.
+    """The few series of an expression with the greatest values of the time shown, or the least on average.
 
-    Chosen once: topk at every point of a line would show another series at each.
+    Chosen once: topk at every point of a line would show another series at each. On average, since all are least
+    while a run starts.
     """
-    chosen = f"{'min' if least else 'max'}_over_time(({expr})[$__range:$__interval] @ end())"
+    chosen = f"{'avg' if least else 'max'}_over_time(({expr})[$__range:$__interval] @ end())"
     return f"{expr} and on ({', '.join(by)}) {'bottomk' if least else 'topk'}({FEW}, {chosen})"
 
 
@@ -168,3 +169,6 @@ def _legend(name: str, named: bool) -> str:
     """`{{run}} stage {{stage}}`; with several metrics in a panel also which one it is."""
     labels = (f"{label} {{{{{label}}}}}" if label == "stage" else f"{{{{{label}}}}}" for label in METRICS[name].labels)
     return " ".join(["{{run}}", *([name.replace("_", " ")] if named else []), *labels])
+
+
+UNCOMMITTED = f"{of('step')} - ({of('checkpoint_step')} or 0 * {of('step')})"  # steps that a crash would lose

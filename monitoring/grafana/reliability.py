@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from monitoring.grafana.panels import GREEN, ORANGE, RED, RUN, Board, Query, Row, of, panel, stat
+from monitoring.grafana.panels import GREEN, ORANGE, RED, RUN, UNCOMMITTED, Board, Query, Row, of, panel, stat
 from monitoring.grafana.states import END_NAMES, STATE_NAMES, end_number, state_number
 
 CHECKPOINT_AGE = f"time() - {of('checkpoint_timestamp_seconds')}"
@@ -58,12 +58,13 @@ DATA = Row(
             minimum=0,
             help="On the main rank; every rank: the board of nodes and ranks",
         ),
-        panel("Undecodable images replaced", Query(of("bad_samples"), "{{run}}"), minimum=0),
+        panel("Undecodable images replaced", "bad_samples", minimum=0, reach=1),
         panel(
             "Of a million images",
             Query(BAD_SHARE),
             unit="short",
             minimum=0,
+            reach=1,
             help="Undecodable images, of those trained on since the run began",
         ),
     ),
@@ -81,6 +82,7 @@ LOST = Row(
             Query(of("bad_samples_total"), "{{run}} images replaced"),
             unit="none",
             minimum=0,
+            reach=1,
         ),
     ),
 )
@@ -113,7 +115,7 @@ CHECKPOINTS = Row(
         ),
         panel(
             "Steps at risk",
-            Query(f"{of('step')} - {of('checkpoint_step')}"),
+            Query(UNCOMMITTED),
             Query(of("checkpoint_every"), "{{run}} between two checkpoints"),
             dashed="between two checkpoints$",
             minimum=0,

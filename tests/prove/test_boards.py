@@ -1,7 +1,7 @@
 """The boards, drawn with Grafana's UI library from a real Prometheus that holds a simulated run.
 
-`python -m pytest -m prove tests/prove/test_boards.py` writes docs/measurements/dashboards.json and dashboards.md, and the
-pictures in docs/images. It needs Node.js 20 and Debian's prometheus, chromium and fonts-dejavu-core.
+`python -m pytest -m prove tests/prove/test_boards.py` writes docs/measurements/dashboards.json and dashboards.md, and
+the pictures in docs/images. It needs Node.js 20 and Debian's prometheus, chromium and fonts-dejavu-core.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from monitoring.grafana.build import BOARDS, DASHBOARDS
-from monitoring.grafana.panels import Board, Query, Row, panel
+from monitoring.grafana.panels import Board, Panel, Query, Row
 from tests.monitoring.board_queries import check_queries
 from tests.monitoring.board_rendering import View, install, render, type_errors
 from tests.monitoring.board_server import prometheus, write_blocks
@@ -39,7 +38,7 @@ HOW = (
     "Each board's committed JSON: held against `Dashboard` of @grafana/schema 12.4.11 by `tsc --strict`; every query "
     "asked of a real Prometheus; every panel drawn with Grafana's UI library 12.4.10 in headless Chromium. No Grafana "
     "server was there: variables, annotations, tables and state timelines are stood in for. The run is simulated: "
-    f"{HOURS} hours on two nodes, told by fdscale's own endpoint code. Queries that wait for fine-tuning have no answer."
+    f"{HOURS} hours on two nodes, told by fdscale's own endpoint code; what waits for fine-tuning has no answer there."
 )
 COLUMNS = ("board", "panels", "queries", "types", "failed", "empty", "drawn", "marks")
 
@@ -68,11 +67,10 @@ def test_a_board_is_a_dashboard_and_every_panel_is_drawn(board: Board, view: Vie
 
 
 def test_what_is_wrong_is_told_from_what_is_not_there(view: View) -> None:
-    asked = panel("Probe", Query("sum(("), Query("fdscale_nothing"), Query("up", needs="gpu"), unit="none", help="-")
-    asked = replace(asked, queries=(*asked.queries, Query("fdscale_none", needs="gpu")))
-    board = Board("probe", "Probe", "", (Row("", (asked,)),))
+    queries = (Query("sum(("), Query("fdscale_nothing"), Query("fdscale_none", needs="gpu"), Query("up"))
+    board = Board("probe", "Probe", "", (Row("", (Panel("Probe", queries, "none", ""),)),))
     failed, empty = check_queries(view.prometheus, board, {"run": RUN}, at=view.end)
-    assert len(failed) == 1 and "parse error" in failed[0]
+    assert [told.partition(": parse error")[0] for told in failed] == ['probe: Probe: invalid parameter "query": 1:6']
     assert empty == ["probe: Probe: fdscale_nothing"]
     assert len(check_queries(view.prometheus, board, {"run": RUN}, at=view.end, lacking=())[1]) == 2
 

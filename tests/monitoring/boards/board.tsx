@@ -62,13 +62,14 @@ function Numbers({ panel, frames, width, height }: any) {
     maxVizHeight={bars ? 300 : undefined}
     renderValue={({ value, width, height, alignmentFactors, orientation, count }: any) => bars
       ? <BarGauge {...{ theme, width, height, alignmentFactors, orientation }} value={value.display} field={value.field}
-          display={value.view?.getFieldDisplayProcessor(value.colIndex ?? 0)} displayMode={options.displayMode} isOverflow={false} />
+          display={value.view?.getFieldDisplayProcessor(value.colIndex ?? 0)} displayMode={options.displayMode} text={options.text} isOverflow={false} />
       : <BigValue {...{ theme, width, height, alignmentFactors, count }} value={value.display} sparkline={value.sparkline}
-          colorMode={options.colorMode} graphMode={options.graphMode} justifyMode={options.justifyMode} textMode={options.textMode} />} />;
+          colorMode={options.colorMode} graphMode={options.graphMode} justifyMode={options.justifyMode} text={options.text} textMode={options.textMode} />} />;
 }
 
 function States({ frames, page, width, height }: any) {
-  const span = page.to - page.from, left = 200, bottom = 18;
+  const names = frames.map((frame: DataFrame) => getFieldDisplayName(frame.fields[1], frame, frames));
+  const span = page.to - page.from, bottom = 18, left = 24 + 7 * Math.max(...names.map((name: string) => name.length));
   const rowHeight = Math.min((height - bottom) / Math.max(frames.length, 1), 44);
   const at = (seconds: number) => left + ((seconds - page.from) / span) * (width - left);
   const apart = [60, 300, 900, 3600, 10800, 21600, 86400].find((seconds) => span / seconds <= 12) ?? 604800;
@@ -78,7 +79,7 @@ function States({ frames, page, width, height }: any) {
       const [time, value] = frame.fields;
       return <React.Fragment key={row}>
         <div style={{ position: 'absolute', top: row * rowHeight, width: left - 8, textAlign: 'right', lineHeight: `${rowHeight}px`, overflow: 'hidden', whiteSpace: 'nowrap' }}>
-          {getFieldDisplayName(value, frame, frames)}</div>
+          {names[row]}</div>
         {stretches(time.values, value.values, stepOf(page)).map(([from, to, number], i) => {
           const shown = value.display!(number);
           return <div key={i} title={shown.text} style={{

@@ -43,12 +43,12 @@ async function ask(page: Page, expr: string, instant: boolean): Promise<any[]> {
   return answer.data.result.map((series: any) => ({ labels: series.metric, points: series.values ?? [series.value] }));
 }
 
-function toFrame(target: any, labels: Record<string, string>, points: Array<[number, string]>): DataFrame {
+function toFrame(target: any, labels: Record<string, string>, points: Array<[number, string]>, step: number): DataFrame {
   const name = target.legendFormat.replace(/\{\{\s*(\w+)\s*\}\}/g, (_: string, label: string) => labels[label] ?? '');
   return createDataFrame({
     refId: target.refId,
     fields: [
-      { name: 'Time', type: FieldType.time, values: points.map(([time]) => time * 1000) },
+      { name: 'Time', type: FieldType.time, config: { interval: step * 1000 }, values: points.map(([time]) => time * 1000) },
       { name: 'Value', type: FieldType.number, labels, config: { displayNameFromDS: name }, values: points.map(([, value]) => Number(value)) },
     ],
   });
@@ -65,7 +65,7 @@ export async function load(panel: any, page: Page, theme: GrafanaTheme2): Promis
   const answers = await Promise.all((panel.targets ?? []).map(async (target: any) => {
     const series = await ask(page, resolve(target.expr, page), Boolean(target.instant));
     if (!series.length) return [];
-    return target.format === 'table' ? [toTable(target, series)] : series.map(({ labels, points }) => toFrame(target, labels, points));
+    return target.format === 'table' ? [toTable(target, series)] : series.map(({ labels, points }) => toFrame(target, labels, points, stepOf(page)));
   }));
   let frames = answers.flat();
   if (panel.transformations) frames = await lastValueFrom(transformDataFrame(panel.transformations, frames));
