@@ -48,8 +48,6 @@ def install() -> None:
     """The library and the compiler from npm, once; afterwards what is there is used."""
     CACHE.mkdir(parents=True, exist_ok=True)
     wanted = (SOURCES / "package.json").read_text()
-    for source in SOURCES.glob("*.ts*"):
-        shutil.copy(source, CACHE)
     installed = CACHE / "installed.json"
     if installed.exists() and installed.read_text() == wanted:
         return
@@ -61,6 +59,7 @@ def install() -> None:
 
 def type_errors(board: Path) -> str:
     """What TypeScript's compiler has against a board as a Dashboard of @grafana/schema; empty when nothing."""
+    shutil.copy(SOURCES / "types.ts", CACHE)
     source = CACHE / f"{board.stem}.ts"
     source.write_text(f"import type {{ Board }} from './types';\n\nexport const board: Board = {board.read_text()};\n")
     checked = subprocess.run([*TYPESCRIPT, source.name], cwd=CACHE, capture_output=True, text=True)
@@ -105,6 +104,8 @@ def _bundle() -> None:
     newest = max(source.stat().st_mtime for source in SOURCES.glob("*.ts*"))
     bundle = CACHE / "app.js"
     if not bundle.exists() or bundle.stat().st_mtime < newest:
+        for source in SOURCES.glob("*.ts*"):
+            shutil.copy(source, CACHE)
         production = '--define:process.env.NODE_ENV="production"'
         _run(
             "node_modules/.bin/esbuild",

@@ -104,12 +104,13 @@ function Rows({ frame }: { frame: DataFrame }) {
 }
 
 /** [from, to, value] of equal values one after the other, in seconds. */
-function stretches(times: number[], values: number[], step: number): Array<[number, number, number]> {
+function stretches(times: number[], values: Array<number | null>, step: number): Array<[number, number, number]> {
   const found: Array<[number, number, number]> = [];
   times.forEach((time, i) => {
     const last = found.at(-1), seconds = time / 1000;
+    if (values[i] === null) return;
     if (last && last[2] === values[i] && seconds - last[1] <= step) last[1] = seconds + step;
-    else found.push([seconds, seconds + step, values[i]]);
+    else found.push([seconds, seconds + step, values[i]!]);
   });
   return found;
 }

@@ -40,16 +40,27 @@ async function ask(page: Page, expr: string, instant: boolean): Promise<any[]> {
   const reply = await fetch(`${page.prometheus}/api/v1/${instant ? 'query' : 'query_range'}`, { method: 'POST', body: words });
   const answer = await reply.json();
   if (answer.status !== 'success') throw new Error(answer.error);
-  return answer.data.result.map((series: any) => ({ labels: series.metric, points: series.values ?? [series.value] }));
+  return answer.data.result.map((series: any) => ({
+    labels: series.metric, points: instant ? [series.value] : withGaps(series.values, page),
+  }));
 }
 
-function toFrame(target: any, labels: Record<string, string>, points: Array<[number, string]>, step: number): DataFrame {
+/** A value or null at every step: Prometheus leaves out what is not there, and a line would be drawn across. */
+function withGaps(values: Array<[number, string]>, page: Page): Array<[number, string | null]> {
+  const there = new Map(values), step = stepOf(page);
+  return Array.from({ length: Math.floor((page.to - page.from) / step) + 1 }, (_, i) => {
+    const time = page.from + i * step;
+    return [time, there.get(time) ?? null];
+  });
+}
+
+function toFrame(target: any, labels: Record<string, string>, points: Array<[number, string | null]>): DataFrame {
   const name = target.legendFormat.replace(/\{\{\s*(\w+)\s*\}\}/g, (_: string, label: string) => labels[label] ?? '');
   return createDataFrame({
     refId: target.refId,
     fields: [
-      { name: 'Time', type: FieldType.time, config: { interval: step * 1000 }, values: points.map(([time]) => time * 1000) },
-      { name: 'Value', type: FieldType.number, labels, config: { displayNameFromDS: name }, values: points.map(([, value]) => Number(value)) },
+      { name: 'Time', type: FieldType.time, values: points.map(([time]) => time * 1000) },
+      { name: 'Value', type: FieldType.number, labels, config: { displayNameFromDS: name }, values: points.map(([, value]) => value && Number(value)) },
     ],
   });
 }
@@ -65,7 +76,7 @@ export async function load(panel: any, page: Page, theme: GrafanaTheme2): Promis
   const answers = await Promise.all((panel.targets ?? []).map(async (target: any) => {
     const series = await ask(page, resolve(target.expr, page), Boolean(target.instant));
     if (!series.length) return [];
-    return target.format === 'table' ? [toTable(target, series)] : series.map(({ labels, points }) => toFrame(target, labels, points, stepOf(page)));
+    return target.format === 'table' ? [toTable(target, series)] : series.map(({ labels, points }) => toFrame(target, labels, points));
   }));
   let frames = answers.flat();
   if (panel.transformations) frames = await lastValueFrom(transformDataFrame(panel.transformations, frames));
@@ -81,7 +92,7 @@ export async function loadMarks(board: any, page: Page): Promise<Mark[]> {
   const lists = await Promise.all(board.annotations.list.filter(({ enable }: any) => enable).map(async (annotation: any) => {
     const series = await ask(page, resolve(annotation.target.expr, page), false);
     const times = series.flatMap(({ points }) => annotation.useValueForTime
-      ? points.map(([, value]: any) => Number(value))
+      ? points.filter(([, value]: any) => value).map(([, value]: any) => Number(value))
       : points.filter(([, value]: any) => Number(value) > 0).map(([time]: any) => time * 1000));
     const apart = [...new Set<number>(times)].sort((a, b) => a - b).filter((time, i, all) => i === 0 || time - all[i - 1] > stepOf(page) * 1000);
     return apart.map((time) => ({ time, colour: annotation.iconColor, panels: annotation.filter?.ids }));
