@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fdscale.config.deepspeed_json import load_deepspeed_json
-from fdscale.config.recipe import load_recipe
+from fdscale.config.recipe import load_recipe, site_words
 
 LAUNCHERS = Path(__file__).parents[1] / "launchers"
 DUAL = sorted(path for path in LAUNCHERS.glob("*.sh") if "#SBATCH" in path.read_text())
@@ -137,8 +137,28 @@ def test_the_example_of_a_site_changes_nothing_and_names_what_is_read() -> None:
     example = LAUNCHERS / "site.example.env"
     told = subprocess.run(["bash", "-euc", f". '{example}'; echo \"${{SBATCH_ACCOUNT-unset}}\""], capture_output=True)
     assert told.stdout == b"unset\n", told.stderr
-    for variable in ("SBATCH_PARTITION", "FDSCALE_CONTAINER", "FDSCALE_PYTHON", "NCCL_SOCKET_IFNAME"):
+    for variable in (
+        "FDSCALE_SETTINGS",
+        "SBATCH_PARTITION",
+        "FDSCALE_CONTAINER",
+        "FDSCALE_PYTHON",
+        "NCCL_SOCKET_IFNAME",
+    ):
         assert f"export {variable}=" in example.read_text()
+
+
+def test_the_settings_in_the_example_of_a_site_are_settings(tmp_path: Path) -> None:
+    """What is commented out there works once it is not, and the user's environment wins."""
+    lines = (LAUNCHERS / "site.example.env").read_text().splitlines()
+    (line,) = [line.removeprefix("#") for line in lines if line.startswith("#export FDSCALE_SETTINGS")]
+    for before, words in (("", None), ("FDSCALE_SETTINGS=", []), ("FDSCALE_SETTINGS=log.every=3", ["log.every=3"])):
+        script = f'{before}\n{line}\nprintf %s "$FDSCALE_SETTINGS"'
+        env = {"PATH": os.environ["PATH"]}
+        answer = subprocess.run(["bash", "-euc", script], env=env, capture_output=True, text=True, check=True)
+        found = site_words({"FDSCALE_SETTINGS": answer.stdout})
+        assert found == (words if words is not None else found)
+        log = load_recipe("swinv2_g", [], None, found).log
+        assert (log.prometheus_port, log.prometheus_targets is None) == ((0, False) if words is None else (None, True))
 
 
 @pytest.mark.parametrize("variable", ["FDSCALE_ROOT", "SLURM_SUBMIT_DIR"])

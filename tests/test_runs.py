@@ -69,6 +69,17 @@ def command(how: str, run_dir: Path, digits: Path, port: int) -> list[str]:
     }[how]
 
 
+def shown_in(folder: Path, environment: dict[str, str]) -> dict[str, str]:
+    """A site where all runs are observable: Prometheus finds them in `folder`/targets."""
+    (folder / "targets").mkdir()
+    return {**environment, "FDSCALE_SETTINGS": f"log.prometheus_port=0 log.prometheus_targets={folder}/targets"}
+
+
+def targets(folder: Path) -> list[dict[str, str]]:
+    """The labels of what Prometheus finds."""
+    return [json.loads(path.read_text())[0]["labels"] for path in (folder / "targets").glob("*.json")]
+
+
 def run(arguments: list[str], environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, env=environment, cwd=folder, capture_output=True, text=True, timeout=200)
 
@@ -113,9 +124,11 @@ def test_every_launcher_computes_the_same_bits(
     tmp_path: Path,
     port: Callable[[], int],
 ) -> None:
-    done = run(command(how, tmp_path / "run", digits, port()), environment, tmp_path)
+    done = run(command(how, tmp_path / "run", digits, port()), shown_in(tmp_path, environment), tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert curve(tmp_path / "run") == curve(undisturbed)
+    assert "metrics: http://127.0.0.1:" in done.stdout
+    assert list((tmp_path / "targets").iterdir()) == [], "a run that is complete is missed by nobody"
 
 
 def test_literally_deepspeed_accumulates_to_the_same_global_batch(
@@ -175,11 +188,12 @@ def kill_one_rank(same: list[str], environment: dict[str, str], folder: Path, wh
 def test_a_run_killed_in_a_save_and_again_between_saves_is_the_undisturbed_one(
     undisturbed: Path, environment: dict[str, str], digits: Path, tmp_path: Path, port: Callable[[], int]
 ) -> None:
-    run_dir = tmp_path / "run"
+    run_dir, environment = tmp_path / "run", shown_in(tmp_path, environment)
     same, saves = command("bash", run_dir, digits, port()), run_dir / "attempts"
     newest = saves / "0001" / "step_00000004"
     kill_one_rank(same, environment, tmp_path, newest.exists)
     assert not (newest / "manifest.json").exists(), "the save was over before the kill"
+    assert [labels["run"] for labels in targets(tmp_path)] == ["run"], "what has gone is missed"
 
     second = kill_one_rank(same, environment, tmp_path, lambda: steps_done(run_dir) >= 5)
     assert f"skipped {newest}: it was never committed" in second
@@ -188,6 +202,7 @@ def test_a_run_killed_in_a_save_and_again_between_saves_is_the_undisturbed_one(
     third = run(same, environment, tmp_path)
     assert third.returncode == 0, third.stdout + third.stderr
     assert "resumed from step " in third.stdout
+    assert targets(tmp_path) == []
     assert curve(run_dir) == curve(undisturbed)
     assert (run_dir / "student.safetensors").read_bytes() == (undisturbed / "student.safetensors").read_bytes()
 
@@ -197,10 +212,12 @@ def test_sigterm_means_finish_the_step_commit_and_ask_for_a_requeue(
 ) -> None:
     run_dir = tmp_path / "run"
     endless = [*command("bash", run_dir, digits, port()), "max_steps=70", "epochs=5", "checkpoint.every=1000"]
-    process = start(endless, environment, tmp_path)
+    process = start(endless, shown_in(tmp_path, environment), tmp_path)
     wait_for(lambda: steps_done(run_dir) >= 2, process)
+    assert "ended" not in targets(tmp_path)[0]
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 85
+    assert targets(tmp_path) == [], "outside of a queue nobody starts it again"
     committed = list((run_dir / "attempts" / "0001").glob("step_*/manifest.json"))
     assert len(committed) == 1
     assert int(committed[0].parent.name.removeprefix("step_")) == curve(run_dir)[-1][0]

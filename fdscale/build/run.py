@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from fdscale.build.demand import demand_of
+from fdscale.build.exports import exports_of
 from fdscale.build.weights import STUDENT, WeightsRecord, hold_weights, student_weights, teacher_weights
 from fdscale.cluster.orphans import watch_launchers
 from fdscale.cluster.ranks import StopSignals, rank_from_environment
@@ -28,6 +29,7 @@ from fdscale.planning.data_check import DIGITS
 from fdscale.planning.placement import Choice, Placement
 from fdscale.training.attempts import Attempt, claim, note_current
 from fdscale.training.engine import Connection, connect, gather_lists
+from fdscale.training.live import Live
 from fdscale.training.preflight import preflight
 from fdscale.training.run_directory import RunDirectory
 from fdscale.training.writer import this_process
@@ -87,6 +89,7 @@ class Run:
         if done is None or done < self.last_step:
             return False
         logger.info("already complete at step %d: %s", done, self.directory.student)
+        exports_of(self, Live()).forget_older()
         self.attempt.end(0, "already complete")
         self.stop.restore()
         return True

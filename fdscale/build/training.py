@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fdscale.build.exports import exports_of, monitor_of
 from fdscale.build.result import BACKBONE, Save, save_backbone, save_result
 from fdscale.build.run import Run
 from fdscale.build.run_info import open_live
@@ -42,8 +43,6 @@ from fdscale.training.watchdog import PATIENCE
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    from fdscale.training.prometheus import Endpoint
-
 logger = logging.getLogger(__name__)
 
 
@@ -68,10 +67,11 @@ def train(
     try:
         with (
             run.attempt,
-            _endpoint(run, live) or nullcontext(),
+            exports_of(run, live) as exports,
             Guards(run.connection, run.attempt.folder, chosen.hang_seconds, chosen.skipped_in_a_row, live) as guards,
         ):
             done = _fit(run, module, student, batch_terms, sample_terms, save, watch_of, teachers or {}, guards)
+            exports.done = done
             stopped_by = run.stop.received.name if run.stop.received else "a peer, or as its launcher died"
             run.attempt.end(0 if done else REQUEUE_EXIT_CODE, "complete" if done else f"stopped by {stopped_by}")
     finally:
@@ -102,7 +102,7 @@ def _fit(
     state = checkpoints.load(engine)
     progress = Progress.resumed(state)
     _record(run, student, progress, fresh=state is None)
-    sinks = _sinks(run, progress.step if state else None, guards.live)
+    sinks = _sinks(run, engine, progress.step if state else None, guards.live)
     try:
         guards.amplitudes = Amplitudes(student.backbone)
         _set_out_canary(run, teachers, guards)
@@ -140,19 +140,9 @@ def _set_out_canary(run: Run, teachers: Mapping[str, Teacher], guards: Guards) -
         guards.canary_every = chosen.canary_every
 
 
-def _endpoint(run: Run, live: Live) -> Endpoint | None:
-    rank, log = run.connection.rank, run.settings.log
-    if rank.local_rank or log.prometheus_port is None:
-        return None
-    # imported on use: a run without an endpoint needs no prometheus_client
-    from fdscale.training.prometheus import serve_prometheus
-
-    return serve_prometheus(live, run.directory.folder.name, rank.is_main, log.prometheus_host, log.prometheus_port)
-
-
-def _sinks(run: Run, resumed_step: int | None, live: Live) -> Sinks:
-    folder, program = run.directory.folder, run.settings.program
-    return open_sinks(run.connection.rank, folder, program, run.last_step, resumed_step, terminal(), live)
+def _sinks(run: Run, engine: DeepSpeedEngine, resumed_step: int | None, live: Live) -> Sinks:
+    folder, program, monitor = run.directory.folder, run.settings.program, monitor_of(run, engine, live)
+    return open_sinks(run.connection.rank, folder, program, run.last_step, resumed_step, terminal(), live, monitor)
 
 
 def _record(run: Run, student: Student, progress: Progress, fresh: bool) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fdscale.config.errors import UserError
-from fdscale.config.recipe import load_recipe
+from fdscale.config.recipe import load_recipe, site_words
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name, or a path to one.")]
@@ -20,10 +21,13 @@ Smoke = Annotated[bool, typer.Option("--smoke", help="The same path, shrunk to f
 def settings_of(
     program: str | None, recipe: str, overrides: list[str] | None, smoke: bool
 ) -> DistillSettings | FinetuneSettings:
-    """The settings of a recipe, for the program that wants it, with a run directory named."""
+    """The settings of a recipe, for the program that wants it, with a run directory named.
+
+    However a run is started, its command line ends here: what a site sets for all of them is read here alone.
+    """
     from fdscale.planning.smoke import smoke_patch
 
-    settings = load_recipe(recipe, overrides or [], smoke_patch if smoke else None)
+    settings = load_recipe(recipe, overrides or [], smoke_patch if smoke else None, site_words(os.environ))
     if program not in (None, settings.program):
         raise UserError(
             f"{recipe} is a recipe of `fdscale {settings.program}`, not of `fdscale {program}`; run it with that"

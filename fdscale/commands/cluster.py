@@ -15,6 +15,7 @@ from fdscale.cluster.ranks import USER_ERROR_EXIT_CODE
 from fdscale.commands.arguments import Overrides, Recipe, Smoke, settings_of
 from fdscale.commands.training import outlook_of
 from fdscale.config.errors import UserError
+from fdscale.config.recipe import site_words
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.terminal import terminal
 
@@ -40,7 +41,8 @@ def launch(
     local_ranks = ranks_here(ranks, hostfile, at_most)
     if local_ranks is not None:  # the ranks check for themselves; here it is told once, before any starts
         load_and_check(settings, local_ranks, local_ranks)
-    arguments = [program, recipe, *(["--smoke"] if smoke else []), *(overrides or []), *context.args]
+    site = site_words(os.environ)  # as words: over ssh, or into a container, no environment need come along
+    arguments = [program, recipe, *(["--smoke"] if smoke else []), *site, *(overrides or []), *context.args]
     assert settings.run_dir, "settings_of names one"
     raise typer.Exit(start(arguments, Path(settings.run_dir), ranks, hostfile, at_most))
 

@@ -63,6 +63,12 @@ ZERO = _words(
     save_muon_momentum_buffer_in_memory leaf_module
     """
 )
+MONITORS = {  # the blocks of DeepSpeed's monitor, and the package that each needs
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "csv_monitor": None,
+    "comet": "comet_ml",
+}
 PRECISIONS = ("bf16", "fp16", "torch_autocast")
 BLOCKS = {  # the keys of typed blocks: DeepSpeed refuses others as well, but on the GPUs
     "bf16": _words(
@@ -75,6 +81,11 @@ BLOCKS = {  # the keys of typed blocks: DeepSpeed refuses others as well, but on
         """
     ),
     "torch_autocast": _words("enabled dtype lower_precision_safe_modules"),
+    **dict.fromkeys(("tensorboard", "csv_monitor"), _words("enabled output_path job_name")),
+    "wandb": _words("enabled group team project"),
+    "comet": _words(
+        "enabled samples_log_interval project workspace api_key experiment_name experiment_key online mode"
+    ),
     "data_types": _words("grad_accum_dtype"),
 }
 LEAF_MODULE = _words("classes names name_suffixes")
@@ -132,6 +143,7 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
         *_zero_problems(config),
         *_precision_problems(config),
         *_block_problems(config),
+        *_monitor_problems(config),
         *_unchecked(config),
     ]
 
@@ -207,6 +219,19 @@ def _block_problems(config: Mapping[str, Any]) -> Iterator[str]:
         for key in block if isinstance(block, dict) else ():
             if key not in known:
                 yield f"unknown key '{name}.{key}'{nearest(key, known)}"
+
+
+def _monitor_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    for name in MONITORS:
+        block = config.get(name, {})
+        if not isinstance(block, dict):
+            yield f'{name}: got {block!r}, allowed: an object such as {{"enabled": true}}'
+            continue
+        if not isinstance(block.get("enabled", False), bool):
+            yield f"{name}.enabled: got {block['enabled']!r}, allowed: true or false"
+        for key in ("output_path", "job_name"):
+            if not isinstance(block.get(key, ""), str):
+                yield f"{name}.{key}: got {block[key]!r}, allowed: text"
 
 
 def _unchecked(config: Mapping[str, Any]) -> Iterator[str]:

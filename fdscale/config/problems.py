@@ -116,6 +116,8 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
 
 
 def _got(value: object) -> str:
+    if value is None:
+        return "nothing"
     text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -1,11 +1,12 @@
 """Recipes: TOML files found by name or path, with `key=value` overrides, into one frozen settings object.
 
-Precedence: default < recipe < smoke patch < command line.
+Precedence: default < recipe < smoke patch < the site's FDSCALE_SETTINGS < command line.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ PROGRAMS: dict[str, type[DistillSettings] | type[FinetuneSettings]] = {
     "distill": DistillSettings,
     "finetune": FinetuneSettings,
 }
+SITE = "FDSCALE_SETTINGS"  # the environment variable of what a site sets for all its runs
 KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
 
@@ -36,25 +38,38 @@ def load_recipe(
     name_or_path: str,
     overrides: Sequence[str] = (),
     smoke: Callable[[Tree], Tree] | None = None,
+    site: Sequence[str] = (),
 ) -> DistillSettings | FinetuneSettings:
-    """The settings of a recipe with overrides; `smoke` returns the patch that shrinks the recipe it is given.
+    """The settings of a recipe with overrides, the `site`'s before the user's.
 
-    Raises UserError when the file cannot be read, SettingsError with every problem at once otherwise.
+    `smoke` returns the patch that shrinks the recipe it is given. Raises UserError when the file cannot be read,
+    SettingsError with every problem at once otherwise; what is the site's fault is told as FDSCALE_SETTINGS'.
     """
     path = find("recipe", name_or_path, "recipes", ".toml")
     recipe = {"recipe": path.stem, **_read(path)}
-    pairs, broken = _parse_all(overrides)
-    chosen = _apply(recipe, pairs, broken)
-    problems = broken + _problems(chosen)
+    chosen, pairs, problems = _chosen(recipe, [*site, *overrides])
+    own = set(_chosen(recipe, overrides)[2]) if problems and site else set(problems)
     if problems and isinstance(chosen.get("deepspeed"), str):  # the other file's problems are told along
-        attempt(lambda: load_deepspeed_json(chosen["deepspeed"]), problems)
+        told: list[str] = []
+        attempt(lambda: load_deepspeed_json(chosen["deepspeed"]), told)
+        problems, own = problems + told, own.union(told)
     if problems:
-        raise SettingsError([f"{path.name}: {problem}" for problem in problems])
+        raise SettingsError([f"{path.name if problem in own else SITE}: {problem}" for problem in problems])
     if smoke is None:
         return _settings(chosen)
     shrunk = _apply(_merge(recipe, smoke(chosen)), pairs, [])
     assert not _problems(shrunk), _problems(shrunk)
     return _settings(shrunk)
+
+
+def site_words(env: Mapping[str, str]) -> list[str]:
+    """The settings that a site's environment has for all its runs, split as a shell would. Raises UserError."""
+    try:
+        return shlex.split(env.get(SITE, ""))
+    except ValueError as error:
+        raise UserError(
+            f"{SITE}={env[SITE]!r} cannot be split into words ({error}): write key=value key=value"
+        ) from error
 
 
 def to_toml(settings: RunSettings) -> str:
@@ -72,6 +87,13 @@ def _read(path: Path) -> Tree:
         raise UserError(f"{path}: not readable as TOML: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _chosen(recipe: Tree, overrides: Sequence[str]) -> tuple[Tree, list[tuple[list[str], Any]], list[str]]:
+    """A recipe's tree with overrides, these as pairs, and every problem of both."""
+    pairs, problems = _parse_all(overrides)
+    chosen = _apply(recipe, pairs, problems)
+    return chosen, pairs, problems + _problems(chosen)
 
 
 def _parse_all(overrides: Sequence[str]) -> tuple[list[tuple[list[str], Any]], list[str]]:

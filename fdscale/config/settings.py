@@ -7,8 +7,18 @@ home, so batch per rank, precision and ranks are absent here. Modules take plain
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+)
 
 FIRST_TEACHER = "teacher"
 Count = Annotated[int, Field(ge=0)]
@@ -16,6 +26,7 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
 Name = Annotated[str, StringConstraints(min_length=1)]
 Label = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]  # given by the user; part of names
 Geometry = dict[str, int | float | list[int]]
@@ -42,6 +53,17 @@ def _ascending_fractions(pair: tuple[float, float]) -> tuple[float, float]:
 
 def _zero_is_none(value: object) -> object:
     return None if value == 0 and type(value) is int else value  # TOML cannot write None
+
+
+def _gateway(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and "@" not in parts.netloc
+    except ValueError:  # of a port that is no number
+        whole = False
+    if not whole or parts.query or parts.fragment or any(one.isspace() or not one.isprintable() for one in url):
+        raise ValueError("http://HOST:PORT or https://HOST:PORT, without a password, which recipes would keep")
+    return url
 
 
 # strict=False on pairs only: TOML has arrays, no tuples
@@ -196,11 +218,39 @@ class GuardSettings(Settings):
 
 
 class LogSettings(Settings):
-    """Steps between log lines; the Prometheus endpoint listens on loopback unless told otherwise."""
+    """Steps between log lines, and the ways out for what is measured.
+
+    Each node serves it on `prometheus_port` (0: any free one): on loopback where all ranks share a machine, else on the
+    address by which it reaches the main rank, unless `prometheus_host` says another. In `prometheus_targets`, a folder
+    that Prometheus watches, each node says where. It is pushed to a `pushgateway`, too, where one is named.
+    """
 
     every: Positive = 10
-    prometheus_port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    prometheus_host: Name = "127.0.0.1"
+    prometheus_host: Name | None = None
+    prometheus_certificate: Name | None = None
+    prometheus_key: Name | None = None
+    prometheus_password_file: Name | None = None
+    prometheus_targets: Name | None = None
+    prometheus_port: Annotated[Port | None, Field(validate_default=True)] = None
+    pushgateway: Annotated[Name, AfterValidator(_gateway)] | None = None
+
+    @field_validator("prometheus_key")
+    @classmethod
+    def _beside_a_certificate(cls, key: str | None, others: ValidationInfo) -> str | None:
+        if key is not None and others.data.get("prometheus_certificate", key) is None:
+            raise ValueError("beside log.prometheus_certificate only")
+        return key
+
+    @field_validator("prometheus_port")
+    @classmethod
+    def _to_be_found(cls, port: int | None, others: ValidationInfo) -> int | None:
+        needing = ("prometheus_targets", "prometheus_certificate", "prometheus_password_file")
+        given = [f"log.{name}" for name in needing if others.data.get(name) is not None]
+        if port is None and given:
+            raise ValueError(f"a port, since {given[0]} is set; 0 takes any free one, with log.prometheus_targets")
+        if port == 0 and others.data.get("prometheus_targets", "") is None:
+            raise ValueError("1 to 65535, or 0 (any free one) with log.prometheus_targets, which says where it is")
+        return port
 
 
 class RunSettings(Settings):

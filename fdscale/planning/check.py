@@ -30,6 +30,7 @@ from fdscale.planning.networks import (
     teacher_parameters,
 )
 from fdscale.planning.placement import Choice, chosen_placements
+from fdscale.planning.telemetry_check import telemetry_problems
 from fdscale.students.geometry import Geometry
 
 
@@ -85,6 +86,7 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
     if memory is not None and machine is not None:
         attempt(lambda: refuse_if_it_cannot_fit(memory, ranks, local_ranks or 1, machine), problems)
     problems += engine_problems(settings, deepspeed_json, here=local_ranks is not None)
+    problems += [] if local_ranks is None else telemetry_problems(settings.log, deepspeed_json)
     problems += augment_problems(settings, micro_batch)
     facts = attempt(lambda: data_facts(settings), problems)
     problems += data_problems(settings, facts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fdscale.cluster.ranks import Rank, export_rank
+from fdscale.config.deepspeed_json import MONITORS
 from fdscale.config.errors import UserError
 from fdscale.training.average import AVERAGE
 from fdscale.training.optim import Schedule
@@ -115,7 +116,7 @@ def start_engine(
     `clip` is always written: DeepSpeed clips at 1.0 when the key is absent; 0 switches clipping off.
     """
     config = {
-        **deepspeed_json,
+        **{key: value for key, value in deepspeed_json.items() if key not in MONITORS},  # see monitor_writer
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": clip,
         # DeepSpeed's throughput timer waits for the device twice in every micro batch; the loop has its own
@@ -124,6 +125,19 @@ def start_engine(
         "zero_force_ds_cpu_optimizer": False,
     }
     return quiet_deepspeed().initialize(model=module, optimizer=optimizer, config=config)[0]
+
+
+def monitor_writer(name: str, block: Mapping[str, Any]) -> Callable[[Sequence[tuple[str, float, int]]], None]:
+    """What writes (name, value, images) events as one block of DeepSpeed's monitor says; for the main rank.
+
+    Left to itself DeepSpeed opens it amid its start, where a writer that fails would leave the other ranks waiting.
+    """
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.monitor import MonitorMaster
+
+    write: Callable[[Sequence[tuple[str, float, int]]], None]
+    write = MonitorMaster(get_monitor_config({name: dict(block)})).write_events
+    return write
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,24 +13,28 @@ from fdscale.training.metrics import METRICS, STATES, row_of
 class Live:
     """Values by their names in `METRICS`, kept on every rank; `info` are the labels of `run_info`.
 
-    One thread writes (the training's), any may read `values`, which is replaced and never changed.
+    The training's thread notes, that of a way out counts its failures; `values` is replaced and never changed, so that
+    any may read it.
     """
 
     def __init__(self, info: Mapping[str, str] | None = None) -> None:
         self.info = dict(info or {})
         self.values: dict[str, float] = {}
+        self._writing = threading.RLock()
         self.enter(STATES[0])
 
     def note(self, values: Mapping[str, float]) -> None:
         """Take over new values. Raises KeyError for a name that `METRICS` lacks (our mistake, on every rank)."""
         if unknown := sorted(name for name in values if row_of(name) is None):
             raise KeyError(f"metrics without a row in METRICS: {', '.join(unknown)}")
-        self.values = {**self.values, **values}
+        with self._writing:
+            self.values = {**self.values, **values}
 
     def count(self, name: str, by: float = 1) -> None:
         """A counter of this attempt goes up."""
         assert METRICS[name.partition("/")[0]].kind == "counter", name
-        self.note({name: self.values.get(name, 0) + by})
+        with self._writing:
+            self.note({name: self.values.get(name, 0) + by})
 
     def enter(self, state: str) -> None:
         """The process is in one of STATES from now on."""

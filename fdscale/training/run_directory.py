@@ -36,9 +36,7 @@ MAY_CHANGE = {
     "checkpoint.keep_every": "retention",
     "checkpoint.verify_every": "cadence",
     "guards.*": "what ends a run, not what it learns",
-    "log.every": "cadence",
-    "log.prometheus_port": "where metrics are served",
-    "log.prometheus_host": "where metrics are served",
+    "log.*": "what is told, and where, not what it learns",
 }
 # Which bytes they name is compared, not how they name them; until something was trained they may be corrected.
 HELD_BY_HASH = ("weights", "revision")

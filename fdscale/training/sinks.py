@@ -66,6 +66,7 @@ def open_sinks(
     resumed_step: int | None,
     console: Console,
     live: Live,
+    monitor: Sink | None = None,
 ) -> Sinks:
     """The sinks of this rank, none on most; `resumed_step` is the loaded checkpoint's step, None without one.
 
@@ -74,4 +75,5 @@ def open_sinks(
     if not rank.is_main:
         return Sinks(live=live)
     screen = ConsoleSink(program, total_steps, console, first_step=resumed_step or 0)
-    return Sinks([screen, JsonLines(run_dir / "metrics.jsonl", resumed_step)], screen.say, live)
+    rows = JsonLines(run_dir / "metrics.jsonl", resumed_step)
+    return Sinks([screen, rows, *([monitor] if monitor else [])], screen.say, live)

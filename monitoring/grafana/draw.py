@@ -19,7 +19,8 @@ DATASOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
 TAG = "fdscale"
 PAGE_WIDTH = 24
 BEGAN = "attempt_start_timestamp_seconds"
-NAME_SIZE = 16  # pixels: by itself a long name becomes tiny, and one beside few bars is cut off
+NUMBER_SIZE = 16
+NAME_SIZE = 13  # pixels: by itself a long name becomes tiny, and one beside few bars is cut off
 GREY = "#9fa7b3"
 DASHED = {"fill": "dash", "dash": [8, 6]}
 
@@ -203,7 +204,7 @@ def _number(one: Panel) -> stat_panel.Panel:
 
 def _bars(one: Panel) -> bargauge.Panel:
     drawn = bargauge.Panel().orientation(options.VizOrientation.HORIZONTAL).reduce_options(_newest())
-    drawn.text(common.VizTextDisplayOptions().title_size(NAME_SIZE).value_size(NAME_SIZE))
+    drawn.text(common.VizTextDisplayOptions().title_size(NAME_SIZE).value_size(NUMBER_SIZE))
     return drawn.display_mode(options.BarGaugeDisplayMode.BASIC).min(0)
 
 

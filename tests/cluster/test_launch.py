@@ -148,6 +148,21 @@ def test_the_command_line_starts_as_many_ranks_as_it_has_checked(folder: Path, t
     assert [env["WORLD_SIZE"] for env in told(folder)] == ["2", "2"]
 
 
+def test_what_a_site_sets_reaches_the_ranks_before_the_users_own_words(folder: Path, tool: Tool) -> None:
+    """As words: over ssh no environment would."""
+    tool("rank", f"#!{sys.executable}\n{TELL}")
+    program = "import sys; from fdscale.cli import main; sys.executable = 'tools/rank'; sys.exit(main(sys.argv[1:]))"
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", program, "launch", "distill", "swinv2_g", "--smoke", "log.every=5"]
+    env = {**os.environ, "PYTHONPATH": path, "FDSCALE_SETTINGS": "log.prometheus_port=9101 log.every=7"}
+    subprocess.run(command, env=env, check=True)
+    words = ["distill", "swinv2_g", "--smoke", "log.prometheus_port=9101", "log.every=7", "log.every=5"]
+    assert [rank["argv"][-6:] for rank in told(folder)] == [words, words]
+    wrong = subprocess.run(command, env={**env, "FDSCALE_SETTINGS": "log.evry=7"}, capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr == "error: FDSCALE_SETTINGS: unknown setting 'log.evry'; did you mean 'log.every'?\n"
+
+
 def test_a_garbled_local_size_is_named(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
     tool("nvidia-smi", gpus(0))
     monkeypatch.setenv("LOCAL_SIZE", "two")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fdscale.config.deepspeed_json import BLOCKS, HOMES, LEAF_MODULE, TOP_LEVEL, ZERO, load_deepspeed_json
+from fdscale.config.deepspeed_json import BLOCKS, HOMES, LEAF_MODULE, MONITORS, TOP_LEVEL, ZERO, load_deepspeed_json
 from fdscale.config.errors import SettingsError, UserError
 
 GOOD: dict[str, Any] = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}}
@@ -164,6 +164,31 @@ def test_the_keys_of_typed_blocks_are_deepspeeds_own() -> None:
 
     assert BLOCKS["bf16"] == set(DeepSpeedBF16Config.model_fields)
     assert BLOCKS["fp16"] == set(DeepSpeedFP16Config.model_fields)
+
+
+def test_the_keys_of_its_monitor_are_deepspeeds_own() -> None:
+    from deepspeed.monitor import config
+
+    classes = {
+        "tensorboard": "TensorBoardConfig",
+        "wandb": "WandbConfig",
+        "csv_monitor": "CSVConfig",
+        "comet": "CometConfig",
+    }
+    assert MONITORS.keys() == classes.keys() == config.DeepSpeedMonitorConfig.model_fields.keys()
+    for block, name in classes.items():
+        assert BLOCKS[block] == set(getattr(config, name).model_fields)
+
+
+def test_blocks_of_the_monitor_are_checked(path: Path) -> None:
+    blocks = {"tensorboard": True, "wandb": {"enabled": "yes", "projekt": "p"}, "csv_monitor": {"output_path": None}}
+    told = problems(path, {**GOOD, **blocks})
+    assert [problem.split(", allowed")[0] for problem in told] == [
+        "mine.json: unknown key 'wandb.projekt'; did you mean 'project'?",
+        "mine.json: tensorboard: got True",
+        "mine.json: wandb.enabled: got 'yes'",
+        "mine.json: csv_monitor.output_path: got None",
+    ]
 
 
 def test_leaf_modules_are_named_in_lists(path: Path) -> None:

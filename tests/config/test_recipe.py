@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fdscale.config.errors import SettingsError, UserError
 from fdscale.config.problems import dotted_names
-from fdscale.config.recipe import load_recipe, recipe_names, to_toml
+from fdscale.config.recipe import load_recipe, recipe_names, site_words, to_toml
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 
 DISTILL = """
@@ -186,6 +186,34 @@ def test_smoke_lies_between_recipe_and_command_line(distill: str) -> None:
     run = load_recipe(distill, ["student.name=swinv2_t", "seed=3"], smoke)
     assert seen == ["swinv2_t"]  # the patch fits what the command line chose
     assert (run.epochs, run.data.global_batch, run.data.shards, run.seed) == (5, 8, "small", 3)
+
+
+def test_a_site_lies_between_smoke_and_command_line(distill: str) -> None:
+    site = ["log.prometheus_port=9101", "log.every=7", "seed=4"]
+    run = load_recipe(distill, ["log.every=8"], lambda tree: {"log": {"every": 5}, "seed": 9}, site)
+    assert (run.log.prometheus_port, run.log.every, run.seed) == (9101, 8, 4)
+
+
+def test_what_is_wrong_in_a_site_is_told_as_its_own(distill: str) -> None:
+    site = ["log.promtheus_port=9101", "log.every=none", "--smoke", "log.prometheus_port=0", "log.prometheus_key=/k"]
+    with pytest.raises(SettingsError) as caught:
+        load_recipe(distill, ["log.evry=3", "log.every=4", "seed=-1"], None, site)
+    told = [problem.split(", allowed")[0].split(";")[0] for problem in caught.value.problems]
+    assert sorted(told) == [
+        "FDSCALE_SETTINGS: log.prometheus_key: got '/k'",
+        "FDSCALE_SETTINGS: log.prometheus_port: got 0",
+        "FDSCALE_SETTINGS: override '--smoke': write key=value, such as optim.lr=1e-3",
+        "FDSCALE_SETTINGS: unknown setting 'log.promtheus_port'",
+        "mine.toml: seed: got -1",
+        "mine.toml: unknown setting 'log.evry'",
+    ]
+
+
+def test_a_site_is_split_into_words_as_a_shell_would() -> None:
+    assert site_words({}) == site_words({"FDSCALE_SETTINGS": "  "}) == []
+    assert site_words({"FDSCALE_SETTINGS": "a=1 b='x y'\n c=\\$(id)"}) == ["a=1", "b=x y", "c=$(id)"]
+    with pytest.raises(UserError, match=r"FDSCALE_SETTINGS=.*cannot be split into words"):
+        site_words({"FDSCALE_SETTINGS": "a='x"})
 
 
 def test_unknown_program_and_unknown_recipe_suggest(distill: str) -> None:

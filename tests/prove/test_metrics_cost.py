@@ -12,7 +12,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from fdscale.students.geometry import SwinV2Geometry
 from fdscale.students.student import build_student, set_activation_checkpointing
 from fdscale.training import loop
 from fdscale.training.amplitudes import Amplitudes
+from fdscale.training.endpoint import Endpoint
 from fdscale.training.engine import Connection, set_learning_rate, start_engine
 from fdscale.training.guards import Guards
 from fdscale.training.live import Live
@@ -42,7 +43,7 @@ from fdscale.training.metrics import METRICS, STATES, counters
 from fdscale.training.optim import Schedule, adamw, parameter_groups
 from fdscale.training.phases import PHASES, Phases
 from fdscale.training.progress import Progress
-from fdscale.training.prometheus import serve_prometheus
+from fdscale.training.prometheus import application, registry_of
 from fdscale.training.sinks import Sinks, open_sinks
 from tests.prove.page import Page
 from tests.training.first_attempt import first_attempt
@@ -149,7 +150,7 @@ def served(connection: Connection, live: Live) -> Iterator[None]:
     if not connection.rank.is_main:
         yield
         return
-    with serve_prometheus(live, "cost", True, "127.0.0.1", 0) as endpoint:
+    with closing(Endpoint(application(registry_of(live, "cost", True)), "127.0.0.1", 0)) as endpoint:
         loop = f"while sleep 5; do curl -s -o /dev/null http://127.0.0.1:{endpoint.port}/metrics; done"
         scraper = subprocess.Popen(["sh", "-c", loop], start_new_session=True)
         yield
@@ -249,7 +250,7 @@ def node_of_64_ranks() -> Live:
 
 
 def scrapes() -> dict[str, Any]:
-    with serve_prometheus(node_of_64_ranks(), "cost", True, "127.0.0.1", 0) as endpoint:
+    with closing(Endpoint(application(registry_of(node_of_64_ranks(), "cost", True)), "127.0.0.1", 0)) as endpoint:
         address = f"http://127.0.0.1:{endpoint.port}/metrics"
         taken, text = [], b""
         for _ in range(100):
@@ -272,7 +273,7 @@ def write(page: Page) -> None:
     lines = [{"what": key, "figure": row["told"], "goal": row["goal"]} for key, row in page.rows.items()]
     how = (
         "Distillation of a 4-stage SwinV2 with extra norms by two ZeRO-3 ranks on CPUs, activations recomputed, a row "
-        "of metrics every 10 steps, amplitudes of every block, collectives timed, an endpoint that is scraped every 5 s. "
+        "of metrics every 10 steps, amplitudes of every block, collectives timed, an endpoint scraped every 5 s. "
         f"With and without: {PAIRS} pairs of {STEPS} steps in random order within one process; without, the same steps "
         "run by hand with no metrics code but the blocks' sleeping hooks."
     )

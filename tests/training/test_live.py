@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from threading import Thread
 
 import pytest
 
@@ -34,6 +35,22 @@ def test_counters_begin_at_nothing_and_only_counters_count() -> None:
     assert live.values == {"skipped_steps_total": 2, "telemetry_failures_total/pushgateway": 2}
     with pytest.raises(AssertionError):
         live.count("loss")
+
+
+def test_nothing_is_lost_when_two_threads_write() -> None:
+    live = Live()
+
+    def fail() -> None:
+        for _ in range(2000):
+            live.count("telemetry_failures_total/pushgateway")
+
+    thread = Thread(target=fail)
+    thread.start()
+    for step in range(2000):
+        live.note({"step": step})
+        live.count("skipped_steps_total")
+    thread.join()
+    assert live.values == {"step": 1999, "skipped_steps_total": 2000, "telemetry_failures_total/pushgateway": 2000}
 
 
 def test_a_state_is_one_of_those_that_are_told() -> None:
