@@ -42,8 +42,8 @@ HOW = (
     "asked of a real Prometheus; every panel drawn with Grafana's UI library 12.4.10 in headless Chromium. No Grafana "
     "server was there: variables, annotations, tables and state timelines are stood in for. The run is simulated: "
     f"{HOURS} hours on two nodes, told by fdscale's own endpoint code; what waits for fine-tuning has no answer there. "
-    "The real run is the smoke student on two CPU ranks, stopped and started again, found by its target files; what waits "
-    f"for {', '.join(NEEDS[need] for need in LACKING)} has no answer there."
+    "The real run is the smoke student on two CPU ranks, stopped and started again, found by its target files; what "
+    f"waits for {', '.join(NEEDS[need] for need in LACKING)} has no answer there."
 )
 COLUMNS = ("board", "panels", "queries", "types", "failed", "empty", "drawn", "marks")
 
