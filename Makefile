@@ -15,7 +15,7 @@ ifeq ($(wildcard /dev/nvidia[0-9]*),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: setup demo test test-cluster prove check
+.PHONY: setup demo test test-cluster prove check dashboards
 
 setup: $(stamp)
 
@@ -33,6 +33,10 @@ test-cluster: $(stamp)
 # What takes hours in all: each measures, compares and writes its page in docs/measurements; done ones are skipped.
 prove: $(stamp)
 	$(in_venv) python -m pytest -m prove tests/prove
+
+# Grafana's JSON and the table of metrics, from their description in monitoring/grafana.
+dashboards: $(stamp)
+	$(in_venv) python -m monitoring.grafana.build
 
 check: $(stamp)
 	$(in_venv) ruff check .

@@ -20,10 +20,13 @@ Row = dict[str, Any]
 
 
 class Page:
-    """`docs/measurements/NAME.json`, and its tables as NAME.md; a stopped measurement goes on where it stopped."""
+    """`docs/measurements/NAME.json`, and its tables as NAME.md; a stopped measurement goes on where it stopped.
 
-    def __init__(self, name: str) -> None:
-        self.path = PAGES / f"{name}.json"
+    `measured` are the paths whose change makes a figure old.
+    """
+
+    def __init__(self, name: str, measured: Sequence[str] = MEASURED) -> None:
+        self.path, self.measured = PAGES / f"{name}.json", measured
         self.rows: dict[str, Row] = json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def row(self, key: str, measure: Callable[[], Row]) -> Row:
@@ -31,7 +34,7 @@ class Page:
 
         One that says that it did not hold is measured again.
         """
-        commit = measured_commit()
+        commit = measured_commit(self.measured)
         kept = self.rows.get(key, {})
         if kept.get("commit") != commit or commit.endswith("dirty") or not kept.get("held", True):
             self.rows[key] = {**measure(), "commit": commit, "date": date.today().isoformat(), "machine": machine()}
@@ -49,10 +52,10 @@ class Page:
         )
 
 
-def measured_commit() -> str:
+def measured_commit(measured: Sequence[str]) -> str:
     """The last commit that touched what is measured; `-dirty` when the tree has changes beyond it."""
-    commit = _git("log", "-1", "--format=%h", "--", *MEASURED)
-    return commit + ("-dirty" if _git("status", "--porcelain", "--", *MEASURED) else "")
+    commit = _git("log", "-1", "--format=%h", "--", *measured)
+    return commit + ("-dirty" if _git("status", "--porcelain", "--", *measured) else "")
 
 
 def machine() -> str:
