@@ -25,10 +25,10 @@ demo: $(stamp)
 test: $(stamp)
 	$(in_venv) python -m pytest -n 2 --dist loadfile
 
-# Real SLURM and sshd on this machine, in namespaces: needs root and Debian's packages, which it installs.
+# Real SLURM, sshd and Prometheus on this machine, in namespaces: needs root and Debian's packages, which it installs.
 test-cluster: $(stamp)
 	$(in_venv) python -m tests.cluster.lab packages
-	$(in_venv) python -m pytest -m cluster tests/cluster
+	$(in_venv) python -m pytest -m cluster tests/cluster tests/monitoring
 
 # What takes hours in all: each measures, compares and writes its page in docs/measurements; done ones are skipped.
 prove: $(stamp)

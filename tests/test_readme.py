@@ -13,7 +13,7 @@ import pytest
 
 from fdscale.bench.__main__ import parser as bench_parser
 from fdscale.cli import app
-from fdscale.config.recipe import load_recipe
+from fdscale.config.recipe import SITE, load_recipe
 from fdscale.config.shipped import shipped_files
 from fdscale.planning.smoke import smoke_patch
 
@@ -61,6 +61,11 @@ def test_console_blocks_print_what_they_show(tmp_path: Path) -> None:
 def test_every_other_command_exists_and_its_settings_are_valid(words: list[str]) -> None:
     if words[0] == "make" or words[:2] == ["SYSTEM_TORCH=1", "make"]:
         assert f"\n{words[-1]}:" in MAKEFILE
+        return
+    if words[0] == "export":
+        name, _, site = words[1].partition("=")
+        assert name == SITE
+        load_recipe("swinv2_g", site=shlex.split(site))
         return
     launchers = [word for word in words if word.startswith("launchers/")]
     assert all((REPOSITORY / launcher).is_file() for launcher in launchers)

@@ -63,11 +63,11 @@ def train(
 
     `watch_of` makes what the loop puts around a step; `teachers`, by the setting that names each, are looked after.
     """
-    chosen, live = run.settings.guards, open_live(run)
+    chosen = run.settings.guards
     try:
         with (
             run.attempt,
-            exports_of(run, live) as exports,
+            exports_of(run, live := open_live(run)) as exports,
             Guards(run.connection, run.attempt.folder, chosen.hang_seconds, chosen.skipped_in_a_row, live) as guards,
         ):
             done = _fit(run, module, student, batch_terms, sample_terms, save, watch_of, teachers or {}, guards)

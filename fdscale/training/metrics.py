@@ -146,7 +146,9 @@ _ROWS = (
     ),
     # the telling itself
     _counter("telemetry_seconds_total", "seconds", "Time the training loop spent on handing over its measurements"),
-    _counter("telemetry_failures_total", "1", "Measurements that one way out could not take", "way"),
+    Metric(
+        "telemetry_failures_total", "counter", "1", "Times that a node could not tell by one way out", ("way",), "node"
+    ),
 )
 METRICS: dict[str, Metric] = {row.name: row for row in _ROWS}
 

@@ -11,7 +11,7 @@ from monitoring.grafana.draw import board_json
 BOARDS = (overview.BOARD, ranks.BOARD, reliability.BOARD)
 REPOSITORY = Path(__file__).parents[2]
 DASHBOARDS = Path(__file__).parent / "dashboards"
-TABLE = REPOSITORY / "docs" / "monitoring_metrics.md"
+TABLE = REPOSITORY / "docs" / "metrics.md"
 BEGIN, END = "<!-- metrics: written by make dashboards -->", "<!-- /metrics -->"
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
-import shutil
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from fdscale.training import monitor as module
 from fdscale.training.engine import Connection, set_learning_rate, start_engine
 from fdscale.training.live import Live
 from fdscale.training.monitor import MonitorSink, monitored
@@ -36,7 +37,7 @@ def trained(connection: Connection, run_dir: str, blocks: dict[str, Any], break_
     sinks = Sinks([sink] if sink else [], live=live)
     for step in range(1, 5):
         if break_after == step - 1:
-            shutil.rmtree(run_dir)
+            os.rename(run_dir, f"{run_dir} is gone")
             Path(run_dir).touch()
         set_learning_rate(engine, Schedule(10, 0, peak=1e-3, start=1e-3, end=1e-3), step)
         for _ in range(GLOBAL_BATCH // (2 * world)):
@@ -46,6 +47,7 @@ def trained(connection: Connection, run_dir: str, blocks: dict[str, Any], break_
             values = {"loss": float("nan") if step == 4 else 0.5, "images": step * GLOBAL_BATCH}
             sinks.write(step, {**values, "teacher_loss/dino": 0.25})
             sinks.write(step, {"checkpoint_seconds": 1.5})
+    sinks.close()
     return {"live": live.values, "samples": engine.global_samples, "enabled": bool(engine.monitor.enabled)}
 
 
@@ -89,6 +91,27 @@ def test_a_writer_that_cannot_begin_ends_no_run(two_ranks, tmp_path: Path):
     assert "telemetry_failures_total/monitor" not in other["live"]
 
 
+def hung(connection: Connection, run_dir: str) -> tuple[float, dict[str, float]]:
+    """`trained` onto a share that hangs: a pipe, opened for writing, waits for a reader."""
+    file = Path(run_dir, "csv_monitor", "Train_Samples_lr.csv")
+    file.parent.mkdir()
+    os.mkfifo(file)
+    usual = module.WAITING, module.PATIENCE
+    module.WAITING, module.PATIENCE = 2, 0.1
+    began = time.monotonic()
+    told = trained(connection, run_dir, {"csv_monitor": {"enabled": True}})
+    seconds = time.monotonic() - began
+    module.WAITING, module.PATIENCE = usual
+    os.close(os.open(file, os.O_RDONLY | os.O_NONBLOCK))
+    return seconds, told["live"]
+
+
+def test_a_share_that_hangs_holds_no_run(one_rank, tmp_path: Path):
+    ((seconds, live),) = one_rank(hung, str(tmp_path))
+    assert seconds < 30, "it was waited for"
+    assert live["telemetry_failures_total/monitor"] >= 4  # of eight rows and events one is being written, two wait
+
+
 def test_one_writer_that_breaks_leaves_the_others(one_rank, tmp_path: Path):
     (tmp_path / "file").touch()
     blocks = {**FILES, "tensorboard": {"enabled": True, "output_path": str(tmp_path / "file")}}
@@ -108,7 +131,9 @@ def test_what_is_on_is_written_into_the_run_directory_unless_it_says_where(monke
     assert (os.environ["WANDB_DIR"], os.environ["WANDB_NAME"]) == ("/runs/vit", "chosen")
     named = monitored({"tensorboard": {**there, "job_name": "mine"}, "csv_monitor": {"enabled": True}}, run)
     assert named["tensorboard"]["job_name"] == "mine"
-    assert named["csv_monitor"] == {"enabled": True, "output_path": "/runs/vit", "job_name": "csv_monitor"}
+    assert named["csv_monitor"] == {"enabled": True, "output_path": "/runs/vit/csv_monitor", "job_name": ""}
+    (inside,) = monitored({"tensorboard": {"enabled": True, "job_name": "mine"}}, run).values()
+    assert inside == {"enabled": True, "output_path": "/runs/vit/tensorboard", "job_name": "mine"}
 
 
 def in_wandb(connection: Connection, run_dir: str) -> dict[str, float]:

@@ -18,6 +18,11 @@ PACKAGES = {
     "sshd": "openssh-server",
     "ssh": "openssh-client",
     "pdsh": "pdsh",
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
+    "prometheus-pushgateway": "prometheus-pushgateway",
+    "prometheus-alertmanager": "prometheus-alertmanager",
+    "amtool": "prometheus-alertmanager",
 }
 POLICY = Path("/usr/sbin/policy-rc.d")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
