@@ -128,6 +128,7 @@ def _browse(*arguments: str) -> str:
 def _with_few_colours(picture: Path) -> None:
     with Image.open(picture) as drawn:
         few = drawn.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    assert len(few.getcolors()) > COLOURS // 4, f"{picture} is blank: the report is of another visit of the page"
     few.save(picture, optimize=True)
 
 
