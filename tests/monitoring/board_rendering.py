@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,9 @@ def render(board: Path, view: View, picture: Path) -> dict[str, Any]:
     )
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in contents["panels"])
     size = f"--window-size={view.width + 8},{height * UNIT + 8}"
-    browse = [*CHROMIUM, size, f"--user-data-dir={CACHE / 'profile'}"]
     picture.parent.mkdir(parents=True, exist_ok=True)
-    _run(*browse, f"--screenshot={picture}", page.as_uri())
-    title = re.search(r"<title>(.*?)</title>", _run(*browse, "--dump-dom", page.as_uri()), re.DOTALL)
+    _browse(size, f"--screenshot={picture}", page.as_uri())
+    title = re.search(r"<title>(.*?)</title>", _browse(size, "--dump-dom", page.as_uri()), re.DOTALL)
     assert title is not None, "the page did not get as far as its report"
     _with_few_colours(picture)
     return json.loads(html.unescape(title[1]))
@@ -120,9 +120,15 @@ def _bundle() -> None:
         )
 
 
+def _browse(*arguments: str) -> str:
+    with tempfile.TemporaryDirectory() as profile:
+        return _run(*CHROMIUM, f"--user-data-dir={profile}", *arguments)
+
+
 def _with_few_colours(picture: Path) -> None:
     with Image.open(picture) as drawn:
         few = drawn.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+    assert len(few.getcolors()) > COLOURS // 4, f"{picture} is blank: the report is of another visit of the page"
     few.save(picture, optimize=True)
 
 

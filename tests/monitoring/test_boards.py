@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fdscale.training.metrics import ENDS, METRICS, STATES
-from monitoring.grafana.build import BOARDS, DASHBOARDS, derived
+from monitoring.grafana.build import BOARDS, DASHBOARDS, REPOSITORY, derived
 from monitoring.grafana.draw import PAGE_WIDTH, placed
 from monitoring.grafana.panels import NEEDS, Board, metrics_in
 from monitoring.grafana.states import END_NAMES, STATE_NAMES, end_number, state_number
@@ -84,6 +84,19 @@ def test_a_legend_names_labels_that_are_there(board: Board) -> None:
             assert query.legend, f"{panel.title}: a line without a name"
             assert set(re.findall(r"\{\{(\w+)\}\}", query.legend)) <= labels_in(query.expr), panel.title
             assert not query.needs or query.needs in NEEDS
+
+
+def test_the_exporter_of_the_gpus_is_told_to_tell_what_is_asked_for() -> None:
+    counters = (REPOSITORY / "monitoring" / "dcgm" / "counters.csv").read_text()
+    told = {line.split(",")[0] for line in counters.splitlines()}
+    assert {name for expr in expressions() for name in re.findall(r"DCGM_\w+", expr)} <= told
+
+
+def test_runbooks_name_panels_that_are_there() -> None:
+    text = " ".join((REPOSITORY / "docs" / "runbooks.md").read_text().split())
+    named = set(re.findall(r"(?<!\*)\*([A-Z][^*]+)\*(?!\*)", text)) - {"Delete group"}  # the gateway's own button
+    assert named
+    assert named <= {panel.title.removesuffix(": $run") for board in BOARDS for panel in board.panels}
 
 
 def test_every_metric_is_on_a_board() -> None:
