@@ -170,7 +170,10 @@ def _of_failure(failure: Failure, attempt: Evidence) -> Cause:
         remedy = f"make room, or make the folder writable, then {AGAIN}"
         return Cause(f"{where} could not write to the disk", shown, remedy)
     if NOT_FINITE.search(failure.message):
-        remedy = f"look at the samples of these steps, lower optim.lr or set optim.clip, then {AGAIN}"
+        remedy = (
+            f"look at the samples of these steps, then {AGAIN}, or begin another run, with a run_dir of its own and a "
+            "lower optim.lr or optim.clip"
+        )
         return Cause(f"{where} ended it: too many steps in a row were not finite", shown, remedy)
     if failure.text.startswith("UserError: "):
         return Cause(f"{where} ended it with a message", shown, f"do what it says, then {AGAIN}")

@@ -165,8 +165,9 @@ class Guards:
             )
             raise UserError(
                 f"{progress.skipped_in_a_row} steps in a row, up to step {failed}, had a loss or gradient that is not "
-                f"finite, {why}. Their samples are in {self._keys_file}. Look at those, lower optim.lr or set "
-                f"optim.clip; `fdscale doctor {self.folder.parent.parent}` reads the run"
+                f"finite, {why}. Their samples are in {self._keys_file}. Look at those; a lower optim.lr "
+                "or optim.clip is another run, with a run_dir of its own; "
+                f"`fdscale doctor {self.folder.parent.parent}` reads the run"
             )
         self.live.count("rollbacks_total")
         progress.become(Progress.resumed(state))

@@ -138,9 +138,10 @@ def test_a_forked_worker_does_not_hold_the_port_of_a_rank_that_was_killed():
     code = (
         "import os, time; from fdscale.training.endpoint import Endpoint\n"
         "endpoint = Endpoint(lambda environ, start: [], '127.0.0.1', 0)\n"
-        "worker = os.fork()\n"
+        "forked, told = os.pipe(); worker = os.fork()\n"
         "if not worker:\n"
-        "    os.close(1); time.sleep(60)\n"
+        "    os.close(1); os.write(told, b'.'); time.sleep(60)\n"
+        "os.read(forked, 1)\n"
         "print(endpoint.port, worker, flush=True); time.sleep(60)\n"
     )
     rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

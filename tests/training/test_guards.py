@@ -190,7 +190,7 @@ def test_the_same_stretch_twice_ends_the_run(tmp_path: Path, two_ranks: Any) -> 
             "3 steps in a row, up to step 7, had a loss or gradient that is not finite, again, after going back"
         )
         assert str(tmp_path / "0001" / "skipped.jsonl") in rank["error"]
-        assert "lower optim.lr" in rank["error"]
+        assert "a lower optim.lr or optim.clip is another run" in rank["error"]
     assert saved_steps(tmp_path) == [4]
 
 
@@ -205,6 +205,15 @@ def test_amid_steps_that_are_left_out_no_checkpoint_is_made(tmp_path: Path, two_
     for rank in two_ranks(guarded, str(tmp_path), 1, {(1, 3): 1, (1, 4): 1}, plan):
         assert rank["error"] is None
     assert saved_steps(tmp_path) == [2, 5]  # not 4; the last one always
+
+
+def evaluated(connection: Connection, folder: str) -> tuple[list[int], str]:
+    guards = Guards(connection, first_attempt(folder).folder, hang_seconds=0, skipped_in_a_row=LIMIT)
+    return list(guards.marking([1, 2])), guards.live.state
+
+
+def test_every_batch_of_an_evaluation_is_progress(tmp_path: Path, two_ranks: Any) -> None:
+    assert two_ranks(evaluated, str(tmp_path)) == [([1, 2], "evaluating")] * 2
 
 
 def test_a_checkpoint_from_before_these_counts_is_taken() -> None:

@@ -118,7 +118,6 @@ def test_it_ends_with_its_context_and_0_is_none(tmp_path: Path) -> None:
     for limit, more in ((60.0, 1), (0.0, 0)):
         with contextlib.suppress(KeyError), Watchdog(tmp_path, me, 0, limit) as watchdog:
             watchdog.mark("training", 3)
-            assert list(watchdog.marking([1, 2], "evaluating")) == [1, 2]
             assert threading.active_count() == threads + more
             raise KeyError
         assert threading.active_count() == threads
