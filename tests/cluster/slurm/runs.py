@@ -82,6 +82,12 @@ def steps_of_this_life(run_dir: Path, number: int) -> int:
     return max([0, *done]) - (before["step"] if before else 0)
 
 
+def targets_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """What Prometheus finds in a folder, by node."""
+    files = [json.loads(path.read_text())[0] for path in sorted(folder.glob("*.json"))]
+    return {one["labels"]["node"]: one for one in files}
+
+
 class Watch:
     """Waits for a job to come somewhere, and says what its log holds when it does not."""
 

@@ -23,6 +23,7 @@ from tests.cluster.slurm.runs import (
     pids,
     settings,
     steps_of_this_life,
+    targets_in,
 )
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
@@ -31,10 +32,10 @@ KILLS, SEED = 5, 2022
 STUDENT = "student.safetensors"
 
 
-def submitted(lab: Slurm, folder: Path, *words: str | Path) -> str:
-    """The number of a job of the shipped launcher on two nodes."""
-    output = f"--output={folder}/job.out"
-    return lab.sbatch(*TWO_NODES, output, "--signal=B:USR1@60", *words, env=environment())
+def submitted(lab: Slurm, folder: Path, *words: str | Path, site: str = "") -> str:
+    """The number of a job of the shipped launcher on two nodes, of a site that sets so much for all its runs."""
+    output, variables = f"--output={folder}/job.out", {**environment(), "FDSCALE_SETTINGS": site}
+    return lab.sbatch(*TWO_NODES, output, "--signal=B:USR1@60", *words, env=variables)
 
 
 def test_two_nodes_compute_what_one_machine_computes(
@@ -54,13 +55,21 @@ def test_two_nodes_compute_what_one_machine_computes(
 def test_a_signal_a_preemption_and_a_time_limit_are_outlived(
     lab: Slurm, undisturbed: Path, digits: Path, tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / "run"
-    job = submitted(lab, tmp_path, "--partition=low", LAUNCHER, *settings(run_dir, digits))
+    """And Prometheus finds the run while it lives: each node at its own address, how a life ended, nothing at last."""
+    run_dir, targets = tmp_path / "run", tmp_path / "targets"
+    targets.mkdir()
+    site = f"log.prometheus_port=0 log.prometheus_targets={targets}"
+    job = submitted(lab, tmp_path, "--partition=low", LAUNCHER, *settings(run_dir, digits), site=site)
     watch = Watch(lab, job, run_dir)
 
     watch.steps(1, 1)
+    assert_served(lab, targets)
     lab.client("scancel", "--signal=USR1", job)
+    ended = [{"run": "run", "node": node, "ended": "stopped"} for node in ("n1", "n2")]
+    watch.until(lambda: [one["labels"] for one in targets_in(targets).values()] == ended, "that it will be back")
     watch.steps(2, 1)
+    assert not any("ended" in one["labels"] for one in targets_in(targets).values())
+    assert len(list(targets.iterdir())) == 2, "the first life's are gone"
     lab.sbatch("--partition=high", "--nodes=2", "--exclusive", f"--output={tmp_path}/high.out", "--wrap=sleep 2")
     watch.steps(3, 1)
     lab.client("scontrol", "update", f"JobId={job}", "TimeLimit=1")
@@ -75,6 +84,18 @@ def test_a_signal_a_preemption_and_a_time_limit_are_outlived(
     assert codes(run_dir) == [85, 85, 85, 0]
     logs = sorted(path.name for path in (run_dir / "logs").iterdir())
     assert logs == [f"{job}_{restart}.log" for restart in range(4)]
+    assert targets_in(targets) == {}
+
+
+def assert_served(lab: Slurm, targets: Path) -> None:
+    """Both nodes, each at its own address; the main one serves what is the whole run's."""
+    found = targets_in(targets)
+    assert [one["labels"] for one in found.values()] == [{"run": "run", "node": node} for node in ("n1", "n2")]
+    hosts = [one["targets"][0].rpartition(":")[0] for one in found.values()]
+    assert hosts == ["10.77.0.1", "10.77.0.2"]
+    scraped = [lab.client("curl", "-sS", f"http://{one['targets'][0]}/metrics") for one in found.values()]
+    assert ["fdscale_loss{" in text for text in scraped] == [True, False]
+    assert ["fdscale_rank_host_memory_bytes{" in text for text in scraped] == [True, True]
 
 
 def test_ranks_that_are_killed_at_random_moments_cost_nothing_but_time(
