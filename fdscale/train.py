@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fdscale.build.foreseen import step_watch
+from fdscale.build.foreseen import StepWatch
 from fdscale.build.networks import as_pixels, prepare_teacher, seeded, student_of, teacher_of
 from fdscale.build.outline import Outline, draws_for, pixels_for, student_outline
 from fdscale.build.run import Run, open_run
@@ -71,7 +71,7 @@ def distill(
         pixels = as_pixels(batch.images)
         return engine(pixels, targets_of(pixels))
 
-    watch_of = partial(step_watch, run, teachers, None if student or given else partial(outline, settings))
+    watch_of = partial(StepWatch, run, teachers, None if student or given else partial(outline, settings))
     return train(run, distiller, trained, distill_batch, held_out_batch, watch_of=watch_of, teachers=teachers)
 
 

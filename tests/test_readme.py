@@ -94,3 +94,11 @@ def test_the_tree_names_every_module() -> None:
     tree = CONTRIBUTING[CONTRIBUTING.index("├── cli.py") : CONTRIBUTING.index("tests/  ")]
     modules = [path for path in (REPOSITORY / "fdscale").rglob("*.py") if not path.name.startswith("__")]
     assert [path.name for path in modules if path.name not in tree] == []
+
+
+@pytest.mark.parametrize("page", sorted((REPOSITORY / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_pages_are_finished_and_their_links_lead_to_files(page: Path) -> None:
+    text = page.read_text()
+    assert re.findall(r"\{[A-Z]+\}", text) == [], "a figure that was to be put in"
+    links = [link for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []

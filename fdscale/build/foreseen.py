@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from fdscale.planning.forecast import IMAGE_CHANNELS, Forecast, forecast
 from fdscale.planning.gpus import gpu_called
 from fdscale.planning.memory import size_text
 from fdscale.planning.placement import Placement
-from fdscale.training.allocator import peak_of_step
+from fdscale.training.allocator import Peak, peak_of_step
 from fdscale.training.engine import compute_dtype
 from fdscale.training.phases import host_flops_per_second
 from fdscale.training.run_directory import write_text
@@ -56,32 +56,41 @@ def forecast_of(
     )
 
 
-def step_watch(
-    run: Run,
-    teachers: Mapping[str, nn.Module],
-    outline: Callable[[], Outline] | None,
-    engine: DeepSpeedEngine,
-    sinks: Sinks,
-    first_step: int,
-) -> Callable[[int], AbstractContextManager[None]]:
+class StepWatch:
     """What the loop puts around each step: rank 0 measures one of them, its 20th or the last of a shorter run.
 
-    Planned and measured bytes are told and kept in `memory.json`. `outline` None: networks given in Python are
-    measured only.
+    Planned and measured bytes are told and kept in `memory.json`, while the other ranks wait. `outline` None: networks
+    given in Python are measured only.
     """
-    measured_at = min(first_step + MEASURED_AFTER, run.last_step) - 1
-    wanted = run.connection.rank.is_main and measured_at - first_step + 1 >= FEWEST
+
+    def __init__(
+        self,
+        run: Run,
+        teachers: Mapping[str, nn.Module],
+        outline: Callable[[], Outline] | None,
+        engine: DeepSpeedEngine,
+        sinks: Sinks,
+        first_step: int,
+    ) -> None:
+        self.run, self.outline, self.sinks, self._held = run, outline, sinks, (engine, list(teachers.values()))
+        last = min(first_step + MEASURED_AFTER, run.last_step)
+        self.measured_step = last if last - first_step >= FEWEST else None  # as it is counted when it is done
+        self._peak = Peak()
 
     @contextmanager
-    def watch(step: int) -> Iterator[None]:
-        if not wanted or step != measured_at:
+    def __call__(self, step: int) -> Iterator[None]:
+        if step + 1 != self.measured_step or not self.run.connection.rank.is_main:
             yield
             return
-        with peak_of_step(run.device, engine, list(teachers.values())) as peak:
+        with peak_of_step(self.run.device, *self._held) as self._peak:
             yield
-        _tell(run, outline, peak.size, step + 1, sinks)
 
-    return watch
+    def tell(self, step: int) -> None:
+        if step != self.measured_step:
+            return
+        if self.run.connection.rank.is_main:
+            _tell(self.run, self.outline, self._peak.size, step, self.sinks)
+        self.run.connection.barrier()  # tracing a giant takes a while: it is in nobody's next step
 
 
 def _tell(run: Run, outline: Callable[[], Outline] | None, measured: int, step: int, sinks: Sinks) -> None:

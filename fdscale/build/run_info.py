@@ -18,13 +18,12 @@ from fdscale.training.metrics import counters
 def open_live(run: Run) -> Live:
     """The latest values of this rank's process, with those that are known before the first step."""
     live = Live(run_info(run))
-    live.note({**counters(), "node_memory_limit_bytes": host_memory.limit()})
+    live.note(counters())
+    live.look(lambda: {"node_memory_limit_bytes": host_memory.limit()})
     if run.connection.rank.is_main:
-        attempt = of_attempt(run.attempt.folder)
-        live.note(attempt)
-        live.note({"checkpoint_timestamp_seconds": attempt["attempt_start_timestamp_seconds"]})
-        live.note(newest_commit(run.attempt.folder.parent))
         live.note({"steps_planned": run.last_step, "checkpoint_every": run.settings.checkpoint.every})
+        live.look(lambda: of_attempt(run.attempt.folder))
+        live.look(lambda: newest_commit(run.attempt.folder.parent))
     return live
 
 

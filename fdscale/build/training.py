@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +32,7 @@ from fdscale.training.engine import parameter_dtype, start_engine
 from fdscale.training.evaluate import SampleTerms, evaluate
 from fdscale.training.guards import Guards
 from fdscale.training.live import Live
-from fdscale.training.loop import BatchTerms, Plan, fit
+from fdscale.training.loop import UNWATCHED, BatchTerms, Plan, Watch, fit
 from fdscale.training.optim import Schedule, adamw, layer_scales, parameter_groups
 from fdscale.training.partition import divide, is_divided
 from fdscale.training.progress import Progress
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-WatchOf = Callable[["DeepSpeedEngine", Sinks, int], Callable[[int], AbstractContextManager[object]]]
+WatchOf = Callable[["DeepSpeedEngine", Sinks, int], Watch]
 
 
 def train(
@@ -98,11 +97,8 @@ def _fit(
     engine = _engine(run, module, student, schedule)
     kept = settings.checkpoint
     checkpoints = Checkpoints(run.attempt, run.connection, kept.keep, kept.keep_every, kept.verify_every)
-    guards.mark("starting", None, PATIENCE, "loading the checkpoint")
-    state = checkpoints.load(engine)
-    progress = Progress.resumed(state)
-    _record(run, student, progress, fresh=state is None)
-    sinks = _sinks(run, engine, progress.step if state else None, guards.live)
+    progress, fresh = _resumed(run, student, checkpoints, engine, guards)
+    sinks = _sinks(run, engine, None if fresh else progress.step, guards.live)
     try:
         guards.amplitudes = Amplitudes(student.backbone)
         _set_out_canary(run, teachers, guards)
@@ -120,7 +116,7 @@ def _fit(
             run.stop,
             held_out,
             guards,
-            watch_of(engine, sinks, progress.step) if watch_of else nullcontext,
+            watch_of(engine, sinks, progress.step) if watch_of else UNWATCHED,
         )
         if done:
             guards.mark("writing the result", progress.step, PATIENCE)
@@ -129,6 +125,18 @@ def _fit(
     finally:
         sinks.close()
     return done
+
+
+def _resumed(
+    run: Run, student: Student, checkpoints: Checkpoints, engine: DeepSpeedEngine, guards: Guards
+) -> tuple[Progress, bool]:
+    """Where this run goes on from, in the engine, too; and whether nothing was there."""
+    guards.mark("starting", None, PATIENCE, "loading the checkpoint")
+    state = checkpoints.load(engine)
+    guards.note_commit()
+    progress = Progress.resumed(state)
+    _record(run, student, progress, fresh=state is None)
+    return progress, state is None
 
 
 def _set_out_canary(run: Run, teachers: Mapping[str, Teacher], guards: Guards) -> None:

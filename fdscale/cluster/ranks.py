@@ -22,6 +22,9 @@ REQUEUE_EXIT_CODE = 85
 USER_ERROR_EXIT_CODE = 2
 """A run's exit code after a user's mistake, or when a person must decide: starting it again would change nothing."""
 
+REQUEUES = "FDSCALE_REQUEUES"
+"""The variable that tells ranks that their launcher puts their job back into the queue until the run is complete."""
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

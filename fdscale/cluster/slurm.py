@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fdscale.cluster.lives import claimed_since, is_mistake, log_apart, newest_attempt, record_codes
-from fdscale.cluster.ranks import USER_ERROR_EXIT_CODE, in_srun_step
+from fdscale.cluster.ranks import REQUEUES, USER_ERROR_EXIT_CODE, in_srun_step
 from fdscale.cluster.supervise import supervise
 from fdscale.config.errors import UserError
 
@@ -48,7 +48,7 @@ def start_with_srun(command: list[str], ranks: int | None, run_dir: Path | None)
     before = newest_attempt(run_dir)
     # srun passes USR1 to its tasks but answers TERM by killing them, and INT by a report: all reach it as USR1
     as_usr1 = {signal.SIGTERM: signal.SIGUSR1, signal.SIGINT: signal.SIGUSR1}
-    code = supervise(command, [_for_srun(os.environ)], on_orphaned=signal.SIGUSR1, forward_as=as_usr1).code
+    code = supervise(command, [_for_srun(os.environ, requeued)], on_orphaned=signal.SIGUSR1, forward_as=as_usr1).code
     attempt = claimed_since(run_dir, before)
     record_codes(attempt, {"srun": code})
     if code != 0 and attempt is not None and is_mistake(attempt):
@@ -82,10 +82,10 @@ def _container(env: Mapping[str, str]) -> list[str]:
         ) from error
 
 
-def _for_srun(env: Mapping[str, str]) -> dict[str, str]:
+def _for_srun(env: Mapping[str, str], requeued: bool) -> dict[str, str]:
     """Since SLURM 22.05 srun does not inherit the CPUs per task of its job."""
     cpus = {"SRUN_CPUS_PER_TASK": env["SLURM_CPUS_PER_TASK"]} if "SLURM_CPUS_PER_TASK" in env else {}
-    return {**cpus, **env}
+    return {**cpus, **env, **({REQUEUES: "1"} if requeued else {})}
 
 
 def _restarts(env: Mapping[str, str]) -> str:

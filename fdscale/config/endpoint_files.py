@@ -13,7 +13,8 @@ from fdscale.config.errors import UserError
 def tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
     """A server's TLS with a certificate chain and its key, PEM files; without `key` the first file holds both.
 
-    Raises UserError for files that are missing, unreadable, encrypted, or do not belong together.
+    Raises UserError for files that are missing, unreadable, encrypted, or do not belong together, and for a key that
+    everyone on the machine may read.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     for setting, path in (("log.prometheus_certificate", certificate), ("log.prometheus_key", key)):
@@ -27,6 +28,7 @@ def tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
             f"log.prometheus_certificate: {certificate!r} cannot be used ({error}): allowed: a PEM file whose key, not "
             f"encrypted, is {beside if key is None else f'{beside}={key}'}"
         ) from error
+    _private("log.prometheus_key" if key else "log.prometheus_certificate", key or certificate)
     return context
 
 
@@ -37,13 +39,17 @@ def basic_credentials(password_file: str) -> bytes:
     """
     setting = "log.prometheus_password_file"
     _readable(setting, password_file)
-    if Path(password_file).stat().st_mode & stat.S_IROTH:
-        raise UserError(f"{setting}: everyone may read {password_file!r}: chmod o-rwx {password_file}")
+    _private(setting, password_file)
     lines = Path(password_file).read_bytes().splitlines()
     user, colon, password = lines[0].partition(b":") if len(lines) == 1 else (b"", b"", b"")
     if not (user and colon and password):
         raise UserError(f"{setting}: {password_file!r} is not one line user:password: write that and nothing else")
     return base64.b64encode(lines[0])
+
+
+def _private(setting: str, path: str) -> None:
+    if Path(path).stat().st_mode & stat.S_IROTH:
+        raise UserError(f"{setting}: everyone may read {path!r}, which holds a secret: chmod o-rwx {path}")
 
 
 def _readable(setting: str, path: str) -> None:

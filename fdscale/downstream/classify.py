@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fdscale.build.foreseen import step_watch
+from fdscale.build.foreseen import StepWatch
 from fdscale.build.networks import as_pixels, seeded, student_of
 from fdscale.build.outline import Outline, draws_for, pixels_for, student_outline
 from fdscale.build.run import open_run
@@ -61,7 +61,7 @@ def finetune(settings: FinetuneSettings) -> bool:
         pixels = as_pixels(batch.images)
         return engine(seen_as_clip(pixels, mean, std) if as_clip else pixels, batch.labels)
 
-    watch_of = partial(step_watch, run, {}, partial(outline, settings))
+    watch_of = partial(StepWatch, run, {}, partial(outline, settings))
     return train(run, classifier, student, labelled_batch, held_out_batch, save_classifier, watch_of)
 
 

@@ -56,9 +56,10 @@ def gpu_named(name: str) -> Gpu:
 def gpu_called(device: str, memory: int) -> Gpu | None:
     """The GPU that a driver calls `NVIDIA A100-SXM4-80GB`, by model and nearest memory; None for an unknown one.
 
-    A PCIe card of a model of several forms is slower than the table's and counts as unknown.
+    Other forms of a model are slower than the table's and count as unknown: an H100 for PCIe slots, a part of a GPU
+    (MIG), a laptop's.
     """
-    if "PCIe" in device and "H100" in device:
+    if re.search(r"H100 (PCIe|NVL)|MIG|Laptop", device):
         return None
     name = device.replace("RTX ", "RTX").replace("RTXA", "A")
     models = {known: gpu for known, gpu in GPUS.items() if re.search(rf"\b{known.split('-')[0]}\b", name)}

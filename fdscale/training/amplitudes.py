@@ -33,7 +33,7 @@ class Amplitudes:
     @contextmanager
     def watching(self, wanted: bool) -> Iterator[None]:
         """Look at what passes inside, if it is wanted: each look reads a block's output once more."""
-        self._watching = wanted
+        self._watching, self._largest = wanted, {}  # what a step that was left out had seen is nobody's
         yield
         self._watching = False
 
@@ -45,5 +45,6 @@ class Amplitudes:
     @torch.no_grad()
     def _see(self, stage: str, block: nn.Module, inputs: object, output: object) -> None:
         if self._watching and block.training and isinstance(output, Tensor):
-            largest = output.detach().abs().amax().float()
+            least, most = torch.aminmax(output.detach())  # nothing of the size of the output is allocated
+            largest = torch.maximum(most, -least).float()
             self._largest[stage] = torch.maximum(self._largest[stage], largest) if stage in self._largest else largest

@@ -14,7 +14,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fdscale.cluster.ranks import Rank
+from fdscale.cluster.ranks import REQUEUES, Rank
 from fdscale.config.endpoint_files import basic_credentials, tls_context
 from fdscale.config.errors import StartAgain, UserError
 from fdscale.training.attempts import Attempt
@@ -57,7 +57,8 @@ class Exports:
         self.done = False
         self.endpoint: Endpoint | None = None
         self._pusher: Pusher | None = None
-        self._node, run_dir = socket.gethostname(), attempt.folder.parent.parent.resolve()
+        self._node, run_dir = node_name(attempt, rank), attempt.folder.parent.parent.resolve()
+        self._address, self._superseded = "", False
         self.run = run_dir.name.encode(errors="replace").decode()  # a folder's name may hold bytes that are no text
         self._target: Target | None = None
         if ways.targets:
@@ -77,8 +78,11 @@ class Exports:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        ended = how_it_ended(kind, self.done, "SLURM_JOB_ID" in os.environ)
-        if self._was_superseded():
+        if self.rank.local_rank:
+            return
+        ended = how_it_ended(kind, self.done, REQUEUES in os.environ)
+        self._try("targets", "whether a newer attempt has begun is not known", self._look_for_a_newer_one)
+        if self._superseded:
             ended = None
         if self.endpoint is not None:
             self._list_as({} if ended is None else {"ended": ended}, remove=ended is None)
@@ -102,8 +106,8 @@ class Exports:
             return
         where = f"{self.ways.host or 'this machine'}:{port}"
         told = f"no Prometheus endpoint on {where}: choose another log.prometheus_port or log.prometheus_host"
-        if self._try("prometheus", told, lambda: self._open(registry, port)):
-            self._tell()
+        if self._try("prometheus", told, lambda: self._open(registry, port)) and self.endpoint is not None:
+            self._tell(self.endpoint)
             self._list_as({})
 
     def _open(self, registry: CollectorRegistry, port: int) -> None:
@@ -112,7 +116,9 @@ class Exports:
         ways, host = self.ways, self.ways.host or self._own_address()
         context = tls_context(ways.certificate, ways.key) if ways.certificate else None
         credentials = basic_credentials(ways.password_file) if ways.password_file else None
-        self.endpoint = Endpoint(application(registry), host, port, context, credentials)
+        endpoint = Endpoint(application(registry), host, port, context, credentials)
+        self._address = self._address_of(endpoint)
+        self.endpoint = endpoint
 
     def _own_address(self) -> str:
         """The address of this node that its peers see; alone, loopback, which nobody else does."""
@@ -122,10 +128,9 @@ class Exports:
     def _is_alone(self) -> bool:
         return self.rank.world_size == self.rank.local_world_size
 
-    def _tell(self) -> None:
-        assert self.endpoint is not None
-        logger.info("metrics: %s://%s/metrics", self.endpoint.scheme, self._address())
-        loopback = ip_address(self.endpoint.host).is_loopback
+    def _tell(self, endpoint: Endpoint) -> None:
+        logger.info("metrics: %s://%s/metrics", endpoint.scheme, self._address)
+        loopback = ip_address(endpoint.host).is_loopback
         if loopback and not self._is_alone:
             logger.warning(
                 "%s reaches MASTER_ADDR=%s by loopback, where Prometheus finds no metrics: set log.prometheus_host",
@@ -136,19 +141,18 @@ class Exports:
                 "the password of the metrics crosses the network as it is: set log.prometheus_certificate, too"
             )
 
-    def _address(self) -> str:
+    def _address_of(self, endpoint: Endpoint) -> str:
         """HOST:PORT for Prometheus; of an endpoint on all addresses of this node, one by which it is known."""
-        assert self.endpoint is not None
-        host = self.endpoint.host
+        host = endpoint.host
         if ip_address(host).is_unspecified:
-            host = self._node if self._is_alone else self._own_address()
-        return f"[{host}]:{self.endpoint.port}" if ":" in host else f"{host}:{self.endpoint.port}"
+            host = socket.gethostname() if self._is_alone else self._own_address()
+        return f"[{host}]:{endpoint.port}" if ":" in host else f"{host}:{endpoint.port}"
 
     def _list_as(self, labels: Mapping[str, str], remove: bool = False) -> None:
         if (target := self._target) is None or self.endpoint is None:
             return
         secured = {"__scheme__": "https"} if self.endpoint.scheme == "https" else {}
-        action = target.remove if remove else lambda: target.write(self._address(), {**labels, **secured})
+        action = target.remove if remove else lambda: target.write(self._address, {**labels, **secured})
         self._try("targets", f"{target.file} could not be {'removed' if remove else 'written'}", action)
 
     def _forget_older_targets(self) -> None:
@@ -174,31 +178,36 @@ class Exports:
         ranks = [rank for folder in folders if not (older and folder == self.attempt.folder) for rank in _ranks(folder)]
         return {rank["host"] for rank in ranks}
 
-    def _was_superseded(self) -> bool:
+    def _look_for_a_newer_one(self) -> None:
         """Whether a newer attempt has begun, which shows the run from now on."""
         try:
             self.attempt.refuse_if_superseded()
         except UserError:
-            return True
-        except OSError:  # a run directory that cannot be read is told by whoever needs it
-            return False
-        return False
+            self._superseded = True
 
     def _try(self, way: str, told: str, action: Callable[[], None]) -> bool:
         return self._outages[way].spare(told, action)
+
+
+def node_name(attempt: Attempt, rank: Rank) -> str:
+    """This node's host name; where several nodes of an attempt are one host, its later ones are `HOST-1` and so on."""
+    host = socket.gethostname()
+    ranks = _ranks(attempt.folder)
+    before = [ranks[leader]["host"] for leader in range(0, rank.rank, rank.local_world_size) if leader < len(ranks)]
+    return f"{host}-{before.count(host)}" if host in before else host
 
 
 def _ranks(attempt: Path) -> list[dict[str, str]]:
     return read_record(attempt).get("ranks", [])
 
 
-def how_it_ended(kind: type[BaseException] | None, done: bool, in_slurm: bool) -> str | None:
+def how_it_ended(kind: type[BaseException] | None, done: bool, requeued: bool) -> str | None:
     """The label `ended` of a target that stays: by the exception that ended the loop, if one did.
 
     None where nobody is missed: a run that is complete, or that a signal stopped where no queue starts it again.
     """
     if kind is None or issubclass(kind, KeyboardInterrupt):
-        return None if done or not in_slurm else "stopped"
+        return None if done or not requeued else "stopped"
     if issubclass(kind, StartAgain):
         return "canary"
     return "mistake" if issubclass(kind, UserError) else "error"

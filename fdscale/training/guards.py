@@ -97,8 +97,12 @@ class Guards:
         """A commit was made: to it the run may go back once."""
         self._went_back = False
         self.live.note({"attempts_without_commit": 0})
+        self.note_commit()
+
+    def note_commit(self) -> None:
+        """Which commit the run would go on from now, for its metrics."""
         if self.connection.rank.is_main:
-            self.live.note(newest_commit(self.folder.parent))
+            self.live.look(lambda: newest_commit(self.folder.parent))
 
     def went_back(
         self,
@@ -170,6 +174,7 @@ class Guards:
                 f"`fdscale doctor {self.folder.parent.parent}` reads the run"
             )
         self.live.count("rollbacks_total")
+        self.note_commit()
         progress.become(Progress.resumed(state))
         progress.skipped_in_a_row = 0
         self._went_back = True

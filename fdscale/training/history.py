@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
 from fdscale.config.errors import StartAgain
-from fdscale.training.attempts import ENDED, attempts_without_progress
+from fdscale.training.attempts import CODES, ENDED, attempts_without_progress
 from fdscale.training.failures import read_failures
 from fdscale.training.lineage import attempt_folders, lineage_of, read_object, read_record
 from fdscale.training.manifest import MANIFEST, read_manifest
@@ -24,6 +24,7 @@ def of_attempt(folder: Path) -> dict[str, float]:
     return {
         "attempt": int(folder.name),
         "attempt_start_timestamp_seconds": record["started"],
+        "checkpoint_timestamp_seconds": record["started"],  # until there is one
         "first_start_timestamp_seconds": min(starts),
         "attempts_without_commit": 1 + _fruitless(before, record.get("submission")),
         **ends,
@@ -41,7 +42,7 @@ def end_of(attempt: Path) -> str:
         return "complete"
     if (attempt / "stacks").exists():
         return "hang"
-    if ended.get("code") == REQUEUE_EXIT_CODE:
+    if ended.get("code") in (REQUEUE_EXIT_CODE, CODES[KeyboardInterrupt]):
         return "canary" if ended["reason"].startswith(StartAgain.__name__) else "stopped"
     failures = read_failures(attempt)
     if any(failure.is_mistake for failure in failures):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from fdscale.config.errors import UserError
 from fdscale.training.metrics import METRICS, STATES, row_of
+
+logger = logging.getLogger(__name__)
 
 
 class Live:
@@ -29,6 +33,15 @@ class Live:
             raise KeyError(f"metrics without a row in METRICS: {', '.join(unknown)}")
         with self._writing:
             self.values = {**self.values, **values}
+
+    def look(self, values: Callable[[], Mapping[str, float]]) -> None:
+        """Note what is found out by looking at files or the machine; what cannot be is told, and is no end of a run."""
+        try:
+            found = values()
+        except (OSError, LookupError, ValueError, UserError) as error:
+            logger.warning("of this run's metrics some are not known: %r", error)
+            return
+        self.note(found)
 
     def count(self, name: str, by: float = 1) -> None:
         """A counter of this attempt goes up."""

@@ -43,6 +43,27 @@ class Loader(Protocol):
     def steps(self, first: int, last: int) -> Generator[list[Batch], None, None]: ...
 
 
+class Watch(Protocol):
+    """Looks at single steps from outside; every rank calls both."""
+
+    def __call__(self, step: int) -> AbstractContextManager[object]: ...
+
+    def tell(self, step: int) -> None: ...
+
+
+class Unwatched:
+    """Looks at nothing."""
+
+    def __call__(self, step: int) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def tell(self, step: int) -> None:
+        pass
+
+
+UNWATCHED = Unwatched()
+
+
 @dataclass(frozen=True)
 class Plan:
     """When what happens, in steps: the run ends at `last`; 0 as a cadence means never in between."""
@@ -78,16 +99,17 @@ def fit(
     stop: StopSignals,
     evaluate: Callable[[], dict[str, float]] | None,
     guards: Guards,
-    watch: Callable[[int], AbstractContextManager[object]] = nullcontext,
+    watch: Watch = UNWATCHED,
 ) -> bool:
     """Train from `progress` to `plan.last`; True when done, False when stopped by a signal.
 
     `batch_terms(engine, micro_batch, step)` says what one batch means: it returns `loss` and what is measured.
     When `stop` was requested on any rank, the step is finished and committed before the loop ends. Each step runs
-    inside `watch(step)`. Raises what the guards raise: UserError, or StartAgain before anything is saved.
+    inside `watch(step)`, and `watch.tell(step)` says what was seen. Raises what the guards raise: UserError, or
+    StartAgain before anything is saved.
     """
-    meter = Meter(plan.global_batch, plan.last, guards.live, progress.step, loader.data_wait_seconds)
-    for micro_batches in _steps(loader, progress, plan, guards):
+    meter = Meter(plan.global_batch, plan.last, guards.live, guards.phase)
+    for micro_batches in _steps(loader, progress, plan, guards, meter):
         set_learning_rate(engine, schedule, progress.step)
         with watch(progress.step), guards.amplitudes.watching(plan.reports(progress.step + 1)):
             terms = train_step(engine, batch_terms, micro_batches, progress.step, guards.phase)
@@ -96,20 +118,18 @@ def fit(
         with guards.phase("agree"):
             stopping = _agree(connection, stop.requested, micro_batches, progress, plan, guards.live)
         if guards.went_back(engine, checkpoints, progress, terms["loss"], micro_batches, sinks):
-            meter.restart(progress.step, loader.data_wait_seconds)
             continue
-        reporting = stopping or plan.reports(progress.step)
-        if reporting:
+        if stopping or plan.reports(progress.step):
             row = _row(engine, terms | guards.amplitudes.terms(), progress, plan, schedule)
-            sinks.write(progress.step, row | _pace(progress, loader.data_wait_seconds, guards, meter))
-        saving = stopping or _to_be_saved(progress, plan)
-        guards.check_teachers(progress.step, saving)
-        if saving:
-            _save(engine, checkpoints, progress, sinks, guards)
-        if evaluate and _to_be_evaluated(progress, plan, stopping):
-            sinks.write(progress.step, evaluate())
-        if reporting:  # after what is no training: its time is no step's
-            meter.restart(progress.step, loader.data_wait_seconds)
+            sinks.write(progress.step, row | meter.row(progress, loader.data_wait_seconds))
+        with meter.apart():
+            watch.tell(progress.step)
+            saving = stopping or _to_be_saved(progress, plan)
+            guards.check_teachers(progress.step, saving)
+            if saving:
+                _save(engine, checkpoints, progress, sinks, guards)
+            if evaluate and _to_be_evaluated(progress, plan, stopping):
+                sinks.write(progress.step, evaluate())
         if stopping:
             stop.request()  # on this rank, too: a late signal must not find it unprepared
             sinks.say(f"stopped by a signal after step {progress.step}; the same command goes on from there")
@@ -117,10 +137,10 @@ def fit(
     return True
 
 
-def _steps(loader: Loader, progress: Progress, plan: Plan, guards: Guards) -> Iterator[list[Batch]]:
+def _steps(loader: Loader, progress: Progress, plan: Plan, guards: Guards, meter: Meter) -> Iterator[list[Batch]]:
     """The micro batches of each step from `progress` on, which the loop moves: by one, or back to a checkpoint."""
     while (begun_at := progress.step) < plan.last:
-        guards.phase.restart(begun_at, loader.data_wait_seconds)
+        meter.restart(begun_at, loader.data_wait_seconds)
         with closing(loader.steps(begun_at, plan.last)) as steps:
             guards.mark("waiting for data", progress.step)
             for step, micro_batches in enumerate(steps, begun_at):
@@ -195,12 +215,6 @@ def _row(
         "bad_samples": progress.bad_samples,
         "skipped_steps": progress.skipped_steps,
     }
-
-
-def _pace(progress: Progress, waited: float, guards: Guards, meter: Meter) -> dict[str, float]:
-    """Where the time of the steps since the last row went; to be called when the device has been waited for."""
-    phases = guards.phase.row(progress.step, waited)
-    return phases | meter.row(progress, waited, phases)
 
 
 def _to_be_saved(progress: Progress, plan: Plan) -> bool:

@@ -3,37 +3,54 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from fdscale.training.live import Live
-from fdscale.training.phases import PHASES
+from fdscale.training.phases import PHASES, Phases
 from fdscale.training.progress import Progress
 
 
 class Meter:
-    """Wall-clock since the last row of metrics; `last` is the run's last step, `live` what it knows of itself."""
+    """Wall-clock of steps since the last row of metrics; what is done `apart` from them is not in it.
 
-    def __init__(self, global_batch: int, last: int, live: Live, step: int, waited: float) -> None:
-        self.global_batch, self.last, self.live = global_batch, last, live
-        self.restart(step, waited)
+    `last` is the run's last step, `live` what it knows of itself.
+    """
+
+    def __init__(self, global_batch: int, last: int, live: Live, phases: Phases) -> None:
+        self.global_batch, self.last, self.live, self.phases = global_batch, last, live, phases
 
     def restart(self, step: int, waited: float) -> None:
         """Measure from `step` on; `waited` is the loader's count of seconds by now."""
         self._step, self._waited, self._since = step, waited, time.perf_counter()
+        self.phases.restart(step, waited)
 
-    def row(self, progress: Progress, waited: float, phases: Mapping[str, float]) -> dict[str, float]:
-        """Throughput and waiting since the last row, the time left at that pace, goodput, model arithmetic.
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is done inside is no training: saving, evaluating. It is in no step's time, nor are its collectives."""
+        began = time.perf_counter()
+        with self.phases.apart():
+            yield
+        self._since += time.perf_counter() - began
 
-        `phases` has the mean seconds of a step by phase, equal on all ranks: those are what `progress` keeps.
+    def row(self, progress: Progress, waited: float) -> dict[str, float]:
+        """Throughput, waiting and phases since the last row, the time left at that pace, goodput, model arithmetic.
+
+        Every rank calls it, when the device has been waited for. `progress` keeps the seconds of the phases, which are
+        equal on all ranks.
         """
-        steps = progress.step - self._step
-        seconds = (time.perf_counter() - self._since) / steps
+        steps, now = progress.step - self._step, time.perf_counter()
+        seconds = (now - self._since) / steps
+        phases = self.phases.row(progress.step, waited)
         progress.training_seconds += steps * sum(phases[f"phase_seconds/{phase}"] for phase in PHASES)
-        pace = self.global_batch / seconds
+        pace, waiting = self.global_batch / seconds, (waited - self._waited) / steps
+        self.restart(progress.step, waited)
+        self._since = now  # what this row takes is in the steps to come
         return {
+            **phases,
             "step_seconds": seconds,
             "images_per_second": pace,
-            "data_wait_seconds": (waited - self._waited) / steps,
+            "data_wait_seconds": waiting,
             "eta_seconds": seconds * (self.last - progress.step),
             **self._goodput(progress),
             **self._efficiency(pace),

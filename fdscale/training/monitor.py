@@ -27,8 +27,8 @@ class MonitorSink:
     """Hands each row to the writers of the monitor's `blocks`, over images as DeepSpeed's own events are.
 
     Opened on the main rank, it takes these as well: DeepSpeed writes them inside of a step, where a share that hangs
-    would hold the run, and a full disk or a service that is down would end it. Here a thread writes; a writer that
-    fails, be it to open, is left out from then on.
+    would hold the run, and a full disk or a service that is down would end it. Here a thread opens and writes; a writer
+    that fails is left out from then on.
     """
 
     def __init__(
@@ -38,8 +38,7 @@ class MonitorSink:
         self._outages = {name: Outage(live, "monitor") for name in blocks}
         self._slow = Outage(live, "monitor")
         self._writers: dict[str, Callable[[Events], None]] = {}
-        for name, block in blocks.items():
-            self._spare(name, partial(self._open, name, block))
+        self._blocks = blocks
         self._rows: Queue[Events | None] = Queue(WAITING)
         self._thread = Thread(target=self._write_until_the_end, name="monitor", daemon=True)
         self._thread.start()
@@ -64,6 +63,8 @@ class MonitorSink:
             self._slow.lasts("the writers of DeepSpeed's monitor are too slow: rows are left out")
 
     def _write_until_the_end(self) -> None:
+        for name, block in self._blocks.items():
+            self._spare(name, partial(self._open, name, block))
         while (events := self._rows.get()) is not None:
             for name, write in list(self._writers.items()):
                 self._spare(name, partial(write, events))

@@ -6,7 +6,7 @@ import json
 import logging
 import statistics
 import time
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 PHASES = ("data", "forward", "backward", "update", "agree")
 OWN = (*PHASES, "collective", "device_memory", "device_memory_limit", "host_memory", "probe")  # what each rank tells
 HOST_SIZE = 256  # of the square matrices that a CPU multiplies
-KEPT = 1000  # pairs of times of each phase; between two rows of metrics there are seldom as many
+KEPT = 1000  # pairs of events of a phase that wait to be read, at least: reading one takes a microsecond
 SECONDS_APART = 10.0  # at least, between two writings of the file and two probes of the chip
 SLOW, ROWS = 1.5, 3  # times the median, in so many rows of metrics one after the other: then it is said
 
@@ -56,9 +56,9 @@ class Phases:
     def __init__(self, connection: Connection, hosts: Sequence[str], file: Path, live: Live) -> None:
         self.connection, self.hosts, self.file, self.live = connection, tuple(hosts), file, live
         self._on_gpu = connection.device.type == "cuda"
-        self._host: dict[str, float] = defaultdict(float)
-        self._events: dict[str, deque[tuple[Any, Any]]] = defaultdict(lambda: deque(maxlen=KEPT))
-        self._counts: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: dict[str, deque[tuple[Any, Any]]] = defaultdict(deque)
+        self._apart = False
         self._step, self._waited = 0, 0.0
         self._probe, self._probed, self._written = 0.0, float("-inf"), float("-inf")
         self._in_a_row: tuple[int, int] = (-1, 0)
@@ -67,23 +67,32 @@ class Phases:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Measure what is done inside as `phase`."""
-        if self._on_gpu and phase != "agree":  # agreeing is the host's alone
+        if self._apart:
+            yield
+        elif self._on_gpu and phase != "agree":  # agreeing is the host's alone
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             began.record()
             yield
             ended.record()
             self._events[phase].append((began, ended))
-            self._counts[phase] += 1
-            return
-        start = time.perf_counter()
+            if len(self._events[phase]) > KEPT:
+                self._settle(phase)
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds[phase] += time.perf_counter() - start
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """What is done inside belongs to no step, whatever phases it names."""
+        self._apart = True
         yield
-        self._host[phase] += time.perf_counter() - start
+        self._apart = False
 
     def restart(self, step: int, waited: float) -> None:
         """Measure from `step` on; `waited` is the loader's count of seconds by now."""
-        self._host.clear()
+        self._seconds.clear()
         self._events.clear()
-        self._counts.clear()
         self._step, self._waited = step, waited
 
     def row(self, step: int, waited: float) -> dict[str, float]:
@@ -93,7 +102,6 @@ class Phases:
         """
         with self.live.handing_over():
             mine = self._mine(step, waited)
-            self.restart(step, waited)
             table = torch.zeros(self.connection.rank.world_size, len(mine), dtype=torch.float64)
             table[self.connection.rank.rank] = torch.tensor(mine)
         dist.all_reduce(table, group=self.connection.control)
@@ -116,12 +124,12 @@ class Phases:
         }
 
     def _note_node(self, ranks: Sequence[Sequence[float]]) -> None:
-        """What this node's ranks told, for its endpoint; launchers number the ranks of a node one after the other."""
-        me = self.connection.rank
-        if me.local_rank:
+        """What this node's ranks told, for its endpoint."""
+        if self.connection.rank.local_rank:
             return
-        values: dict[str, float] = {"node_memory_available_bytes": host_memory.available()}
-        for rank in range(me.rank, min(me.rank + me.local_world_size, me.world_size)):
+        self.live.look(lambda: {"node_memory_available_bytes": host_memory.available()})
+        values: dict[str, float] = {}
+        for rank in self._ranks_here():
             own = dict(zip(OWN, ranks[rank], strict=True))
             values |= {f"rank_phase_seconds/{rank}/{phase}": own[phase] for phase in PHASES}
             values |= {f"rank_{name}_seconds/{rank}": own[name] for name in ("collective", "probe")}
@@ -129,17 +137,29 @@ class Phases:
             values |= {f"rank_{name}_bytes/{rank}": own[name] for name in held}
         self.live.note(values)
 
+    def _ranks_here(self) -> Sequence[int]:
+        """This node's: those of its host name; where two nodes share one, those that a launcher numbers in a row."""
+        me = self.connection.rank
+        named = [rank for rank, host in enumerate(self.hosts) if host == self.hosts[me.rank]]
+        return named if len(named) == me.local_world_size else range(me.rank, me.rank + me.local_world_size)
+
     def _mine(self, step: int, waited: float) -> list[float]:
         """What this rank tells: OWN; seconds are those of a step."""
-        sums = {**self._host, "data": waited - self._waited}
+        for phase in list(self._events):
+            self._settle(phase)
+        sums = {**self._seconds, "data": waited - self._waited}
         steps = max(step - self._step, 1)
-        for phase, pairs in self._events.items():
-            mean = sum(began.elapsed_time(ended) for began, ended in pairs) / len(pairs) / 1000
-            sums[phase] = mean * self._counts[phase]
         if time.monotonic() - self._probed > SECONDS_APART:
             self._probe, self._probed = probe_seconds(self.connection.device), time.monotonic()
         seconds = [sums.get(phase, 0.0) / steps for phase in (*PHASES, "collective")]
         return [*seconds, *device_memory(self.connection.device), host_memory.resident(), self._probe]
+
+    def _settle(self, phase: str) -> None:
+        """Add up what the device is done with, in the order of its beginning; the rest waits."""
+        pairs = self._events[phase]
+        while pairs and pairs[0][1].query():
+            began, ended = pairs.popleft()
+            self._seconds[phase] += began.elapsed_time(ended) / 1000
 
     def _keep(self, step: int, ranks: Sequence[Sequence[float]], slowest: Slowest) -> None:
         if time.monotonic() - self._written < SECONDS_APART:

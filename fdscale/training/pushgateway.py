@@ -34,7 +34,7 @@ class Pusher:
         left: Iterable[str] = (),
     ) -> None:
         self._gateway, self._registry = gateway, registry
-        self._run, self._node, self._left = run, node, left
+        self._run, self._node, self._left = run, node, tuple(left)
         self._outage = outage
         self._ending, self._withdrawing = threading.Event(), False
         self._thread = threading.Thread(target=self._push_until_the_end, name="pushgateway", daemon=True)
@@ -47,12 +47,15 @@ class Pusher:
         self._thread.join(PATIENCE)
 
     def _push_until_the_end(self) -> None:
-        if self._try(self._push):
-            self._try(self._clear)
+        self._push_and_clear()
         while not self._ending.wait(SECONDS_APART):
-            self._try(self._push)
+            self._push_and_clear()
         # by the same thread: a push that was under way would bring it back
         self._try(self._withdraw if self._withdrawing else self._push)
+
+    def _push_and_clear(self) -> None:
+        if self._try(self._push) and self._left and self._try(self._clear):
+            self._left = ()
 
     def _try(self, request: Callable[[], None]) -> bool:
         try:

@@ -10,8 +10,8 @@ FIRING = f'ALERTS{{alertstate="firing", {RUN}}}'
 # Parts of a step in which a run does not get on: the greatest is what slows it. In collectives all ranks wait for the
 # slowest one, so that its lag is taken out of them.
 LOSSES = {
-    "data": of("data_wait_seconds"),
-    "collectives": f"clamp_min({of('collective_seconds')} - {of('slowest_lag_seconds')}, 0)",
+    "data": of("phase_seconds", "run", where='phase="data"'),
+    "collectives, at most": f"clamp_min({of('collective_seconds')} - {of('slowest_lag_seconds')}, 0)",
     "straggler": of("slowest_lag_seconds"),
 }
 SLOWED_BY = " or ".join(
@@ -89,7 +89,8 @@ PACE = Row(
             unit="percentunit",
             decimals=0,
             text="value_and_name",
-            help="The greatest part of a step that is no computing: data, collectives, the wait for the slowest rank",
+            help="The greatest part of a step that is no computing: data, the wait for the slowest rank, collectives; "
+            "on GPUs these may run beside computation",
             colours=((None, GREEN), (0.15, ORANGE), (0.4, RED)),
         ),
     ),

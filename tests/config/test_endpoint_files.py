@@ -37,6 +37,9 @@ def test_files_of_tls_are_looked_at(pem, tmp_path: Path) -> None:
     (certificate, key), (_, other_key) = pem("one"), pem("two")
     encrypted = pem("encrypted", "-passout", "pass:secret")
     tls_context(certificate, key)
+    Path(key).chmod(0o644)
+    assert refusal(certificate, key).startswith(f"log.prometheus_key: everyone may read '{key}', which holds a secret")
+    Path(key).chmod(0o600)
     garbage = tmp_path / "garbage.pem"
     garbage.write_text("no certificate")
     assert refusal("/no/such/file", key).startswith(

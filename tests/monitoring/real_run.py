@@ -76,7 +76,7 @@ def healthy_run(folder: Path, *settings: str) -> Run:
 
 def through_the_queue(run: Run, prometheus: Prometheus) -> None:
     """What a job goes through: it is stopped, waits, is started again, and completes; all of it seen by Prometheus."""
-    run.start(SLURM_JOB_ID="7")
+    run.start(SLURM_JOB_ID="7", FDSCALE_REQUEUES="1")
     run.until(lambda: prometheus.answers(run.name) == ["1"], 180, "Prometheus to find it")
     time.sleep(IN_QUEUE)
     os.kill(run.process.pid, signal.SIGTERM)
@@ -84,7 +84,7 @@ def through_the_queue(run: Run, prometheus: Prometheus) -> None:
     run.until(lambda: prometheus.answers(run.name, "stopped") == ["0"], 60, "that it waits to be started")
     time.sleep(IN_QUEUE)
     run.command.append(f"max_steps={run.steps() + STEPS_LEFT}")
-    run.start(SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+    run.start(SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1", FDSCALE_REQUEUES="1")
     run.until(lambda: prometheus.answers(run.name) == ["1"], 180, "Prometheus to find it again")
     run.ends(0)
     run.until(

@@ -31,7 +31,9 @@ def test_an_unknown_name_is_told_with_the_nearest(name: str, told: str) -> None:
     ("driver", "gib", "name"),
     [
         ("NVIDIA H100 80GB HBM3", 79.2, "H100-80GB"),
-        ("NVIDIA H100 NVL", 93.1, "H100-94GB"),
+        ("NVIDIA H100 NVL", 93.1, None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9.8, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 15.6, None),
         ("NVIDIA H200", 139.8, "H200-141GB"),
         ("NVIDIA A100-SXM4-40GB", 39.4, "A100-40GB"),
         ("NVIDIA A100 80GB PCIe", 79.2, "A100-80GB"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote_plus
+from urllib.parse import unquote
 
 
 class Gateway(ThreadingHTTPServer):
@@ -50,6 +50,6 @@ def grouping(path: str) -> dict[str, str]:
     for name, value in zip(parts[::2], parts[1::2], strict=True):
         coded = name.endswith("@base64")
         found[name.removesuffix("@base64")] = (
-            base64.urlsafe_b64decode(value).decode() if coded and value != "=" else unquote_plus(value.strip("="))
+            base64.urlsafe_b64decode(value).decode() if coded and value != "=" else unquote(value.strip("="))
         )
     return found

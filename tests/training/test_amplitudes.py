@@ -67,6 +67,16 @@ def test_a_scaled_weight_raises_it_there() -> None:
     assert after["residual_amplitude/2"] > 100 * before["residual_amplitude/2"]
 
 
+def test_what_a_step_that_was_left_out_has_seen_is_forgotten() -> None:
+    network = student("vit")
+    amplitudes, pixels = Amplitudes(network.backbone), torch.rand(1, 3, 32, 32)
+    with amplitudes.watching(True):
+        network(pixels * torch.inf)
+    with amplitudes.watching(True):
+        network(pixels)
+    assert torch.isfinite(amplitudes.terms()["residual_amplitude/0"])
+
+
 def test_unwatched_steps_evaluation_and_networks_without_blocks_tell_nothing() -> None:
     network = student("vit")
     amplitudes, pixels = Amplitudes(network.backbone), torch.rand(1, 3, 32, 32)

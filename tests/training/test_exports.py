@@ -97,9 +97,9 @@ def test_the_run_is_found_and_scraped_before_its_engine_starts(tmp_path: Path, t
     ],
 )
 def test_the_end_decides_what_stays(tmp_path, targets, ways, monkeypatch, raised, done, slurm, ended):
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.delenv("FDSCALE_REQUEUES", raising=False)
     if slurm:
-        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("FDSCALE_REQUEUES", "1")
     exports = Exports(ways, Live(), begun(tmp_path / "run"), ALONE)
     with nullcontext() if raised is None else pytest.raises(type(raised)), exports:
         exports.done = done
@@ -226,13 +226,34 @@ def test_a_folder_that_cannot_be_written_is_one_warning_and_the_metrics_are_serv
     ],
 )
 def test_a_gateway_forgets_who_is_not_missed(tmp_path, monkeypatch, gateway, raised, done, last):
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("FDSCALE_REQUEUES", "1")
     exports = Exports(Ways(pushgateway=gateway.url), Live(), begun(tmp_path / "my run"), ALONE).__enter__()
     exports.done = done
     exports.__exit__(raised and type(raised), raised, None)
     assert set(gateway.methods[:-1]) == {"PUT"}
     assert gateway.methods[-1] == last
     assert {tuple(grouping(path).values()) for _, path, _ in gateway.requests} == {("fdscale", HOST, "my run")}
+
+
+def test_two_nodes_of_one_host_are_found_both(tmp_path, targets, ways):
+    attempt = claim(tmp_path / "run" / "attempts", 4, 100, {})
+    attempt.record_ranks([{"host": HOST}] * 4)
+    with Exports(ways, Live(), attempt, Rank(0, 0, 4, 2, "127.0.0.1", 29500)) as first:
+        with Exports(ways, Live(), attempt, OTHER_NODE) as second:
+            second.done = True
+            assert [one["labels"]["node"] for one in listed(targets)] == [HOST, f"{HOST}-1"]
+            assert len({one["targets"][0] for one in listed(targets)}) == 2
+        assert [one["labels"]["node"] for one in listed(targets)] == [HOST], "its neighbour's end takes its own away"
+        first.done = True
+    attempt.end(0, "for the test")
+
+
+def test_an_address_that_cannot_be_told_ends_no_run(tmp_path, targets):
+    """Two nodes, an endpoint on every address, and a main node whose name nobody knows."""
+    live, rank = Live(), Rank(0, 0, 4, 2, "no.such.host.invalid", 29500)
+    with Exports(Ways(port=0, host="0.0.0.0", targets=str(targets)), live, begun(tmp_path / "run"), rank):
+        assert listed(targets) == []
+    assert live.values[f"{FAILURES}/prometheus"] == 1
 
 
 def test_a_gateway_forgets_the_nodes_that_older_attempts_had(tmp_path, gateway):
@@ -242,7 +263,7 @@ def test_a_gateway_forgets_the_nodes_that_older_attempts_had(tmp_path, gateway):
     attempt.end(1, "for the test")
     with Exports(ways, Live(), begun(tmp_path / "run"), OTHER_NODE):
         pass
-    assert {grouping(path)["node"] for _, path, _ in gateway.requests} == {HOST}, "the main rank does that"
+    assert {grouping(path)["node"] for _, path, _ in gateway.requests} == {f"{HOST}-1"}, "the main rank does that"
     gateway.requests.clear()
     with Exports(ways, Live(), begun(tmp_path / "run"), ALONE):
         deadline = time.monotonic() + 5

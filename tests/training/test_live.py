@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -25,6 +26,17 @@ def test_a_name_that_no_row_has_is_our_mistake(name: str) -> None:
     with pytest.raises(KeyError, match=name):
         live.note({name: 1.0})
     assert live.values == {}
+
+
+def test_what_cannot_be_looked_at_is_told_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    live = Live()
+    live.look(lambda: {"step": 3})
+    live.look(lambda: {"loss": float(Path("/no/such/file").read_text())})
+    live.look(lambda: {"loss": {}["started"]})
+    assert live.values == {"step": 3}
+    assert len(caplog.records) == 2
+    with pytest.raises(KeyError, match="los"):
+        live.look(lambda: {"los": 1})
 
 
 def test_counters_begin_at_nothing_and_only_counters_count() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def fitted(
     bad: Mapping[tuple[int, int], int],
     stop: tuple[int, int] | None,
     evaluating: bool,
+    evaluation_seconds: float = 0.0,
 ) -> dict[str, Any]:
     """One call of `fit` on this rank; `bad` counts images by (rank, step), `stop` is (rank, step) of a signal."""
     engine, rank = engine_of(micro_batch, stage), connection.rank.rank
@@ -128,6 +130,7 @@ def fitted(
         return {"loss": loss, "target_variance": torch.tensor(float(batch.rows.start))}
 
     def evaluate() -> dict[str, float]:
+        time.sleep(evaluation_seconds)
         return {"eval_loss": float(progress.step)}
 
     done = error = None
@@ -156,9 +159,10 @@ def fit_on(
     bad: Mapping[tuple[int, int], int] | None = None,
     stop: tuple[int, int] | None = None,
     evaluating: bool = True,
+    evaluation_seconds: float = 0.0,
 ) -> list[Outcome]:
     """`fitted` on both ranks; a hang is a failure after a minute."""
-    arguments = (str(folder), plan, micro_batch, stage, resume, bad or {}, stop, evaluating)
+    arguments = (str(folder), plan, micro_batch, stage, resume, bad or {}, stop, evaluating, evaluation_seconds)
     return [Outcome(**found) for found in ranks(fitted, *arguments, timeout=60)]
 
 
@@ -248,6 +252,13 @@ def test_a_signal_on_one_rank_stops_both_after_that_step_with_a_commit(
     assert resumed.steps_with("loss") == [6, 7]
     assert resumed.values("loss") == undisturbed[0][0].values("loss")[2:]
     assert resumed.values("grad_norm") == undisturbed[0][0].values("grad_norm")[2:]
+
+
+def test_an_evaluation_between_two_rows_is_in_no_steps_time(tmp_path: Path, two_ranks: Any) -> None:
+    plan = dataclasses.replace(PLAN, last=6, log_every=5, eval_every=3, checkpoint_every=0)
+    for outcome in fit_on(two_ranks, tmp_path, plan, evaluation_seconds=2.0):
+        assert outcome.steps_with("eval_loss") == [3, 6]
+        assert all(seconds < 0.4 for seconds in outcome.values("step_seconds")[1:]), "two seconds over four steps"
 
 
 def test_a_signal_during_the_last_step_changes_nothing(tmp_path: Path, two_ranks: Any) -> None:

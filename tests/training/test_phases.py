@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from fdscale.cluster.ranks import Rank
 from fdscale.training.engine import Connection
 from fdscale.training.live import Live
 from fdscale.training.phases import OWN, PHASES, Phases, probe_seconds, slowest_of
@@ -33,6 +34,7 @@ def measured(connection: Connection, folder: str, waits: list[float]) -> tuple[l
                 time.sleep(0.01)
             waited += waits[rank]
         rows.append(phases.row(step, waited))
+        phases.restart(step, waited)
     return rows, live.values
 
 
@@ -92,6 +94,7 @@ def warned(connection: Connection, folder: str, slow: list[int]) -> list[str]:
         with phases("forward"):
             time.sleep(0.001)
         phases.row(step, waited)
+        phases.restart(step, waited)
     logger.removeHandler(handler)
     return records
 
@@ -109,3 +112,14 @@ def test_the_probe_takes_milliseconds() -> None:
     assert 0 < probe_seconds(torch.device("cpu")) < 1
     assert OWN[: len(PHASES)] == PHASES, "whose places `slowest_of` knows"
     assert OWN[-1] == "probe"
+
+
+def of_four(rank: int, hosts: list[str]) -> list[int]:
+    connection = Connection(Rank(rank, 0, 4, 2, "127.0.0.1", 29500), torch.device("cpu"), None)
+    return list(Phases(connection, hosts, Path("unused"), Live())._ranks_here())
+
+
+def test_a_node_tells_of_its_own_ranks_however_they_are_numbered() -> None:
+    assert of_four(2, ["left", "left", "right", "right"]) == [2, 3]
+    assert of_four(1, ["left", "right", "left", "right"]) == [1, 3]  # srun --distribution=cyclic
+    assert of_four(2, ["one", "one", "one", "one"]) == [2, 3]  # two nodes of one host
