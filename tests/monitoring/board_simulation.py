@@ -85,13 +85,16 @@ class Run:
             live.note(self._of_node(number, seconds, hot))
 
     def _of_run(self, second: int, seconds: float, hot: bool) -> dict[str, float]:
-        draw, step = self.draw, self.step
-        loss = 0.62 * math.exp(-step / 3500) + 0.29 - 0.1 * step / PLANNED + draw.gauss(0, 0.004)
-        spike = BAD_BATCH <= second < BAD_BATCH + 4 * MINUTE
-        at = self.began + second
-        rate = BATCH / seconds
-        warm = min(step / 1000, 1)
-        values = {
+        return {
+            **self._progress(second, seconds),
+            **self._learned(second),
+            **self._pace(seconds, hot),
+            **self._kept(),
+        }
+
+    def _progress(self, second: int, seconds: float) -> dict[str, float]:
+        step = self.step
+        return {
             "attempt": self.attempt,
             "attempt_start_timestamp_seconds": self.began + (CRASH + SILENT if self.attempt > 1 else 0),
             "first_start_timestamp_seconds": self.began,
@@ -102,7 +105,16 @@ class Run:
             "epoch": step * BATCH / 12.8e6,
             "images": int(step) * BATCH,
             "eta_seconds": (PLANNED - step) * seconds,
-            "last_step_timestamp_seconds": at - draw.uniform(0, seconds),
+            "last_step_timestamp_seconds": self.began + second - self.draw.uniform(0, seconds),
+            **({"previous_end/killed": 1.0} if self.attempt > 1 else {}),
+        }
+
+    def _learned(self, second: int) -> dict[str, float]:
+        draw, step = self.draw, self.step
+        loss = 0.62 * math.exp(-step / 3500) + 0.29 - 0.1 * step / PLANNED + draw.gauss(0, 0.004)
+        spike, warm = BAD_BATCH <= second < BAD_BATCH + 4 * MINUTE, min(step / 1000, 1)
+        grown = {stage: (6 * 3**stage) * (1 + step / 60_000) * draw.uniform(0.97, 1.03) for stage in range(4)}
+        return {
             "loss": loss * (1.9 if spike else 1),
             "loss_zero": 0.93 + draw.gauss(0, 0.004),
             "feature_cosine": 0.86 - 0.78 * math.exp(-step / 4000) + draw.gauss(0, 0.003),
@@ -111,6 +123,15 @@ class Run:
             "lr": 1.2e-3 * warm * (0.5 + 0.5 * math.cos(math.pi * step / PLANNED)),
             "eval_loss": 0.62 * math.exp(-step / 3500) + 0.30 - 0.1 * step / PLANNED,
             "eval_knn_accuracy": 0.78 - 0.7 * math.exp(-step / 6000),
+            **{f"teacher_loss/{name}": loss * part for name, part in (("clip", 1.1), ("dino", 0.9))},
+            "teacher_cosine/clip": 0.86 - 0.8 * math.exp(-step / 4000),
+            "teacher_cosine/dino": 0.86 - 0.7 * math.exp(-step / 4000),
+            **{f"residual_amplitude/{stage}": value for stage, value in grown.items()},
+        }
+
+    def _pace(self, seconds: float, hot: bool) -> dict[str, float]:
+        draw, rate = self.draw, BATCH / seconds
+        return {
             "images_per_second": rate,
             "step_seconds": seconds,
             "data_wait_seconds": 0.04 * draw.uniform(0.7, 1.4),
@@ -122,6 +143,11 @@ class Run:
             "slowest_rank": self.hot_rank if hot else draw.randrange(len(self.nodes) * RANKS),
             "slowest_lag_seconds": (seconds - STEP) if hot else draw.uniform(0.01, 0.05),
             "straggler_ratio": seconds / STEP if hot else draw.uniform(1.0, 1.03),
+            **{f"phase_seconds/{phase}": part for phase, part in _phases(seconds, hot).items()},
+        }
+
+    def _kept(self) -> dict[str, float]:
+        return {
             "planned_memory_bytes": 61.5 * GIB,
             "measured_memory_bytes": 58.9 * GIB,
             "checkpoint_step": self.committed,
@@ -129,21 +155,8 @@ class Run:
             "checkpoint_bytes": 41.7 * GIB,
             "checkpoint_every": EVERY,
             "skipped_steps": self.skipped,
-            "bad_samples": int(step / 900),
+            "bad_samples": int(self.step / 900),
         }
-        values |= {f"phase_seconds/{phase}": part for phase, part in _phases(seconds, hot).items()}
-        values |= {f"teacher_loss/{name}": loss * part for name, part in (("clip", 1.1), ("dino", 0.9))}
-        values |= {
-            f"teacher_cosine/{name}": 0.86 - part * math.exp(-step / 4000)
-            for name, part in (("clip", 0.8), ("dino", 0.7))
-        }
-        values |= {
-            f"residual_amplitude/{stage}": (6 * 3**stage) * (1 + step / 60_000) * draw.uniform(0.97, 1.03)
-            for stage in range(4)
-        }
-        if self.attempt > 1:
-            values["previous_end/killed"] = 1
-        return values
 
     def _of_node(self, number: int, seconds: float, hot: bool) -> dict[str, float]:
         draw = self.draw
