@@ -8,7 +8,8 @@ reads `channels` and `strides`. Three parts:
 - a neck, `pyramid.py`: a norm per stage (SwinV2), or what makes four strides of one (ViT).
 
 The student's final norm: SwinV2's becomes the norm of the last map, a ViT's is dropped (as in ViTDet and BEiT's
-UperNet), so that no parameter is left without a gradient. The student gives no tokens any more.
+UperNet), so that no parameter is left without a gradient. The student gives no tokens any more: load its weights
+first.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ class Backbone(nn.Module):
     """Pixels (B, 3, H, W) in [0, 1], of any size -> maps (B, channels[i], ceil(H / strides[i]), ceil(W / strides[i])).
 
     The last cells of a map may reach beyond the image: it is padded there with its mean colour. `plain` says how a
-    network of one stride gets four: a "pyramid" of its last layer (each map `pyramid_channels` wide), or four
-    `layers` rescaled (None: BEiT's). A patch of 14 pixels sees 16, resized, so that strides stay powers of two.
-    `window_size` replaces SwinV2's trained windows. Raises UserError for a network that cannot give maps.
+    network of one stride gets four: a "pyramid" of its last layer (each map `pyramid_channels` wide), or four "layers"
+    rescaled, those with these `indices` (None: BEiT's). A patch of 14 pixels sees 16, resized, so that strides stay
+    powers of two. `window_size` replaces SwinV2's trained windows. Raises UserError for a network without maps.
     """
 
     channels: tuple[int, ...]
@@ -45,7 +46,7 @@ class Backbone(nn.Module):
         student: Student,
         plain: Literal["pyramid", "layers"] = "pyramid",
         pyramid_channels: int = 256,
-        layers: tuple[int, ...] | None = None,
+        indices: tuple[int, ...] | None = None,
         window_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ class Backbone(nn.Module):
             self.neck: nn.Module = StageNorms(widths[-taken:], strides[-taken:], final)
         else:
             self.cell = 2 ** round(math.log2(self.seen))
-            taken, self.neck = _plain_neck(plain, len(strides), widths[0], self.cell, pyramid_channels, layers)
+            taken, self.neck = _plain_neck(plain, len(strides), widths[0], self.cell, pyramid_channels, indices)
         self.channels, self.strides = self.neck.channels, self.neck.strides  # type: ignore[assignment]
         _give_maps(network, taken)
         self._resize = accept_any_size(network, trained, window_size)
@@ -113,15 +114,15 @@ def _cell(network: Any, strides: list[int]) -> int:
 
 
 def _plain_neck(
-    plain: str, depth: int, width: int, stride: int, channels: int, layers: tuple[int, ...] | None
+    plain: str, depth: int, width: int, stride: int, channels: int, indices: tuple[int, ...] | None
 ) -> tuple[tuple[int, ...], nn.Module]:
     """The layers whose maps are taken of a network of one stride, and the neck for them."""
     if plain == "pyramid":
         return (depth - 1,), SimplePyramid(width, stride, channels)
-    taken = official_layers(depth) if layers is None else layers
+    taken = official_layers(depth) if indices is None else indices
     if len(taken) != len(STRIDES) or list(taken) != sorted(set(taken)) or not 0 <= taken[0] <= taken[-1] < depth:
         raise UserError(
-            f"layers={list(taken)}: allowed are {len(STRIDES)} of 0 to {depth - 1}, in rising order, each once"
+            f"indices={list(taken)}: allowed are {len(STRIDES)} of 0 to {depth - 1}, in rising order, each once"
         )
     return taken, RescaledLayers(width, stride)
 
@@ -129,7 +130,8 @@ def _plain_neck(
 def _give_maps(network: Any, taken: Any) -> None:
     """Drop what comes after the last map, and let a call of the network return maps (B, C, h, w).
 
-    A call, because ZeRO-3 gathers a module's own parameters (CLS token, position embedding) around its calls.
+    A call, because ZeRO-3 gathers a module's own parameters (CLS token, position embedding) around its calls; those
+    of one that is not called it finds when they are read, in the first step, and counts them to the caller.
     """
     network.prune_intermediate_layers(taken, prune_norm=True)
     network.forward = partial(network.forward_intermediates, indices=taken, output_fmt="NCHW", intermediates_only=True)

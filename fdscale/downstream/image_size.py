@@ -57,9 +57,9 @@ def _nothing_to_do(size: Size) -> None:
 def _refuse_another(network: str, trained: Size, size: Size) -> None:
     if size != trained:
         raise UserError(
-            f"images of {size[0]}x{size[1]}, padded to whole patches: this {network} takes {trained[0]}x{trained[1]} "
-            "alone; crop or pad them to that, set student.image_size, or student.geometry.dynamic_img_size=true where "
-            "the network has it"
+            f"images of {size[0]}x{size[1]} in whole patches: this {network} takes {trained[0]}x{trained[1]} alone; "
+            "crop or pad them to that, set student.image_size, or student.geometry.dynamic_img_size=true where the "
+            "network has it"
         )
 
 
@@ -137,7 +137,7 @@ def _weights(trained: Size, size: Size, axis: int, device: torch.device) -> Tens
     return wanted.view(*new, -1).select(1 - axis, 0).clone().to(device)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)  # 134 MB for 64x64 patches
 @torch.inference_mode(False)
 def _index(size: Size, device: torch.device) -> Tensor:
     return gen_relative_position_index(size, device=device)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,14 +20,19 @@ from fdscale.students.student import Student, build_student, set_activation_chec
 from fdscale.tokens import as_tokens
 from fdscale.training.engine import Connection, start_engine
 from fdscale.training.optim import adamw, parameter_groups
+from fdscale.training.partition import divide
 
 VIT = ViTGeometry(32, 6, 4, patch_size=16, image_size=64)
+PER_BLOCK = dataclasses.replace(VIT, position_bias="per_block")
 SWIN = SwinV2Geometry(16, (1, 2, 2, 2), (1, 2, 4, 8), window_size=4, image_size=64, extra_norm_period=2)
 SMALL = {"depth": 4, "embed_dim": 32, "num_heads": 2}
 KINDS: dict[str, tuple[Geometry, dict[str, Any]]] = {
     "vit": (VIT, {}),
     "vit_layers": (VIT, {"plain": "layers"}),
-    "vit_per_block": (dataclasses.replace(VIT, position_bias="per_block"), {"plain": "layers", "layers": (0, 1, 2, 4)}),
+    "vit_per_block": (
+        dataclasses.replace(VIT, position_bias="per_block"),
+        {"plain": "layers", "indices": (0, 1, 2, 4)},
+    ),
     "vit_patch_14": (dataclasses.replace(VIT, patch_size=14, image_size=56), {}),
     "swin": (SWIN, {}),
     "swin_window": (SWIN, {"window_size": 8}),
@@ -62,11 +68,18 @@ def backbone_of(kind: str, drop_path: float = 0.0, mode: str = "none") -> Backbo
     return built(*KINDS[kind], drop_path, mode)
 
 
-def built(geometry: Geometry, arguments: dict[str, Any], drop_path: float, mode: str) -> Backbone:
+def built(
+    geometry: Geometry,
+    arguments: dict[str, Any],
+    drop_path: float,
+    mode: str,
+    before: Callable[[Student], object] = lambda student: None,
+) -> Backbone:
     student = build_student(geometry, drop_path, seed=1)
+    perturb(student)
+    before(student)
     torch.manual_seed(3)
     backbone = Backbone(student, pyramid_channels=8, **arguments)
-    perturb(backbone)
     set_activation_checkpointing(student, mode)
     return backbone
 
@@ -179,10 +192,10 @@ def test_a_network_without_maps_is_refused() -> None:
         Backbone(student)
 
 
-@pytest.mark.parametrize("layers", [(0, 1, 2), (0, 2, 1, 3), (0, 1, 1, 3), (0, 1, 2, 6), (-1, 0, 1, 2)])
-def test_layers_that_cannot_be_are_refused(layers: tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match=r"layers=\[.*\]: allowed are 4 of 0 to 5, in rising order"):
-        Backbone(build_student(VIT), plain="layers", layers=layers)
+@pytest.mark.parametrize("indices", [(0, 1, 2), (0, 2, 1, 3), (0, 1, 1, 3), (0, 1, 2, 6), (-1, 0, 1, 2)])
+def test_layers_that_cannot_be_are_refused(indices: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match=r"indices=\[.*\]: allowed are 4 of 0 to 5, in rising order"):
+        Backbone(build_student(VIT), plain="layers", indices=indices)
 
 
 DIVIDED: dict[str, tuple[Geometry, dict[str, Any]]] = {
@@ -205,25 +218,30 @@ class Dense(nn.Module):
 
 
 def trained(connection: Connection, kind: str, bias: str, lean: bool) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of two steps at two sizes, and the gradients of the first; blocks are recomputed."""
+    """Losses of two steps at two sizes, other ones on each rank, and the gradients of the first; blocks recomputed.
+
+    Lean: the student is divided before it becomes a backbone, and nothing stays resident.
+    """
     from deepspeed.utils import safe_get_full_grad
 
     geometry, arguments = DIVIDED[kind]
     if bias:
         geometry = dataclasses.replace(geometry, position_bias=bias)  # type: ignore[type-var]
-    module = Dense(built(geometry, arguments, 0.3, "blocks"))
     config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": LEAN if lean else {"stage": 0}}
+    divided = partial(divide, deepspeed_json=config, connection=connection)
+    module = Dense(built(geometry, arguments, 0.3, "blocks", divided if lean else lambda student: None))
     optimizer = adamw(parameter_groups(module, 0.05, ()), 1e-3, (0.9, 0.99), 1e-8)
     engine, rank = start_engine(module, optimizer, config, 1, 1.0), connection.rank.rank
     losses: list[float] = []
     found: dict[str, Tensor] = {}
     for height, width in ((50, 70), (64, 32)):
         draws = torch.rand(module.backbone.student.drop_path_sites, 2, generator=torch.Generator().manual_seed(rank))
-        loss = engine(pixels(2, height, width, seed=rank), draws)
+        loss = engine(pixels(2, height + 9 * rank, width, seed=rank), draws)
         engine.backward(loss)
         found = found or {name: safe_get_full_grad(p).clone() for name, p in module.named_parameters()}
         engine.step()
         losses.append(float(loss.detach()))
+    assert not lean or not list(module.backbone.ds_external_parameters()), "read outside a call of their owner"
     engine.destroy()
     return losses, found
 
