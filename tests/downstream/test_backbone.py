@@ -24,7 +24,7 @@ from fdscale.training.partition import divide
 
 VIT = ViTGeometry(32, 6, 4, patch_size=16, image_size=64)
 PER_BLOCK = dataclasses.replace(VIT, position_bias="per_block")
-SWIN = SwinV2Geometry(16, (1, 2, 2, 2), (1, 2, 4, 8), window_size=4, image_size=64, extra_norm_period=2)
+SWIN = SwinV2Geometry(8, (1, 2, 1, 1), (1, 2, 4, 8), window_size=4, image_size=64, extra_norm_period=2)
 SMALL = {"depth": 4, "embed_dim": 32, "num_heads": 2}
 KINDS: dict[str, tuple[Geometry, dict[str, Any]]] = {
     "vit": (VIT, {}),
@@ -100,7 +100,7 @@ def test_any_image_gives_a_cell_for_every_stride_begun(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_every_parameter(kind: str) -> None:
     backbone = backbone_of(kind)
-    sum(level.square().sum() for level in backbone(pixels(2, 50, 70))).backward()
+    sum(level.square().sum() for level in backbone(pixels(2, 50, 60))).backward()
     assert [n for n, p in backbone.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
@@ -165,7 +165,7 @@ def test_drop_path_reads_the_rows_of_its_images(kind: str) -> None:
     assert not torch.allclose(together[-1], backbone(given, draws.flip(1))[-1], atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["vit", "vit_per_block", "swin", "timm_swin"])
 def test_layers_are_the_students_and_the_necks_is_the_heads(kind: str) -> None:
     backbone = backbone_of(kind)
     ids = backbone.layer_ids()
@@ -177,7 +177,7 @@ def test_layers_are_the_students_and_the_necks_is_the_heads(kind: str) -> None:
 
 
 def test_a_copy_is_a_backbone_of_its_own() -> None:
-    for kind in ("vit", "vit_per_block", "swin"):
+    for kind in ("vit", "vit_per_block"):
         backbone = backbone_of(kind).eval()
         twin, given = copy.deepcopy(backbone), pixels(1, 40, 70)
         before = twin(given)
@@ -201,7 +201,6 @@ def test_layers_that_cannot_be_are_refused(indices: tuple[int, ...]) -> None:
 DIVIDED: dict[str, tuple[Geometry, dict[str, Any]]] = {
     "vit": (ViTGeometry(16, 2, 2, patch_size=16, image_size=64), {}),
     "swin": (SwinV2Geometry(8, (1, 2), (1, 2), window_size=4, image_size=32, extra_norm_period=2), {}),
-    "timm_vit": (TimmGeometry("vit_tiny_patch16_224", 64, {**SMALL, "depth": 2, "dynamic_img_size": True}), {}),
 }
 
 
@@ -246,7 +245,7 @@ def trained(connection: Connection, kind: str, bias: str, lean: bool) -> tuple[l
     return losses, found
 
 
-@pytest.mark.parametrize(("kind", "bias"), [("vit", "shared"), ("vit", "per_block"), ("swin", ""), ("timm_vit", "")])
+@pytest.mark.parametrize(("kind", "bias"), [("vit", "shared"), ("vit", "per_block"), ("swin", "")])
 def test_divided_weights_learn_the_same(kind: str, bias: str, two_ranks: Any) -> None:
     whole, divided = (two_ranks(trained, kind, bias, lean) for lean in (False, True))
     for (losses, found), (expected, theirs) in zip(divided, whole, strict=True):

@@ -21,8 +21,8 @@ from fdscale.students.swin_v2 import SwinV2
 from fdscale.students.vit import build_vit
 
 VIT = ViTGeometry(32, 3, 4, patch_size=8, image_size=32)
-SWIN = SwinV2Geometry(16, (1, 2, 2, 2), (1, 2, 4, 8), window_size=8, image_size=64, extra_norm_period=2)
-SWIN_WINDOWS = (8, 8, 4, 2)  # of its stages: a window shrinks to its map
+SWIN = SwinV2Geometry(16, (1, 2, 2), (1, 2, 4), window_size=8, image_size=64, extra_norm_period=2)
+SWIN_WINDOWS = (8, 8, 4)  # of its stages: a window shrinks to its map
 Perturbed = Callable[[Geometry], Student]
 
 
@@ -64,7 +64,7 @@ def check(backbone: Backbone, built: Any, normalised: Tensor) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("size", [(48, 48), (32, 64), (104, 24), (16, 24)])
+@pytest.mark.parametrize("size", [(48, 48), (104, 24), (16, 32)])
 @pytest.mark.parametrize("bias", ["shared", "per_block"])
 def test_a_vit_of_another_size(bias: str, size: tuple[int, int], perturbed: Perturbed) -> None:
     geometry = dataclasses.replace(VIT, position_bias=bias)
@@ -73,17 +73,17 @@ def test_a_vit_of_another_size(bias: str, size: tuple[int, int], perturbed: Pert
     check(Backbone(student), built, images(*size))
 
 
-@pytest.mark.parametrize("size", [(128, 128), (100, 76), (64, 160), (32, 48), (36, 132)])
+@pytest.mark.parametrize("size", [(128, 128), (100, 76), (36, 132)])
 def test_a_swin_of_another_size_keeps_its_windows(size: tuple[int, int], perturbed: Perturbed) -> None:
     student = perturbed(SWIN)
     built = other_swin(student, size, SWIN_WINDOWS)
     check(Backbone(student), built, images(*size))
 
 
-@pytest.mark.parametrize("size", [(64, 64), (128, 96)])
+@pytest.mark.parametrize("size", [(64, 64), (96, 72)])
 def test_a_swin_with_another_window(size: tuple[int, int], perturbed: Perturbed) -> None:
     student = perturbed(SWIN)
-    built = other_swin(student, size, (16,) * 4)
+    built = other_swin(student, size, (16,) * 3)
     check(Backbone(student, window_size=16), built, images(*size))
 
 
