@@ -85,7 +85,7 @@ class SwinV2Block(SwinTransformerV2Block):
             like.input_resolution,
             like.num_heads,
             like.window_size,
-            like.shift_size,
+            like.target_shift_size,  # of a larger map: where one window covers this map, its own is 0
             mlp_ratio=like.mlp_ratio,
             drop_path=getattr(like.drop_path1, "drop_prob", 0.0),
         )

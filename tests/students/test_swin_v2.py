@@ -50,6 +50,17 @@ def test_tokens_equal_timms(changes: dict[str, Any], perturbed: Perturb) -> None
     assert float((found[0] - found[1]).abs().max()) > 0.1  # the images are told apart
 
 
+@torch.no_grad()
+def test_a_window_that_covered_its_map_shifts_on_a_larger_one_as_timms(perturbed: Perturb) -> None:
+    own = tiny(window_size=8).eval()
+    perturbed(own)
+    like, larger = stock(own, window_size=8), IMAGES.repeat(1, 1, 2, 2)
+    for network in (own, like):
+        network.set_input_size((128, 128), window_size=8)
+    assert any(own.layers[1].blocks[1].shift_size)
+    assert torch.equal(own(larger), like(larger))
+
+
 def test_gradients_equal_timms(perturbed: Perturb) -> None:
     own = tiny().eval()
     perturbed(own)
