@@ -72,7 +72,11 @@ HEAVY = {
         "fdscale.export.gather",
     ),
     "open_clip": ("fdscale.teachers.from_open_clip",),
-    "transformers": ("fdscale.export.transformers_format",),
+    "transformers": (  # the export, the process that reads it, the model file that it carries
+        "fdscale.export.transformers_format",
+        "fdscale.export.reader",
+        "fdscale.export.fd_swin_v2_model",
+    ),
     "prometheus_client": ("fdscale.training.prometheus",),
     "huggingface_hub": ("fdscale.fetch",),
     "matplotlib": ("fdscale.diagnostics.plots",),

@@ -53,18 +53,23 @@ def where(name: Annotated[str, typer.Argument(help="A recipe's, DeepSpeed JSON's
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="A run directory; for timm completed, or a student's folder or file.")],
+    run: Annotated[
+        Path, typer.Argument(help="A run directory, completed but for weights; or a student's folder or file.")
+    ],
     output: Annotated[Path, typer.Option(help="A new folder.")],
-    format: Annotated[str, typer.Option(help="timm: loads without fdscale. weights: a checkpoint's student file.")] = (
-        "timm"
-    ),
+    format: Annotated[
+        str, typer.Option(help="timm, transformers: load without fdscale. weights: a checkpoint's student file.")
+    ] = ("timm"),
     dtype: Annotated[str, typer.Option(help="Of weights: fp32 or bf16.")] = "fp32",
     ema: Annotated[bool, typer.Option("--ema", help="Of weights: their moving average.")] = False,
     step: Annotated[int | None, typer.Option(help="Of weights: a checkpoint's step; the newest whole one.")] = None,
 ) -> None:
-    """Write a student as a folder that timm loads, or as a student file straight from a checkpoint of any ranks."""
-    if format not in ("timm", "weights"):
-        raise UserError(f"--format {format}: allowed: timm, weights")
+    """Write a student as a folder that others load, or as a student file straight from a checkpoint of any ranks.
+
+    timm and transformers take a classifier beside the student along, and are read back where fdscale is not.
+    """
+    if format not in ("timm", "transformers", "weights"):
+        raise UserError(f"--format {format}: allowed: timm, transformers, weights")
     if dtype not in ("fp32", "bf16"):
         raise UserError(f"--dtype {dtype}: allowed: fp32, bf16")
     if format == "weights":
@@ -72,7 +77,13 @@ def export(
 
         written = export_weights(run, output, step, "bf16" if dtype == "bf16" else "fp32", ema)
     elif ema or step is not None or dtype != "fp32":
-        raise UserError("--dtype, --ema and --step belong to --format weights; timm takes RUN/student_ema.safetensors")
+        raise UserError(
+            f"--dtype, --ema and --step belong to --format weights; {format} takes RUN/student_ema.safetensors"
+        )
+    elif format == "transformers":
+        from fdscale.export.transformers_format import export_transformers
+
+        written = export_transformers(run, output)
     else:
         from fdscale.export.timm_format import export_timm
 

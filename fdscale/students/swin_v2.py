@@ -188,11 +188,13 @@ def _init_block(block: SwinV2Block, number: int) -> None:
 
 
 def load(folder: str | Path, **changes: object) -> SwinV2:
-    """The exported student in `folder` (`config.json`, `model.safetensors`), in evaluation mode."""
+    """The exported student in `folder` (`config.json`, `model.safetensors`), with its head, in evaluation mode."""
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    arguments = json.loads((folder / "config.json").read_text())["model_args"]
-    model = SwinV2(**{**arguments, **changes})
+    config = json.loads((folder / "config.json").read_text())
+    model = SwinV2(**{**config["model_args"], **changes})
+    if config["num_classes"]:
+        model.reset_classifier(config["num_classes"], "avg")
     model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
     return model.eval()

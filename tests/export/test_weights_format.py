@@ -133,7 +133,7 @@ def test_a_flipped_byte_is_found_and_the_one_before_taken_or_offered(
     [
         (["--step", "7"], "--step 7: this checkpoint does not exist; others are of the steps 1, 2, 3"),
         (["--dtype", "fp16"], "--dtype fp16: allowed: fp32, bf16"),
-        (["--format", "onnx"], "--format onnx: allowed: timm, weights"),
+        (["--format", "onnx"], "--format onnx: allowed: timm, transformers, weights"),
         (["--format", "timm", "--ema"], "--dtype, --ema and --step belong to --format weights"),
     ],
 )

@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fdscale.config.errors import UserError
-from fdscale.export.timm_format import export_timm
+from fdscale.export.finished import finished
+from fdscale.export.model_card import timm_card
+from fdscale.export.parity import Report
+from fdscale.export.timm_format import timm_network, write_timm
 from fdscale.importing.importer import ImportReport, import_checkpoint
 from fdscale.students.files import load_weights
 from fdscale.students.geometry import SwinV2Geometry, TimmGeometry, ViTGeometry, file_geometry
@@ -375,8 +378,10 @@ def test_a_safetensors_file_and_timms_own_names_will_do(layouts: Any, tmp_path: 
 def test_what_was_imported_can_be_exported(layouts: Any, checkpoint: Checkpoint, tmp_path: Path) -> None:
     network = layouts.swin_v2(pretrained_window_sizes=(3, 3))
     report = import_checkpoint(checkpoint(layouts.original_swin(network)), tmp_path / "out")
-    folder = export_timm(report.weights.parent, tmp_path / "export")
-    card = (folder / "README.md").read_text()
+    student, folder = finished(report.weights.parent), tmp_path / "export"
+    folder.mkdir()
+    config = write_timm(student, timm_network(student), folder)
+    card = timm_card(student, config, Report("timm", "", [], [], [], {}), folder.name)
     assert "brought into timm's names by fdscale and trained by others" in card
     assert "feature-distillation" not in card
     with torch.no_grad():

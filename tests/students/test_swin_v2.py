@@ -177,6 +177,14 @@ def test_a_window_shrinks_to_its_map_and_is_not_shifted_there() -> None:
 
 
 @torch.no_grad()
+def test_a_window_that_was_not_shifted_is_on_a_larger_map(perturbed: Perturb) -> None:
+    small = tiny(img_size=32).eval()
+    perturbed(small)
+    small.set_input_size(img_size=(64, 64), window_size=4)
+    assert torch.equal(small(IMAGES), stock(small)(IMAGES))
+
+
+@torch.no_grad()
 def test_the_position_bias_is_between_0_and_16_and_depends_on_the_offset_alone(perturbed: Perturb) -> None:
     attention = blocks_of(tiny())[0].attn
     perturbed(attention)

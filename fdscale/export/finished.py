@@ -1,0 +1,130 @@
+"""What an export starts from: a finished student file, the classifier beside it, and what its run says of it."""
+
+from __future__ import annotations
+
+import logging
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from fdscale.config.errors import UserError
+from fdscale.data.index import INDEX_FILE, Index, load_index
+from fdscale.students.geometry import Geometry, SwinV2Geometry, file_description, file_geometry
+from fdscale.training.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+CROP_PCT = 0.875  # evaluation resizes the shorter side to size * 256 / 224
+NEW_NORM, HEAD = "fc_norm.", "head."  # names in a classifier's file
+
+
+@dataclass(frozen=True)
+class Head:
+    """A classifier's file: its classes, and whether a new norm after pooling takes the place of the student's final."""
+
+    weights: Path
+    classes: int
+    new_norm: bool
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A student file; `recipe` is that of the run around it, empty where there is none, `head` its classifier."""
+
+    weights: Path
+    geometry: Geometry
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    recipe: Mapping[str, Any]
+    head: Head | None
+
+    @property
+    def interpolation(self) -> str:
+        return self.recipe.get("data", {}).get("interpolation", "bilinear")
+
+    @cached_property
+    def shown(self) -> Index | None:
+        """The run's held-out shards, else its training shards; None when they are no longer where they were."""
+        for table in ("eval", "data"):
+            folder = self.recipe.get(table, {}).get("shards")
+            if folder and (Path(folder) / INDEX_FILE).is_file():
+                try:
+                    return load_index(folder)
+                except UserError as error:
+                    logger.warning("the run's images are left out: %s", error)
+        return None
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The classes' names, as the shards' index has them."""
+        names = self.shown.classes if self.shown and self.head else None
+        return names if self.head and names and len(names) == self.head.classes else None
+
+
+def finished(source: Path) -> Finished:
+    """The run directory of a completed run, an imported student's folder, or a student file.
+
+    Raises UserError for anything else, and for a SwinV2's new norm after pooling, which no other library has.
+    """
+    weights = _weights_file(source)
+    described, recipe = file_description(weights), weights.with_name("recipe.toml")
+    found = Finished(
+        weights,
+        file_geometry(weights),
+        tuple(_shortest(value) for value in described["mean"]),
+        tuple(_shortest(value) for value in described["std"]),
+        tomllib.loads(recipe.read_text()) if recipe.is_file() else {},
+        _head(weights),
+    )
+    if found.head and found.head.new_norm and isinstance(found.geometry, SwinV2Geometry):
+        raise UserError(
+            f"{found.head.weights}: head.norm=after_pooling of a SwinV2 has no counterpart in timm or transformers: "
+            f"its head cannot be exported; `--format weights` writes the student without it"
+        )
+    return found
+
+
+def stored_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a file's header; raises UserError when it is no safetensors file."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{weights}: not a readable student file: {error}") from error
+
+
+def _weights_file(source: Path) -> Path:
+    if source.is_file():
+        return source
+    if not source.exists():
+        raise UserError(f"{source}: no such run directory or student file")
+    run = RunDirectory(source)
+    if not run.recipe.is_file() and run.student.is_file():
+        return run.student  # an imported student's folder
+    if run.completed_steps() is None or not run.student.is_file():
+        raise UserError(
+            f"{source}: not a completed run: its student.safetensors is written and marked when the last "
+            "step is done; start the same command again to finish it, or name a student file"
+        )
+    return run.student
+
+
+def _head(student: Path) -> Head | None:
+    path = student.with_name(student.name.replace("student", "classifier", 1))
+    if path == student or not path.is_file():
+        return None
+    shapes = stored_shapes(path)
+    if f"{HEAD}weight" not in shapes:
+        raise UserError(f"{path}: no classifier's file: it has no {HEAD}weight; take it away to export the student")
+    return Head(path, shapes[f"{HEAD}weight"][0], any(name.startswith(NEW_NORM) for name in shapes))
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal of an fp32 number, which the student file widened (0.485 is 0.4850000143)."""
+    return float(str(np.float32(value)))
