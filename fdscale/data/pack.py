@@ -44,10 +44,10 @@ def pack_folder(
 ) -> Index:
     """Pack an image folder into `output` (new or empty).
 
-    Class sub-folders give labels, sorted by name or numbered as in the shards `classes_of`; a flat folder none. Images are
-    shuffled once by `seed`, so that reading shards in sequence still mixes the classes. Raises UserError for a source
-    without images, images beside class folders, class folders that `classes_of` does not know, a link that leaves the
-    source, two images of one key, and an output that holds anything.
+    Class sub-folders give labels, sorted by name or numbered as in the shards `classes_of`; a flat folder none. Images
+    are shuffled once by `seed`, so that reading shards in sequence still mixes the classes. Raises UserError for a
+    source without images, images beside class folders, class folders that `classes_of` does not know, a link that
+    leaves the source, two images of one key, and an output that holds anything.
     """
     source = Path(source).resolve()
     if samples_per_shard < 1:

@@ -62,7 +62,7 @@ def smoke_patch(recipe: Mapping[str, Any]) -> Tree:
     student = {"image_size": None, "geometry": None} if keeps_its_size else _small_student(original)
     patch = {**RUN, "optim": OPTIM, "student": student}
     if recipe["program"] == "finetune":
-        return {**patch, "classes": DIGITS_CLASSES, "head": {"weights": None}}
+        return {**patch, "classes": DIGITS_CLASSES, "head": {"weights": None, "keep": None}}
     small = _student({**recipe["student"], **student})
     further = {
         name: _small_teacher(table, original, small) for name, table in recipe.get("further_teachers", {}).items()
