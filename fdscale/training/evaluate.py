@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdscale.data.batches import Batch
+from fdscale.training.engine import averaged_weights, has_average
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -46,6 +47,15 @@ def evaluate(
     if features is not None and neighbours and bool((labels >= 0).all()):
         result["eval_knn_accuracy"] = knn_accuracy(features, labels, neighbours)
     return result
+
+
+def evaluate_average(engine: DeepSpeedEngine, sample_terms: SampleTerms, batches: Iterable[Batch]) -> dict[str, float]:
+    """`eval_ema_loss` and, with labels, `eval_ema_accuracy`: the moving average's; nothing before there is one."""
+    if not has_average(engine):
+        return {}
+    with averaged_weights(engine):
+        found = evaluate(engine, sample_terms, batches, neighbours=0)
+    return {f"eval_ema_{name}": found[f"eval_{name}"] for name in ("loss", "accuracy") if f"eval_{name}" in found}
 
 
 def _gather_rows(rows: Tensor) -> Tensor:
