@@ -33,6 +33,7 @@ app = _group(
     training.plan,
     training.distill,
     training.finetune,
+    training.probe,
     weights.models,
     weights.fetch,
     weights.where,
@@ -44,6 +45,7 @@ app.command(context_settings=PASS_ON)(cluster.launch)
 app.command()(cluster.submit)
 app.command()(cluster.doctor)
 app.command(hidden=True)(cluster.examine)
+app.command(hidden=True)(training.probe_rank)
 app.add_typer(_group("Make and inspect the shards that training reads.", shards.pack, shards.index), name="shards")
 app.add_typer(
     _group("List, verify and prune the checkpoints of a run.", runs.ls, runs.verify, runs.prune), name="checkpoint"

@@ -23,7 +23,9 @@ RECIPES = {
     "fd_swinv2b.sh": "swinv2_b_esvit",
     "fd_vit_b.sh": "vit_b_clip_b",
     "fd_vit_l.sh": "vit_l_clip_l",
+    "finetune_imagenet.sh": "finetune_vit_b_clip_b",
 }
+PROGRAMS = {name: "finetune" if name.startswith("finetune_") else "distill" for name in RECIPES}
 AWKWARD = ["x=$(id)", "a b", 'it\'s "so"', "list=[2,2,6,2]", "*", "back\\slash", "", "`id`"]
 PRINT_ARGV = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([os.getcwd(), *sys.argv[1:]]))\n"
 
@@ -101,7 +103,7 @@ def test_smoke_fits_a_machine_with_many_gpus(tmp_path: Path) -> None:
 @pytest.mark.parametrize("launcher", DUAL, ids=lambda path: path.name)
 def test_arguments_and_folder_reach_the_program_as_typed(launcher: Path, tmp_path: Path, fake_python: Path) -> None:
     told = started(launcher, tmp_path, FDSCALE_PYTHON=str(fake_python))
-    assert told == [str(tmp_path), "-m", "fdscale", "launch", "distill", RECIPES[launcher.name], *AWKWARD]
+    assert told == [str(tmp_path), "-m", "fdscale", "launch", PROGRAMS[launcher.name], RECIPES[launcher.name], *AWKWARD]
 
 
 @pytest.mark.parametrize("launcher", DUAL, ids=lambda path: path.name)
@@ -190,4 +192,24 @@ def test_the_python_half_hands_everything_to_the_cli(launcher: Path, tmp_path: P
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     answer = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert answer.returncode == 85, answer.stderr
-    assert json.loads(answer.stdout) == ["distill", RECIPES[launcher.name], "--local_rank=1", *AWKWARD]
+    program = PROGRAMS[launcher.name]
+    assert json.loads(answer.stdout) == [program, RECIPES[launcher.name], "--local_rank=1", *AWKWARD]
+
+
+def test_the_fine_tuning_launcher_takes_another_recipe_first(tmp_path: Path, fake_python: Path) -> None:
+    """Under bash and under Python; what is no recipe's name is left where it stands."""
+    launcher, other = LAUNCHERS / "finetune_imagenet.sh", "finetune_vit_l_clip_l_in1k_336"
+    (tmp_path / "fdscale").mkdir()
+    (tmp_path / "fdscale" / "__init__.py").touch()
+    (tmp_path / "fdscale" / "cli.py").write_text("import json\ndef main(argv):\n    print(json.dumps(argv))\n")
+    env = {**os.environ, "FDSCALE_PYTHON": str(fake_python), "PYTHONPATH": str(tmp_path)}
+    for words, recipe in (
+        ([other, "x=1"], other),
+        (["x=1", other], "finetune_vit_b_clip_b"),
+        ([], "finetune_vit_b_clip_b"),
+    ):
+        rest = words[1:] if words[:1] == [other] else words
+        for start in ["bash", str(launcher)], [sys.executable, str(launcher), "--local_rank=1"]:
+            answer = subprocess.run([*start, *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+            told = json.loads(answer.stdout)
+            assert told[told.index("finetune") + 1 :] == [recipe, *start[2:], *rest]

@@ -15,7 +15,7 @@ from fdscale.build.run import Run
 from fdscale.build.weights import RANDOM
 from fdscale.config.errors import UserError, attempt
 from fdscale.config.settings import StudentSettings, TeacherSettings
-from fdscale.planning.networks import up_to_layer
+from fdscale.planning.networks import geometry_of, up_to_layer
 from fdscale.students.files import load_statistics, load_weights
 from fdscale.students.geometry import STUDENTS, file_geometry, student_geometry
 from fdscale.students.student import Student, build_student, set_activation_checkpointing
@@ -89,13 +89,11 @@ def prepare_student(settings: StudentSettings, seed: int, device: str = "cpu") -
 
     On the meta device it has shapes only.
     """
-    geometry = student_geometry(
-        settings.name, settings.image_size, settings.geometry, settings.weights, settings.position_bias
-    )
+    geometry = geometry_of(settings)
     student = build_student(geometry, settings.drop_path, seed, device)
     set_activation_checkpointing(student, settings.activation_checkpointing)
     if settings.weights:
-        _load(student, Path(settings.weights), device)
+        _load(student, Path(settings.weights), device, settings.resize)
     return student
 
 
@@ -118,12 +116,12 @@ def prepare_teacher(settings: TeacherSettings, weights: str, dtype: torch.dtype,
     )
 
 
-def _load(student: Student, weights: Path, device: str) -> None:
+def _load(student: Student, weights: Path, device: str, resize: bool = False) -> None:
     """A student file's values; on the meta device its input statistics alone."""
     if device == "meta":
         load_statistics(student, weights)
     else:
-        load_weights(student, weights)
+        load_weights(student, weights, resize)
 
 
 def _teacher_from_student(settings: TeacherSettings, weights: str, dtype: torch.dtype, device: str) -> Teacher:

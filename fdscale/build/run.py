@@ -17,7 +17,15 @@ import torch.distributed as dist
 
 from fdscale.build.demand import demand_of
 from fdscale.build.exports import exports_of
-from fdscale.build.weights import STUDENT, WeightsRecord, hold_weights, student_weights, teacher_weights
+from fdscale.build.weights import (
+    HEAD,
+    STUDENT,
+    WeightsRecord,
+    head_weights,
+    hold_weights,
+    student_weights,
+    teacher_weights,
+)
 from fdscale.cluster.orphans import watch_launchers
 from fdscale.cluster.ranks import StopSignals, rank_from_environment
 from fdscale.config.settings import DistillSettings, FinetuneSettings
@@ -152,6 +160,8 @@ def _weights(settings: DistillSettings | FinetuneSettings, connection: Connectio
     found = {STUDENT: student_weights(settings.student, connection)}
     for where, (table, _) in settings.teachers.items() if isinstance(settings, DistillSettings) else ():
         found[where] = teacher_weights(where, table, connection)
+    if isinstance(settings, FinetuneSettings) and (head := head_weights(settings.head, connection)):
+        found[HEAD] = head
     return found
 
 

@@ -29,7 +29,7 @@ from fdscale.training.average import keep_average
 from fdscale.training.canary import Canary, chip_of
 from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import parameter_dtype, start_engine
-from fdscale.training.evaluate import SampleTerms, evaluate
+from fdscale.training.evaluate import SampleTerms, evaluate, evaluate_average
 from fdscale.training.guards import Guards
 from fdscale.training.live import Live
 from fdscale.training.loop import UNWATCHED, BatchTerms, Plan, Watch, fit
@@ -266,4 +266,11 @@ def _held_out(
         data.workers,
         run.device,
     )
-    return lambda: evaluate(engine, sample_terms, guards.marking(loader), run.settings.eval.knn)
+
+    def measured() -> dict[str, float]:
+        found = evaluate(engine, sample_terms, guards.marking(loader), run.settings.eval.knn)
+        if run.settings.optim.ema_decay:
+            found |= evaluate_average(engine, sample_terms, guards.marking(loader))
+        return found
+
+    return measured

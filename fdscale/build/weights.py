@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fdscale.config.errors import UserError, told_as
-from fdscale.config.settings import StudentSettings, TeacherSettings
+from fdscale.config.settings import HeadSettings, StudentSettings, TeacherSettings
 from fdscale.students.geometry import file_description
 from fdscale.teachers.fetched import fetched, sha256_of, verify, weights_folder
 from fdscale.teachers.table import OWN
@@ -19,6 +19,7 @@ from fdscale.training.engine import Connection, gather_lists
 from fdscale.training.run_directory import RunDirectory
 
 STUDENT = "student"  # the others are called as the settings that name them: `teacher`, `further_teachers.NAME`
+HEAD = "head"
 RANDOM = "random"
 
 
@@ -52,6 +53,12 @@ def teacher_weights(where: str, settings: TeacherSettings, connection: Connectio
 def student_weights(settings: StudentSettings, connection: Connection) -> WeightsRecord:
     """What the student starts from, likewise: random weights or a student file."""
     return _agreed(partial(_student_record, settings), connection)
+
+
+def head_weights(settings: HeadSettings, connection: Connection) -> WeightsRecord | None:
+    """What a classifier's head starts from, likewise; None for a new one."""
+    path = settings.weights
+    return None if path is None else _agreed(lambda: _file_record(HEAD, HEAD, path), connection)
 
 
 def hold_weights(directory: RunDirectory, connection: Connection, records: Mapping[str, WeightsRecord]) -> None:

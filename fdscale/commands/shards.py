@@ -17,6 +17,9 @@ def pack(
     output: Annotated[Path, typer.Argument(help="A new folder for the shards and their index.")],
     samples_per_shard: int = 1000,
     split: Annotated[str, typer.Option(help="Of `digits`: train or test.")] = "train",
+    classes_of: Annotated[
+        Path | None, typer.Option(help="Of a val folder: its train's shards, by which it is numbered.")
+    ] = None,
 ) -> None:
     """Turn an image folder, or the digits that scikit-learn carries, into shards with an index."""
     from fdscale.data.pack import pack_digits, pack_folder
@@ -24,10 +27,12 @@ def pack(
     if split not in ("train", "test"):
         raise UserError(f"--split {split}: allowed: train, test")
     digits = source == "digits" and not Path(source).exists()
+    if digits and classes_of is not None:
+        raise UserError("--classes-of: the digits have their own numbers; leave it out")
     index = (
         pack_digits(output, "train" if split == "train" else "test")
         if digits
-        else pack_folder(source, output, samples_per_shard)
+        else pack_folder(source, output, samples_per_shard, classes_of=classes_of)
     )
     terminal().print(f"{len(index)} samples in {len(index.shards)} shards: {escape(str(output))}")
 

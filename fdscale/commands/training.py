@@ -97,6 +97,48 @@ def finetune(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) 
     _leave(run(settings))
 
 
+Shards = Annotated[Path, typer.Option(help="A shard folder with labels.")]
+
+
+def probe(
+    student: Annotated[Path, typer.Argument(help="A student file, or a run's folder.")],
+    train: Shards,
+    held_out: Shards,
+    neighbours: Annotated[int, typer.Option(min=1, help="Of the k-NN.")] = 20,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time on a rank.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes of a rank that decode.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="A JSON file for the result.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Ranks; default: as `fdscale launch`.")] = None,
+) -> None:
+    """Measure a frozen student's features: a linear classifier and a k-NN among labelled images."""
+    from fdscale.cluster.launch import launch as start
+
+    given = {"--train": train, "--held-out": held_out, "--neighbours": neighbours, "--batch": batch}
+    given |= {"--workers": workers, **({} if output is None else {"--output": output})}
+    arguments = ["probe-rank", str(student), *(str(word) for pair in given.items() for word in pair)]
+    raise typer.Exit(start(arguments, None, ranks))
+
+
+def probe_rank(
+    student: Path,
+    train: Shards,
+    held_out: Shards,
+    neighbours: int = 20,
+    batch: int = 64,
+    workers: int = 2,
+    output: Path | None = None,
+) -> None:
+    """What `fdscale probe` starts on every rank."""
+    from fdscale.downstream.probe import probe as run
+    from fdscale.downstream.probe import table_of
+    from fdscale.training.engine import part
+
+    found = run(student, train, held_out, neighbours, batch, workers, output)
+    if os.environ.get("RANK", "0") == "0":
+        terminal().print(table_of(found))
+    part()
+
+
 def _leave(complete: bool) -> None:
     """Exit 0 when the run is complete, 85 ("requeue me") when a signal stopped it."""
     raise typer.Exit(0 if complete else REQUEUE_EXIT_CODE)

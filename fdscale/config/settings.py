@@ -83,7 +83,8 @@ class StudentSettings(Settings):
 
     `position_bias` None is the named network's; `per_block` gives every ViT block its own table, copied from a
     shared one where the weights have that (official fine-tuning). Activation checkpointing recomputes `blocks` in the
-    backward pass; `offload` keeps their inputs in the host's memory meanwhile.
+    backward pass; `offload` keeps their inputs in the host's memory meanwhile. `resize` takes `weights` of another
+    image size or window: positions are resized, and a SwinV2 keeps its coordinates.
     """
 
     name: Name
@@ -93,6 +94,7 @@ class StudentSettings(Settings):
     activation_checkpointing: Literal["none", "blocks", "offload"] = "none"
     geometry: Keywords = {}
     weights: Name | None = None
+    resize: bool = False
 
 
 class TeacherSettings(Settings):
@@ -314,10 +316,14 @@ class HeadSettings(Settings):
     """The classifier: the mean of the patch tokens, a norm, a linear layer that starts at `init_scale` of its draw.
 
     `norm` is the `student`'s own, before the mean, or a new one `after_pooling` that takes its place (official ViT).
+    `weights` is the `classifier.safetensors` of an earlier fine-tuning: `all` of it is kept, or, where the classes are
+    others, its `norm` alone.
     """
 
     norm: Literal["student", "after_pooling"] = "student"
     init_scale: Annotated[float, Field(gt=0)] = 0.001
+    weights: Name | None = None
+    keep: Literal["all", "norm"] = "all"
 
 
 class FinetuneSettings(RunSettings):

@@ -39,19 +39,23 @@ class Sample(NamedTuple):
     label: int | None
 
 
-def pack_folder(source: str | Path, output: str | Path, samples_per_shard: int, seed: int = 0) -> Index:
+def pack_folder(
+    source: str | Path, output: str | Path, samples_per_shard: int, seed: int = 0, classes_of: str | Path | None = None
+) -> Index:
     """Pack an image folder into `output` (new or empty).
 
-    Class sub-folders give labels (sorted by name), a flat folder none. Images are shuffled once by `seed`, so
-    that reading shards in sequence still mixes the classes. Raises UserError for a source without images,
-    images beside class folders, a link that leaves the source, two images of one key, and an output that
-    holds anything.
+    Class sub-folders give labels, sorted by name or numbered as in the shards `classes_of`; a flat folder none. Images
+    are shuffled once by `seed`, so that reading shards in sequence still mixes the classes. Raises UserError for a
+    source without images, images beside class folders, class folders that `classes_of` does not know, a link that
+    leaves the source, two images of one key, and an output that holds anything.
     """
     source = Path(source).resolve()
     if samples_per_shard < 1:
         raise UserError(f"samples_per_shard is {samples_per_shard}; allowed: 1 or more")
     files = _image_files(source)
     classes = _class_names(source, files)
+    if classes_of is not None:
+        classes = _numbered_as(Path(classes_of), classes, source)
     keys = {file: _key(file.relative_to(source)) for file in files}
     _refuse_same_keys(keys)
     shuffled = [files[i] for i in np.random.Generator(np.random.Philox(seed)).permutation(len(files))]
@@ -112,6 +116,21 @@ def _class_names(source: Path, files: Sequence[Path]) -> list[str] | None:
             "allowed: all in class folders (labels), or all directly in it (no labels)"
         )
     return sorted({file.relative_to(source).parts[0] for file in files})
+
+
+def _numbered_as(shards: Path, found: Sequence[str] | None, source: Path) -> list[str]:
+    """The class names of other shards, in their order; the log tells those of which `source` has no folder."""
+    known = load_index(shards).classes
+    if known is None or found is None:
+        what = f"shards {shards} name no classes" if known is None else f"{source} has no class folders"
+        raise UserError(f"{what}; without --classes-of, class folders are numbered by name and flat ones not at all")
+    if unknown := [name for name in found if name not in set(known)]:
+        listed = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        raise UserError(f"{source} has class folders that {shards} does not know: {listed}; remove or rename them")
+    if missing := [name for name in known if name not in set(found)]:
+        listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        logging.getLogger(__name__).warning("%s: no images of %s; the other classes keep their numbers", source, listed)
+    return list(known)
 
 
 def _key(relative: Path) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdscale.build.result import BACKBONE, save_backbone
+from fdscale.build.result import BACKBONE, NEW_NORM, save_backbone
 from fdscale.config.errors import UserError
-from fdscale.students.files import write_weights
+from fdscale.students.files import read_weights, write_weights
 from fdscale.students.student import Student
 from fdscale.students.swin_v2 import Linear32
 from fdscale.teachers.teacher import Float32LayerNorm
+
+logger = logging.getLogger(__name__)
 
 
 class Classifier(nn.Module):
@@ -66,6 +69,24 @@ def _take_norm(student: Student) -> Float32LayerNorm:
         )
     student.backbone.norm = nn.Identity()
     return Float32LayerNorm(student.width, eps=norm.eps, bias=norm.bias is not None)
+
+
+def load_head(classifier: Classifier, file: Path, keep: Literal["all", "norm"]) -> None:
+    """Put an earlier fine-tuning's `classifier.safetensors` into a classifier: its norm, and its linear layer with it.
+
+    The log says what was kept. Raises UserError for a file of another student or of other classes.
+    """
+    held = {name: value for name, value in read_weights(file).items() if keep == "all" or name.startswith(NEW_NORM)}
+    parts = sorted({name.partition(".")[0] for name in held})
+    wanted = {name for name in classifier.state_dict() if name.startswith(tuple(f"{part}." for part in parts))}
+    try:
+        unexpected = classifier.load_state_dict(held, strict=False).unexpected_keys
+    except RuntimeError as error:  # of another shape
+        raise UserError(f"head.weights: {file} is not of this student and these classes: {error}") from error
+    if unexpected or not wanted == held.keys() or not held:
+        raise UserError(f"head.weights: {file} holds {', '.join(sorted(held)) or 'no norm'}: of another kind of head")
+    linear = "" if keep == "all" else f"; the linear layer of {classifier.head.out_features} classes is new"
+    logger.info("%s: %s kept%s", file, " and ".join(parts), linear)
 
 
 def save_classifier(student: Student, state: dict[str, Tensor], folder: Path, ending: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ from fdscale.config.errors import UserError
 from fdscale.config.settings import FinetuneSettings
 from fdscale.data.batches import Batch
 from fdscale.data.index import Index
-from fdscale.downstream.classifier import Classifier, save_classifier
+from fdscale.downstream.classifier import Classifier, load_head, save_classifier
 from fdscale.downstream.erase import Erasing
 from fdscale.downstream.mix import Mixing
 from fdscale.students.drop_path import drop_path_rows
@@ -39,9 +40,11 @@ def finetune(settings: FinetuneSettings) -> bool:
         _check_labels(name, index, settings.classes)
     mix = mixing(settings)
     student = student_of(run)
+    head = settings.head
     with seeded(settings.seed):
-        head = settings.head
         classifier = Classifier(student, settings.classes, settings.label_smoothing, head.norm, head.init_scale)
+    if head.weights is not None:
+        load_head(classifier, Path(head.weights), head.keep)
     mean, std = student.mean.to(run.device), student.std.to(run.device)
     erase = Erasing(settings.augment.erasing, mean, std, settings.seed)
     sites, global_batch = student.drop_path_sites, settings.data.global_batch

@@ -20,7 +20,7 @@ class Found:
     """A student in a checkpoint: its geometry, its tensors under the student's names, and what is worth saying.
 
     `family` names the network in words. `normalisation` is the images' statistics in training, as far as the file
-    shows: "imagenet" or "inception".
+    shows: "imagenet", "inception" or "clip".
     """
 
     family: str

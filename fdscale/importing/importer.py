@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fdscale.config.errors import UserError
+from fdscale.importing.clip import is_clip, read_clip
 from fdscale.importing.found import Found, Overrides, parsed
 from fdscale.importing.source import Source, StateDict, first, read_source, unknown
 from fdscale.importing.swin import read_swin
@@ -18,9 +19,14 @@ from fdscale.students.files import new_folder, refuse_taken, save_student
 from fdscale.students.geometry import Geometry, OwnGeometry
 from fdscale.students.student import IMAGENET_MEAN, IMAGENET_STD, Student, build_student
 from fdscale.teachers.fetched import sha256_of
+from fdscale.teachers.table import CLIP_MEAN, CLIP_STD
 
 HALF = (0.5, 0.5, 0.5)
-NORMALISATIONS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "inception": (HALF, HALF)}
+NORMALISATIONS = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "inception": (HALF, HALF),
+    "clip": (CLIP_MEAN, CLIP_STD),
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class ImportReport:
 def import_checkpoint(file: Path, output: Path, overrides: Sequence[str] = ()) -> ImportReport:
     """Writes `student.safetensors` and `student.json` into the new folder `output`.
 
-    `file`: a checkpoint of feature distillation, SimMIM, Swin, SwinV2 or BEiT in its original names. The geometry
+    `file`: a checkpoint of feature distillation, SimMIM, Swin, SwinV2, BEiT or CLIP in its original names. The geometry
     is read off it; `overrides` (`window_size=8`, `image_size=256`, ...) say what it does not tell. Raises UserError
     for a file that cannot be read, is of another family, does not fit its own geometry to the last tensor, or leaves a
     number open; and for an `output` that is there and is not an empty folder.
@@ -73,6 +79,8 @@ def import_checkpoint(file: Path, output: Path, overrides: Sequence[str] = ()) -
 
 def _found(source: Source, overrides: Overrides) -> Found:
     keys = source.tensors.keys()
+    if is_clip(source):
+        return read_clip(source, overrides)
     if "layers.0.blocks.0.attn.logit_scale" in keys:
         return read_swin_v2(source, overrides)
     if "layers.0.blocks.0.attn.relative_position_bias_table" in keys:

@@ -20,7 +20,7 @@ HEADS = ("head.", "lm_head.")
 BUFFERS = {".relative_position_index": 2, ".relative_coords_table": 4, ".attn_mask": 3}  # and their dimensions
 IN_A_BLOCK = re.compile(r"layers\.\d+\.blocks\.\d+\.")
 CODEBASE_ENTRY = "config"  # Swin's, SimMIM's and feature distillation's checkpoints hold their yacs node there
-NETWORKS = ("feature distillation", "SimMIM", "Swin", "SwinV2", "BEiT")
+NETWORKS = ("feature distillation", "SimMIM", "Swin", "SwinV2", "BEiT", "CLIP")
 
 
 @dataclass(frozen=True)

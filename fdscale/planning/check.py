@@ -9,11 +9,12 @@ from typing import Any
 
 from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.config.errors import SettingsError, attempt
-from fdscale.config.settings import DistillSettings
+from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.data.order import accumulation_steps
 from fdscale.planning.data_check import AnySettings, DataFacts, augment_problems, data_facts, data_problems
 from fdscale.planning.engine_check import engine_problems
 from fdscale.planning.engine_rules import engine_rules
+from fdscale.planning.head_check import head_problems
 from fdscale.planning.memory import (
     RankMemory,
     machine_memory,
@@ -88,6 +89,8 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
     problems += engine_problems(settings, deepspeed_json, here=local_ranks is not None)
     problems += [] if local_ranks is None else telemetry_problems(settings.log, deepspeed_json)
     problems += augment_problems(settings, micro_batch)
+    if isinstance(settings, FinetuneSettings):
+        problems += head_problems(settings, None if student is None else student.width)
     facts = attempt(lambda: data_facts(settings), problems)
     problems += data_problems(settings, facts)
     if problems:

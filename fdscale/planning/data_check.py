@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fdscale.config.errors import UserError, attempt
@@ -14,6 +14,7 @@ from fdscale.data.randaugment import refuse_unknown_policy
 AnySettings = DistillSettings | FinetuneSettings
 DIGITS = "digits"  # the embedded sample, packed on first use
 DIGITS_CLASSES = 10
+SPLITS = ("data.shards", "eval.shards")
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,37 @@ def _size_problems(settings: AnySettings, facts: DataFacts | None) -> Iterator[s
 
 
 def _label_problems(settings: FinetuneSettings, facts: DataFacts | None) -> Iterator[str]:
-    if settings.data.shards == DIGITS and settings.classes < DIGITS_CLASSES:
+    digits = DIGITS in (settings.data.shards, settings.eval.shards)
+    if digits and settings.classes < DIGITS_CLASSES:
         yield f"classes: got {settings.classes}, but the embedded digits have {DIGITS_CLASSES}"
-    if facts is None or facts.index is None:
-        return
-    labels = facts.index.samples["label"]
+    held_out = settings.eval.shards
+    named: dict[str, Index | None] = {"data.shards": facts.index if facts is not None else None}
+    if held_out not in (None, DIGITS):
+        named["eval.shards"] = attempt(lambda: load_index(str(held_out)), [])  # what is wrong with it was told
+    for where, index in named.items():
+        if index is not None:
+            yield from _labels_out_of_range(where, index, settings.classes)
+    trained, evaluated = (None if index is None else index.classes for index in (named.get(w) for w in SPLITS))
+    if trained is not None and evaluated is not None and trained != evaluated:
+        yield _other_classes(settings, trained, evaluated)
+
+
+def _labels_out_of_range(where: str, index: Index, classes: int) -> Iterator[str]:
+    labels = index.samples["label"]
     missing, highest = int((labels < 0).sum()), int(labels.max())
     if missing:
-        yield f"data.shards: {missing} of {len(labels)} samples have no label; fine-tuning needs one for each"
-    if highest >= settings.classes:
-        at_least = f"allowed: at least {highest + 1}"
-        yield f"classes: got {settings.classes}, but data.shards has label {highest}; {at_least}"
+        yield f"{where}: {missing} of {len(labels)} samples have no label; fine-tuning needs one for each"
+    if highest >= classes:
+        yield f"classes: got {classes}, but {where} has label {highest}; allowed: at least {highest + 1}"
+
+
+def _other_classes(settings: FinetuneSettings, trained: Sequence[str], evaluated: Sequence[str]) -> str:
+    """Class folders that the two splits do not share move the numbers of all that follow."""
+    missing, unknown = sorted(set(trained) - set(evaluated)), sorted(set(evaluated) - set(trained))
+    lists = (("without", missing), ("with unknown", unknown))
+    told = ", ".join(f"{how} {', '.join(names[:3])}" for how, names in lists if names) or "in another order"
+    remedy = f"`fdscale shards pack FOLDER OUTPUT --classes-of {settings.data.shards}`"
+    return (
+        f"eval.shards: its {len(evaluated)} classes are not the {len(trained)} of data.shards ({told}), so that one "
+        f"number means two classes; pack it again with {remedy}"
+    )

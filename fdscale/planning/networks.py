@@ -25,6 +25,7 @@ from fdscale.teachers.table import (
 
 TeacherGeometry = TeacherSpec | UnbuiltTeacher | Geometry  # the last: a network of the students' teaches
 FREE_LICENCES = ("MIT", "Apache-2.0", "your own")
+RESIZABLE = ("image_size", "window_size", "pretrained_window_sizes")
 RUN_OF_A_RECIPE = re.compile(r"runs/(\w+)/student\.safetensors")
 
 
@@ -32,10 +33,19 @@ def planned_student(table: StudentSettings) -> Geometry:
     """The student's geometry; raises UserError where its weights are missing or those of another network."""
     if table.weights is not None:
         _refuse_no_file("student.weights", table.weights)
-    geometry = student_geometry(table.name, table.image_size, table.geometry, table.weights, table.position_bias)
+    elif table.resize:
+        raise UserError("student.resize: it is student.weights that are resized; name them, or leave it out")
+    geometry = geometry_of(table)
     if table.weights is not None:
-        _refuse_another_geometry("student", table.weights, geometry)
+        _refuse_another_geometry("student", table.weights, geometry, table.resize)
     return geometry
+
+
+def geometry_of(table: StudentSettings) -> Geometry:
+    """The student's geometry, whether or not its weights fit it; raises as `student_geometry`."""
+    return student_geometry(
+        table.name, table.image_size, table.geometry, table.weights, table.position_bias, table.resize
+    )
 
 
 def planned_teacher_at(where: str, table: TeacherSettings) -> TeacherGeometry:
@@ -110,15 +120,21 @@ def _refuse_no_layer(layer: int, layers: int, what: str) -> None:
         raise UserError(f"teacher.layer: got {layer}, allowed: 0 to {layers - 1}; the teacher has {layers} {what}")
 
 
-def _refuse_another_geometry(who: str, weights: str, wanted: Geometry) -> None:
-    """A student file carries its geometry; the settings must say the same."""
+def _refuse_another_geometry(who: str, weights: str, wanted: Geometry, resize: bool = False) -> None:
+    """A student file carries its geometry; the settings must say the same, but for what can be resized."""
     held = _file_geometry(f"{who}.weights", weights)
     if held.family != wanted.family:
         raise UserError(f"{who}.weights: {weights} holds a {held.family}, {who}.name is a {wanted.family}")
     theirs, ours = asdict(held), asdict(wanted)
     if theirs.get("position_bias") == "shared":  # may be copied to every block
         theirs["position_bias"] = ours["position_bias"]
-    different = [f"{key} {theirs[key]} (settings: {ours[key]})" for key in theirs if theirs[key] != ours[key]]
+    unlike = [key for key in theirs if theirs[key] != ours[key] and not (resize and key in RESIZABLE)]
+    different = [f"{key} {theirs[key]} (settings: {ours[key]})" for key in unlike]
+    if different and who == "student" and not resize and set(unlike) <= set(RESIZABLE):
+        raise UserError(
+            f"student.weights: {weights} holds {', '.join(different)}; set student.resize=true to resize it, or "
+            "student.image_size and student.geometry to match"
+        )
     if different:
         found = ", ".join(different)
         untied = theirs.get("position_bias") != ours.get("position_bias")
@@ -138,7 +154,8 @@ def _refuse_no_file(where: str, weights: str) -> None:
     recipe = RUN_OF_A_RECIPE.fullmatch(weights)
     hint = ""
     if recipe and recipe[1] in recipe_names():
-        hint = f"; `fdscale launch distill {recipe[1]}` leaves it there"
+        program = "finetune" if recipe[1].startswith("finetune_") else "distill"
+        hint = f"; `fdscale launch {program} {recipe[1]}` leaves it there"
     raise UserError(f"{where}: no such file: {weights}; allowed: the path of a weights file{hint}")
 
 

@@ -15,6 +15,7 @@ from fdscale.students.geometry import (
     STUDENTS,
     Geometry,
     SwinV2Geometry,
+    TimmGeometry,
     ViTGeometry,
     student_geometry,
 )
@@ -33,6 +34,7 @@ SWIN_V2_IMAGE = 64  # patch 4 and three mergings: a 2x2 grid at the end
 EXTRA_NORM_PERIOD = 6  # one extra norm in a stage of six blocks
 VIT = {"embed_dim": 64, "depth": 3, "num_heads": 4}
 VIT_GRID = 4
+TIMM_VIT_IMAGE = 64  # a grid of 4 for patches of 16
 TEACHER_VIT = {"embed_dim": 64, "depth": 2, "num_heads": 1}
 TEACHER_SWIN = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "window_size": 4}
 EPOCHS = 5
@@ -47,6 +49,7 @@ RUN: Tree = {
     "log": {"every": 10},
 }
 DIGITS_CLASSES = 10
+FROM_SCRATCH: Tree = {"weights": None, "resize": None}
 
 
 def smoke_patch(recipe: Mapping[str, Any]) -> Tree:
@@ -59,7 +62,7 @@ def smoke_patch(recipe: Mapping[str, Any]) -> Tree:
     student = {"image_size": None, "geometry": None} if keeps_its_size else _small_student(original)
     patch = {**RUN, "optim": OPTIM, "student": student}
     if recipe["program"] == "finetune":
-        return {**patch, "classes": DIGITS_CLASSES}
+        return {**patch, "classes": DIGITS_CLASSES, "head": {"weights": None, "keep": None}}
     small = _student({**recipe["student"], **student})
     further = {
         name: _small_teacher(table, original, small) for name, table in recipe.get("further_teachers", {}).items()
@@ -77,22 +80,25 @@ def _small_student(original: Geometry) -> Tree:
     if isinstance(original, SwinV2Geometry):
         period = EXTRA_NORM_PERIOD if original.extra_norm_period else 0
         geometry: Tree = {**SWIN_V2, "extra_norm_period": period}
-        return {"image_size": SWIN_V2_IMAGE, "geometry": geometry, "weights": None}
+        return {"image_size": SWIN_V2_IMAGE, "geometry": geometry, **FROM_SCRATCH}
     if isinstance(original, ViTGeometry):
-        return {"image_size": VIT_GRID * original.patch_size, "geometry": VIT, "weights": None}
-    return {"weights": None}  # any network of timm's is as large as its name says
+        return {"image_size": VIT_GRID * original.patch_size, "geometry": VIT, **FROM_SCRATCH}
+    if isinstance(original, TimmGeometry) and original.name.startswith("vit_"):
+        return {"image_size": TIMM_VIT_IMAGE, "geometry": VIT, **FROM_SCRATCH}
+    return dict(FROM_SCRATCH)  # any other network of timm's is as large as its name says
 
 
 def _small_teacher(table: Mapping[str, Any], original: Geometry, small: Geometry) -> Tree:
     """The teacher's patch; its grid keeps the proportion to the student's (16x16 over 8x8: twice)."""
     size, overrides = table.get("image_size"), table.get("geometry", {})
     if table["name"] in STUDENTS:
-        return {**_small_student(student_geometry(table["name"], size, overrides)), "weights": "random"}
+        patch = _small_student(student_geometry(table["name"], size, overrides))
+        return {**patch, "weights": "random", "resize": None}
     spec = teacher_geometry(table["name"], table.get("weights"), size, overrides, table.get("layer"))
     if not isinstance(spec, TeacherSpec):  # timm:NAME and student files are as large as they are
         return {}
     swin = spec.family == "swin"
-    patch: Tree = {"weights": "random", "geometry": TEACHER_SWIN if swin else TEACHER_VIT}
+    patch = {"weights": "random", "geometry": TEACHER_SWIN if swin else TEACHER_VIT}
     if spec.layer is not None and not swin:
         patch["layer"] = min(spec.layer, TEACHER_VIT["depth"] - 1)
     if original.grid is None or small.grid is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fdscale.config.errors import UserError
 from fdscale.students.geometry import ViTGeometry, file_description, geometry_to_json
+from fdscale.students.resize import resized
 from fdscale.students.student import Student
 
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
@@ -63,16 +64,26 @@ def write_weights(state: dict[str, Tensor], path: Path) -> None:
         ) from error
 
 
-def load_weights(student: Student, weights: Path) -> None:
+def read_weights(weights: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; raises UserError where they cannot be read."""
+    try:
+        return load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{weights}: not a readable student file: {error}") from error
+
+
+def load_weights(student: Student, weights: Path, resize: bool = False) -> None:
     """Fill a student from a student file, its input normalisation included.
 
     Raises UserError unless the keys and shapes are exactly the student's. One exception: a position bias table
     that the file's blocks share is copied to every block of a student with one per block (official fine-tuning).
+    `resize` fits positions of another image size to the student's.
     """
     expected = {name: tensor.shape for name, tensor in student.backbone.state_dict().items()}
-    state = _read(weights)
+    state = read_weights(weights)
     if isinstance(student.geometry, ViTGeometry) and student.geometry.position_bias == "per_block":
         state = _table_per_block(state, student.geometry.depth)
+    state = resized(state, student, weights) if resize else state
     missing, unexpected = sorted(expected.keys() - state), sorted(state.keys() - expected)
     shapes = [n for n in expected.keys() & state.keys() if expected[n] != state[n].shape]
     if missing or unexpected or shapes:
@@ -117,10 +128,3 @@ def refuse_taken(output: Path) -> None:
     """Raises UserError for an output that is there and is not an empty folder."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists and is not an empty folder; name another output, nothing was written")
-
-
-def _read(weights: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(weights)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{weights}: not a readable student file: {error}") from error

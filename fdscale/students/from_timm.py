@@ -33,6 +33,12 @@ def build_timm(geometry: TimmGeometry, drop_path: float) -> nn.Module:
     return timm.create_model(geometry.name, num_classes=0, drop_path_rate=drop_path, **timm_arguments(geometry))
 
 
+def build_on_meta(geometry: TimmGeometry) -> nn.Module:
+    """The same network in shapes alone."""
+    with torch.device("meta"):
+        return build_timm(geometry, drop_path=0.0)
+
+
 def _refuse_unknown_keywords(geometry: TimmGeometry) -> None:
     """timm itself takes some keywords in silence, and would download weights for others."""
     with torch.device("meta"):

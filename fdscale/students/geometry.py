@@ -35,6 +35,7 @@ MAY_BE_ZERO = ("extra_norm_period", "pretrained_window_sizes")
 # timm's keywords that are settings of ours, and what a student has not got
 SETTINGS_OF_TIMM = {"img_size": "student.image_size", "drop_path_rate": "student.drop_path"}
 HEADS_OF_TIMM = ("num_classes", "global_pool")
+WINDOW = "window_size"
 
 Geometry = ViTGeometry | SwinV2Geometry | TimmGeometry | OwnGeometry
 FAMILIES: dict[str, type[Geometry]] = {g.family: g for g in (ViTGeometry, SwinV2Geometry, TimmGeometry)}
@@ -62,15 +63,17 @@ def student_geometry(
     overrides: Mapping[str, Any],
     weights: str | None = None,
     position_bias: str | None = None,
+    resize: bool = False,
 ) -> Geometry:
     """The geometry of a named student (`timm:NAME`, `student_file`) with single numbers replaced.
 
     `overrides` of a `timm:` student are timm's keywords. `position_bias` None: as named, or as the file has it.
+    `resize`: the weights may be of another size, as which a SwinV2 keeps normalising its coordinates.
     Raises UserError for an unknown student, SettingsError with every unknown key, every number that cannot be, and
     all that do not fit together.
     """
     if name == STUDENT_FILE:
-        geometry = _of_file(weights, image_size, overrides)
+        geometry = _of_file(weights, image_size, overrides, resize)
     elif name == OWN:
         geometry = _own(image_size, overrides)
     elif name.startswith("timm:"):
@@ -83,18 +86,33 @@ def student_geometry(
             f"student.name: unknown student '{name}'{nearest(name, STUDENTS)}; "
             f"known: {', '.join(STUDENTS)}, {STUDENT_FILE}, timm:NAME, or {OWN} (from Python)"
         )
+    if resize and weights and isinstance(geometry, SwinV2Geometry) and Path(weights).is_file():
+        held = file_geometry(Path(weights))  # another family is refused by who compares the two
+        geometry = geometry.after(held) if isinstance(held, SwinV2Geometry) else geometry
     return geometry if position_bias is None else _with_position_bias(geometry, position_bias, name, weights)
 
 
-def _of_file(weights: str | None, image_size: int | None, overrides: Mapping[str, Any]) -> Geometry:
+def _of_file(weights: str | None, image_size: int | None, overrides: Mapping[str, Any], resize: bool) -> Geometry:
     if not weights:
         raise UserError(f"student.name={STUDENT_FILE}: which file? name it with student.weights=FILE")
+    if resize and not overrides.keys() - {WINDOW}:
+        held = file_geometry(Path(weights))
+        changes = dict(overrides) if image_size is None else {**overrides, "image_size": image_size}
+        return _resized_file(held, changes, Path(weights))
     if overrides or image_size:
         raise UserError(
             f"student.name={STUDENT_FILE} takes everything from {weights}; "
             "leave student.geometry and student.image_size out"
         )
     return file_geometry(Path(weights))
+
+
+def _resized_file(held: Geometry, changes: Mapping[str, Any], weights: Path) -> Geometry:
+    if isinstance(held, TimmGeometry) and WINDOW not in changes:
+        return dataclasses.replace(held, **changes)
+    if isinstance(held, ViTGeometry | SwinV2Geometry) and (WINDOW not in changes or isinstance(held, SwinV2Geometry)):
+        return _replace(held, changes, str(weights))
+    raise UserError(f"student.geometry.{WINDOW}: {weights} holds no SwinV2, which alone has windows; leave it out")
 
 
 def _own(image_size: int | None, overrides: Mapping[str, Any]) -> OwnGeometry:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 POSITION_BIAS_HIDDEN = 512  # hidden width of SwinV2's continuous position bias network
@@ -53,6 +53,21 @@ class SwinV2Geometry:
     def stage_side(self, stage: int) -> int:
         """Tokens along each side of a stage's map."""
         return self.image_size // self.patch_size // 2**stage
+
+    @property
+    def coordinate_windows(self) -> tuple[int, ...]:
+        """Each stage's window by which the position bias's coordinates are normalised."""
+        own = (min(self.window_size, self.stage_side(stage)) for stage in range(len(self.depths)))
+        return self.pretrained_window_sizes or tuple(own)
+
+    def after(self, held: SwinV2Geometry) -> SwinV2Geometry:
+        """This geometry for the weights of one of another size or window: coordinates stay normalised as they learned.
+
+        `pretrained_window_sizes` that are given stay as they are.
+        """
+        if self.pretrained_window_sizes or self.coordinate_windows == held.coordinate_windows:
+            return self
+        return replace(self, pretrained_window_sizes=held.coordinate_windows)
 
     def parameters(self) -> int:
         """Trainable parameters of the backbone, projector and head not counted."""

@@ -10,7 +10,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-EVENT_NAMES = ("eval_loss", "eval_accuracy", "eval_knn_accuracy", "checkpoint_seconds")
+HELD_OUT = ("eval_loss", "eval_accuracy", "eval_ema_loss", "eval_ema_accuracy", "eval_knn_accuracy")
+EVENT_NAMES = (*HELD_OUT, "checkpoint_seconds")
 
 
 class ConsoleSink:
@@ -86,6 +87,8 @@ def _events(values: Mapping[str, float]) -> list[str]:
     texts: dict[str, Callable[[float], str]] = {
         "eval_loss": lambda v: f"held-out loss {v:.4f}",
         "eval_accuracy": lambda v: f"held-out accuracy {v:.1%}",
+        "eval_ema_loss": lambda v: f"loss of the average {v:.4f}",
+        "eval_ema_accuracy": lambda v: f"accuracy of the average {v:.1%}",
         "eval_knn_accuracy": lambda v: f"held-out k-NN accuracy {v:.1%}",
         "checkpoint_seconds": lambda v: f"checkpoint committed in {v:.1f} s",
     }

@@ -81,6 +81,12 @@ def connect(rank: Rank) -> Connection:
     return Connection(rank, device, dist.new_group(backend="gloo", timeout=timedelta(minutes=30)))
 
 
+def part() -> None:
+    """Leave the other ranks, all at once: gloo's threads abort a process that ends without."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def gather_lists(mine: list[Any], connection: Connection) -> list[Any]:
     """The lists of all ranks, one after the other, on every rank."""
     parts: list[list[Any]] = [[] for _ in range(connection.rank.world_size)]
@@ -173,6 +179,39 @@ def set_learning_rate(engine: DeepSpeedEngine, schedule: Schedule, step: int) ->
     """Give every parameter group the rate that the schedule has for it in this step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = schedule.of_group(group["lr_scale"]).for_step(step)
+
+
+def has_average(engine: DeepSpeedEngine) -> bool:
+    """Whether a step was applied since an average is kept; the same answer on every rank, which all must ask."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # ZeRO and bf16 wrap it
+    found = torch.tensor(int(any(AVERAGE in state for state in optimizer.state.values())), device=engine.device)
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return bool(found)
+
+
+@contextmanager
+def averaged_weights(engine: DeepSpeedEngine) -> Iterator[None]:
+    """The moving average in the place of the trained weights, to compute with; then these again, to the bit.
+
+    Every rank must enter, and no step be taken inside. What an exception leaves behind is not to be trained on.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    _link_optimizer_states(engine.optimizer)
+    trained = [weight for weight in engine.module.parameters() if weight.requires_grad]
+    # what the engine computes with is the rounded master, where there is one: nothing else need be kept
+    kept = {weight: weight.detach().clone() for weight in trained if safe_get_full_fp32_param(weight) is None}
+    for weight in trained:
+        _put(weight, _whole_average(engine, weight))
+    yield
+    for weight in trained:
+        _put(weight, kept[weight] if weight in kept else safe_get_full_fp32_param(weight))
+
+
+@torch.no_grad()
+def _put(weight: Tensor, whole: Tensor) -> None:
+    with gathered(weight, written_by=0):
+        weight.copy_(whole)
 
 
 def full_state(engine: DeepSpeedEngine, module: nn.Module, wanted: bool, average: bool = False) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdscale.data.batches import Batch
+from fdscale.training.engine import averaged_weights, has_average
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -40,7 +41,7 @@ def evaluate(
             logger.warning("held-out image left out, it cannot be decoded: %s", bad)
         for name, value in {**sample_terms(engine, batch), "labels": batch.labels}.items():
             rows.setdefault(name, []).append(value[batch.valid])  # not the rows that only make the ranks' batches equal
-    gathered = {name: _gather_rows(torch.cat(values)) for name, values in rows.items()}
+    gathered = {name: gather_rows(torch.cat(values)) for name, values in rows.items()}
     labels, features = gathered.pop("labels"), gathered.pop("features", None)
     result = {f"eval_{name}": float(value.double().mean()) for name, value in gathered.items()}
     if features is not None and neighbours and bool((labels >= 0).all()):
@@ -48,7 +49,16 @@ def evaluate(
     return result
 
 
-def _gather_rows(rows: Tensor) -> Tensor:
+def evaluate_average(engine: DeepSpeedEngine, sample_terms: SampleTerms, batches: Iterable[Batch]) -> dict[str, float]:
+    """`eval_ema_loss` and, with labels, `eval_ema_accuracy`: the moving average's; nothing before there is one."""
+    if not has_average(engine):
+        return {}
+    with averaged_weights(engine):
+        found = evaluate(engine, sample_terms, batches, neighbours=0)
+    return {f"eval_ema_{name}": found[f"eval_{name}"] for name in ("loss", "accuracy") if f"eval_{name}" in found}
+
+
+def gather_rows(rows: Tensor) -> Tensor:
     """The rows of all ranks, in rank order; ranks may hold different numbers of them."""
     counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=rows.device)
     counts[dist.get_rank()] = len(rows)

@@ -99,6 +99,8 @@ _ROWS = (
     ),
     _gauge("eval_loss", "1", "Loss on the held-out shards"),
     _gauge("eval_accuracy", "ratio", "Correctly classified share of the held-out images"),
+    _gauge("eval_ema_loss", "1", "Loss on the held-out shards of the weights' moving average"),
+    _gauge("eval_ema_accuracy", "ratio", "Correctly classified share of the held-out images by the moving average"),
     _gauge("eval_knn_accuracy", "ratio", "k-NN accuracy of student features on the held-out shards"),
     # how fast
     _gauge("images_per_second", "images/second", "Training throughput of all ranks together"),

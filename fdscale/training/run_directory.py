@@ -40,6 +40,7 @@ MAY_CHANGE = {
 }
 # Which bytes they name is compared, not how they name them; until something was trained they may be corrected.
 HELD_BY_HASH = ("weights", "revision")
+NETWORKS = ("student", "head", "teacher", "further_teachers.*")
 MAY_CHANGE_IN_JSON = {
     "train_micro_batch_size_per_gpu": "the global batch stays: accumulation changes with it",
     **dict.fromkeys(
@@ -111,7 +112,7 @@ class RunDirectory:
 
     def _held_by_hash(self) -> set[str]:
         """Settings that need not be equal, since `check_weights` compares what they name with what is recorded."""
-        networks = self._recorded_weights() if self._has_trained() else ("student", "teacher", "further_teachers.*")
+        networks = self._recorded_weights() if self._has_trained() else NETWORKS
         return {f"{network}.{setting}" for network in networks for setting in HELD_BY_HASH}
 
     def _has_trained(self) -> bool:

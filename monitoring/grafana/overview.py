@@ -148,6 +148,8 @@ LEARNED = Row(
             Query(of("eval_loss"), "{{run}} loss", "held-out"),
             Query(of("eval_knn_accuracy"), "{{run}} k-NN accuracy", "held-out"),
             Query(of("eval_accuracy"), "{{run}} accuracy", "labels"),
+            Query(of("eval_ema_loss"), "{{run}} loss of the average", "labels"),
+            Query(of("eval_ema_accuracy"), "{{run}} accuracy of the average", "labels"),
             Query(of("accuracy"), "{{run}} accuracy while training", "labels"),
             width=12,
         ),

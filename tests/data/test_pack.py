@@ -179,3 +179,21 @@ def test_digits_without_scikit_learn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(UserError, match=r'pip install "fdscale\[demo\]"'):
         pack_digits(tmp_path / "out", "train")
+
+
+def test_a_held_out_split_is_numbered_as_its_training_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A synset that is missing there moves no number; one that is not known is refused."""
+    for split, names in (("train", "abcd"), ("val", "bd"), ("odd", "bz")):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / split / name / f"{split}.png")
+    train = pack_folder(tmp_path / "train", tmp_path / "train.tars", 10)
+    val = pack_folder(tmp_path / "val", tmp_path / "val.tars", 10, classes_of=train.folder)
+    assert val.classes == train.classes == ("a", "b", "c", "d")
+    assert sorted(val.samples["label"].tolist()) == [1, 3]
+    assert "no images of a, c; the other classes keep their numbers" in caplog.text
+    with pytest.raises(UserError, match=r"odd has class folders that .*train\.tars does not know: z; remove or rename"):
+        pack_folder(tmp_path / "odd", tmp_path / "odd.tars", 10, classes_of=train.folder)
+    flat = pack_folder(tmp_path / "train" / "a", tmp_path / "flat.tars", 10)
+    with pytest.raises(UserError, match=r"flat\.tars name no classes"):
+        pack_folder(tmp_path / "val", tmp_path / "other.tars", 10, classes_of=flat.folder)

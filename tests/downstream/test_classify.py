@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 
 from fdscale.config.errors import UserError
@@ -16,10 +17,11 @@ from fdscale.config.recipe import load_recipe
 from fdscale.config.settings import FinetuneSettings
 from fdscale.data.index import load_index
 from fdscale.data.loader import EvalLoader
+from fdscale.data.pack import pack_folder
 from fdscale.downstream.classifier import Classifier
 from fdscale.downstream.classify import finetune, seen_as_clip
-from fdscale.students.files import load_weights
-from fdscale.students.geometry import file_geometry
+from fdscale.students.files import load_weights, save_student
+from fdscale.students.geometry import file_geometry, student_geometry
 from fdscale.students.student import build_student
 from fdscale.teachers.table import CLIP_MEAN, CLIP_STD
 from fdscale.training.engine import Connection
@@ -206,3 +208,128 @@ def test_what_cannot_be_drawn_is_refused_at_the_start(
     (message,) = one_rank(tuned, str(tmp_path / "run"), str(digits), *SMALL_VIT, override, f"deepspeed={odd}")
     assert str(message).startswith(problem)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory, digits: Path, one_rank: Any) -> Path:
+    """A fine-tuned ViT of 32 pixels, with a norm after pooling."""
+    folder = tmp_path_factory.mktemp("earlier") / "run"
+    one_rank(tuned, str(folder), str(digits), *SMALL_VIT, "head.norm=after_pooling", SEEN)
+    return folder
+
+
+def test_it_goes_on_from_a_fine_tuned_run_at_another_size(
+    earlier: Path, tmp_path: Path, digits: Path, two_ranks: Any
+) -> None:
+    """Everything is kept: what is evaluated before it learns is the earlier classifier at the new size."""
+    given = [f"student.weights={earlier}/student.safetensors", "student.name=student_file", "student.image_size=48"]
+    head = ["head.norm=after_pooling", f"head.weights={earlier}/classifier.safetensors"]
+    rate = ["optim.lr=1e-30", "optim.warmup_lr=0", "optim.min_lr=0", "max_steps=1", f"eval.shards={digits}"]
+    all_given = [*given, "student.resize=true", *head, *rate]
+    assert two_ranks(tuned, str(tmp_path / "run"), str(digits), *all_given) == [True, True]
+    student = build_student(file_geometry(tmp_path / "run" / "student.safetensors"))
+    assert student.image_size == 48
+    load_weights(student, earlier / "student.safetensors", resize=True)
+    classifier = Classifier(student, 10, 0.0, "after_pooling").eval()
+    classifier.load_state_dict(load_file(earlier / "classifier.safetensors"), strict=False)
+    index = load_index(digits)
+    (batch,) = EvalLoader(index, 0, 1, len(index), 48, "bicubic", 0, torch.device("cpu"))
+    loss = float(F.cross_entropy(classifier.logits(batch.images.float() / 255).detach(), batch.labels))
+    assert rows_of(tmp_path / "run", "eval_loss") == [pytest.approx(loss, abs=1e-5)]
+    assert loss > 2.4  # far from that of a new head
+    recorded = json.loads((tmp_path / "run" / "weights.json").read_text())
+    assert recorded["head"]["path"] == f"{earlier}/classifier.safetensors"
+
+
+def test_a_norm_is_kept_and_the_linear_layer_new_where_the_classes_are_others(
+    earlier: Path, tmp_path: Path, digits: Path, one_rank: Any
+) -> None:
+    given = [f"student.weights={earlier}/student.safetensors", "student.name=student_file", "classes=12"]
+    head = ["head.norm=after_pooling", f"head.weights={earlier}/classifier.safetensors", "head.keep=norm"]
+    still = ["optim.lr=1e-30", "optim.warmup_lr=0", "optim.min_lr=0", "optim.weight_decay=0", "max_steps=1"]
+    assert one_rank(tuned, str(tmp_path / "run"), str(digits), *given, *head, *still) == [True]
+    before, after = (load_file(folder / "classifier.safetensors") for folder in (earlier, tmp_path / "run"))
+    assert torch.equal(before["fc_norm.weight"], after["fc_norm.weight"])
+    assert after["head.weight"].shape == (12, 32)
+    assert float(after["head.weight"].abs().max()) < 1e-3
+
+
+REFUSED = {
+    "another size": (["student.image_size=48"], "holds image_size 32 (settings: 48); set student.resize=true"),
+    "another student": (["student.geometry.depth=3"], "holds depth 2 (settings: 3)"),
+    "resized, but another student": (
+        ["student.geometry.depth=3", "student.image_size=48", "student.resize=true"],
+        "holds depth 2 (settings: 3); set student.geometry to match",
+    ),
+    "a size that its patches do not divide": (
+        ["student.image_size=44", "student.resize=true"],
+        "image_size 44 is not a multiple of patch_size 8",
+    ),
+    "other classes": (
+        ["head.norm=after_pooling", "head.weights={earlier}/classifier.safetensors", "classes=12"],
+        'classes: got 12, but {earlier}/classifier.safetensors has 10: for a new linear layer set head.keep="norm"',
+    ),
+    "another kind of head": (
+        ["head.weights={earlier}/classifier.safetensors"],
+        'is of a head with head.norm="after_pooling"; set that, or leave head.weights out',
+    ),
+    "no classifier": (
+        ["head.norm=after_pooling", "head.weights={earlier}/student.safetensors"],
+        "allowed: the classifier.safetensors of an earlier fine-tuning",
+    ),
+    "no file": (["head.weights=absent"], "head.weights: absent cannot be read"),
+    "nothing to keep": (["head.keep=norm"], 'head.keep: got "norm" without head.weights'),
+    "too few classes": (["classes=9"], "classes: got 9, but data.shards has label 9; allowed: at least 10"),
+    "held-out labels out of range": (
+        ["classes=10", "eval.shards={eleven}"],
+        "classes: got 10, but eval.shards has label 10; allowed: at least 11",
+    ),
+    "a synset that is held out alone": (
+        ["data.shards={eleven}", "classes=12", "eval.shards={twelve}"],
+        "eval.shards: its 12 classes are not the 11 of data.shards (with unknown n00000011)",
+    ),
+    "a synset that is not held out": (
+        ["data.shards={twelve}", "classes=12", "eval.shards={eleven}"],
+        "eval.shards: its 11 classes are not the 12 of data.shards (without n00000011), so that one number means two",
+    ),
+    "held-out images without labels": (
+        ["eval.shards={flat}"],
+        "eval.shards: 4 of 4 samples have no label; fine-tuning needs one for each",
+    ),
+}
+
+
+def image_folder(folder: Path, classes: int) -> Path:
+    """An image of each class, or four without, in shards."""
+    for number in range(classes or 4):
+        place = folder / "images" / (f"n{number:08d}" if classes else "")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(place / f"{number}.png")
+    pack_folder(folder / "images", folder / "shards", 100)
+    return folder / "shards"
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_before_a_run_begins(
+    case: str, earlier: Path, tmp_path: Path, digits: Path
+) -> None:
+    overrides, told = REFUSED[case]
+    places = {"earlier": str(earlier)}
+    for name, classes in (("eleven", 11), ("twelve", 12), ("flat", 0)):
+        if any(f"{{{name}}}" in text for text in overrides):
+            places[name] = str(image_folder(tmp_path / name, classes))
+    given = [text.format(**places) for text in (f"student.weights={earlier}/student.safetensors", *overrides)]
+    settings = settings_of(str(tmp_path / "run"), str(digits), *SMALL_VIT, *given)
+    with pytest.raises(UserError) as error:
+        finetune(settings)
+    assert told.format(**places) in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_size_that_a_window_cannot_take(tmp_path: Path, digits: Path) -> None:
+    geometry = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+    student = build_student(student_geometry("swinv2_b", 32, geometry))
+    path = save_student(student, student.backbone.state_dict(), tmp_path / "student")
+    given = ["student.name=student_file", f"student.weights={path}", "student.image_size=40", "student.resize=true"]
+    with pytest.raises(UserError, match="stage 0: window_size 4 does not divide its 10x10 map"):
+        finetune(settings_of(str(tmp_path / "run"), str(digits), *given))

@@ -234,7 +234,7 @@ def refused(file: Path, tmp_path: Path, *overrides: str) -> str:
         ("window_size=true", "got window_size=True, allowed: a whole number"),
         ("windowsize=4", "nothing is called windowsize there; did you mean 'window_size'?"),
         ("pretrained_window_sizes=[3, 3]", "was given, its tables say [4, 4]"),
-        ("normalisation=clip", "got normalisation='clip', allowed: imagenet, inception"),
+        ("normalisation=half", "got normalisation='half', allowed: imagenet, inception, clip"),
     ],
 )
 def test_overrides_that_are_wrong_or_contradict_the_file(
@@ -334,7 +334,7 @@ def test_other_files_are_refused(content: Any, told: str, tmp_path: Path) -> Non
     torch.save(content, tmp_path / "other.pth")
     text = refused(tmp_path / "other.pth", tmp_path)
     assert told in text
-    assert "feature distillation, SimMIM, Swin, SwinV2 and BEiT" in text
+    assert "feature distillation, SimMIM, Swin, SwinV2, BEiT and CLIP" in text
 
 
 @pytest.mark.parametrize("kept", [0, 100, 0.5, 0.95])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fdscale.training.average import keep_average
 from fdscale.training.checkpoint import Checkpoints
-from fdscale.training.engine import Connection, full_state, start_engine
+from fdscale.training.engine import Connection, averaged_weights, full_state, has_average, start_engine
 from fdscale.training.optim import adamw, parameter_groups
 from tests.training.first_attempt import first_attempt
 
@@ -93,6 +93,60 @@ def test_under_bf16_the_fp32_masters_are_averaged(stage: int, two_ranks: Any) ->
 
 def averages_in_bf16(connection: Connection, stage: int) -> dict[str, Any]:
     return averages(connection, stage, bf16={"enabled": True})
+
+
+def swapped(connection: Connection, stage: int, more: dict[str, Any]) -> dict[str, Any]:
+    """What a forward gives before, amid and after the swap, and what is learned then, beside an engine without it."""
+    found: dict[str, Any] = {}
+    pixels = torch.randn(4, 9, generator=torch.Generator().manual_seed(77))
+    for swapping in (True, False):
+        engine = averaged_engine(stage, **more)
+        inputs = pixels.to(next(engine.parameters()).dtype)
+        if swapping:
+            found["early"] = has_average(engine)
+        steps(connection, engine, 0, 3)
+        engine.eval()
+        if swapping:
+            with torch.no_grad():
+                found["before"] = engine(inputs)
+                with averaged_weights(engine):
+                    found["amid"] = engine(inputs)
+                    found["average"] = full_state(engine, engine.module, wanted=True, average=True)
+                found["after"] = engine(inputs)
+            found["late"] = has_average(engine)
+        engine.train()
+        found[f"then_{swapping}"] = steps(connection, engine, 3, 5)[-1]
+        found[f"average_{swapping}"] = full_state(engine, engine.module, wanted=True, average=True)
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        (0, {}),
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        (1, {"bf16": {"enabled": True}}),
+        (3, {"bf16": {"enabled": True}}),
+        (3, {"zero_optimization": {"stage": 3}}),  # small weights stay whole on every rank
+        (3, {"zero_optimization": {**LEAN, "stage": 3, "zero_hpz_partition_size": 2}}),
+    ],
+    ids=["0", "1", "2", "3", "1 bf16", "3 bf16", "3 resident", "3 with second copies"],
+)
+def test_the_average_takes_the_weights_place_for_a_while(stage: int, more: dict[str, Any], two_ranks: Any) -> None:
+    for found in two_ranks(swapped, stage, more):
+        assert (found["early"], found["late"]) == (False, True)
+        assert torch.equal(found["after"], found["before"])
+        assert_equal(found["then_True"], found["then_False"])
+        assert_equal(found["average_True"], found["average_False"])
+        module = nn.Sequential(nn.Linear(9, 17), nn.GELU(), nn.LayerNorm(17), nn.Linear(17, 5))
+        module.load_state_dict(found["average"])
+        module.to(found["amid"].dtype)
+        inputs = torch.randn(4, 9, generator=torch.Generator().manual_seed(77)).to(found["amid"].dtype)
+        assert not torch.equal(found["amid"], found["before"])
+        torch.testing.assert_close(found["amid"], module(inputs).detach())
 
 
 @pytest.mark.parametrize("stage", [1, 3])
