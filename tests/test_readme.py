@@ -75,7 +75,7 @@ def test_every_other_command_exists_and_its_settings_are_valid(words: list[str])
     if words[:3] == ["python", "-m", "fdscale.bench"]:
         assert bench_parser().parse_args(words[3:]).what == "gpu"
         return
-    if words[1] in ("models", "import", "checkpoint", "export") or words[1:3] == ["doctor", "runs/swinv2_g"]:
+    if words[1] in ("models", "import", "checkpoint", "export", "probe") or words[1:3] == ["doctor", "runs/swinv2_g"]:
         commands = {command.name or command.callback.__name__ for command in app.registered_commands}
         assert words[1] in commands | {group.name for group in app.registered_groups}
         return
