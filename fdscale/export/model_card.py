@@ -8,7 +8,7 @@ from typing import Any
 
 from fdscale.export.finished import CROP_PCT, Finished
 from fdscale.export.parity import LIMIT, Report
-from fdscale.students.geometry import file_source
+from fdscale.students.geometry import file_source, geometry_to_json
 
 OWN_ARCHITECTURE = "fd_swin_v2"  # SwinV2 with extra norms: the export carries OWN_ARCHITECTURE.py
 
@@ -104,8 +104,7 @@ def transformers_card(student: Finished, config: Mapping[str, Any], report: Repo
         output="logits" if student.head else "last_hidden_state",
         remarks=f"\n{remarks}\n" if remarks else "",
     )
-    side = config["image_size"]
-    shown = {key: config[key] for key in sorted(config) if key not in ("id2label", "label2id", "auto_map")}
+    side, shown = config["image_size"], geometry_to_json(student.geometry)
     return _card(student, report, folder, loading, f"3, {side}, {side}", config["architectures"][0], shown)
 
 

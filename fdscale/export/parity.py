@@ -88,10 +88,9 @@ class Prepared:
         return Report(format, self.images, missing, unexpected, rows, _versions(format))
 
 
-def prepared(student: Finished, work: Path) -> Prepared:
-    """Draw the images and put fdscale's own outputs aside."""
+def prepared(student: Finished, work: Path, sizes: Sequence[Size]) -> Prepared:
+    """Take the images at these sizes and put fdscale's own outputs aside."""
     work.mkdir(parents=True, exist_ok=True)
-    sizes = sizes_of(student.geometry)
     images, told = sample_images(sizes, student.shown)
     named = {f"{height}x{width}": batch for (height, width), batch in images.items()}
     save_file(named, work / "images.safetensors")
@@ -104,7 +103,7 @@ def prepared(student: Finished, work: Path) -> Prepared:
 def checked(student: Finished) -> Iterator[Prepared]:
     """fdscale's own outputs in a folder that goes away afterwards."""
     with tempfile.TemporaryDirectory(prefix="fdscale-parity-") as folder:
-        yield prepared(student, Path(folder))
+        yield prepared(student, Path(folder), sizes_of(student.geometry))
 
 
 def ask(check: Prepared, format: str, folder: Path, exact: Callable[[Size], bool]) -> Report:

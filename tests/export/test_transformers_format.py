@@ -41,6 +41,16 @@ def test_without_transformers_it_says_how_to_install_it(completed_run, tmp_path,
     assert "pip install 'fdscale[transformers]', or --format timm" in refused(tmp_path, tmp_path / "export")
 
 
+def test_the_average_has_its_own_classifier(completed_finetuning, tmp_path):
+    run = tmp_path / "run"
+    completed_finetuning(SWIN, run, "student")
+    for file in list(run.iterdir()):
+        (run / f"{file.stem}_ema{file.suffix}").write_bytes(file.read_bytes())
+    head = finished(run / "student_ema.safetensors").head
+    assert head is not None
+    assert (head.weights.name, head.classes, head.new_norm) == ("classifier_ema.safetensors", 10, False)
+
+
 def test_a_file_that_is_no_classifier_is_told(completed_run, tmp_path):
     completed_run(SWIN, tmp_path / "run")
     weights = tmp_path / "run" / "student.safetensors"
