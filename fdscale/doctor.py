@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fdscale.build.demand import demand_of
-from fdscale.build.weights import WeightsRecord, student_weights, teacher_weights
+from fdscale.build.weights import WeightsRecord, head_weights, student_weights, teacher_weights
 from fdscale.cluster.ranks import rank_from_environment
 from fdscale.config.errors import UserError
 from fdscale.config.settings import DistillSettings, FinetuneSettings
@@ -58,6 +58,8 @@ def _weights(settings: DistillSettings | FinetuneSettings, connection: Connectio
     """Each network's weights: there, and the same bytes on every node."""
     try:
         yield _of_weights("student", student_weights(settings.student, connection))
+        if isinstance(settings, FinetuneSettings) and (head := head_weights(settings.head, connection)):
+            yield _of_weights("the head", head)
         for where, (table, _) in settings.teachers.items() if isinstance(settings, DistillSettings) else ():
             yield _of_weights(where, teacher_weights(where, table, connection))
     except UserError as error:  # all ranks raise it
