@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch.distributed as dist
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +17,7 @@ from fdscale.config.errors import UserError
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.planning.check import load_and_check
 from fdscale.terminal import terminal
-from fdscale.training.engine import Connection, connect
+from fdscale.training.engine import Connection, connect, part
 from fdscale.training.preflight import Finding, collectives, examine, verdict
 from fdscale.training.run_directory import RunDirectory
 
@@ -49,8 +48,7 @@ def examine_ranks(settings: DistillSettings | FinetuneSettings) -> bool:
 
 def leave(sound: bool) -> None:
     """Part from the other ranks; one that has a fault to tell goes last."""
-    dist.barrier()
-    dist.destroy_process_group()  # gloo's threads abort a process that leaves without (found by running)
+    part()
     time.sleep(0 if sound else LEAVING_SECONDS)  # else the launcher's word on a failed rank would be the last line
 
 

@@ -214,7 +214,7 @@ MERGED = {"1": 2, "2": 4, "3": 22}  # the stage that a merging opens: the last l
 
 
 def official_layer(name: str, last: int) -> int:
-    """Method, section 3: the stem is 0, block i of a ViT i + 1, block b of a Swin's stage counted through; else last."""
+    """Method, section 3: the stem is 0, a block its number from 1 (counted through the stages), the rest is last."""
     part, *rest = name.removeprefix("student.backbone.").split(".")
     if part in ("cls_token", "patch_embed"):
         return 0

@@ -31,7 +31,7 @@ TRAINED = [
     "optim.ema_decay=0.99",
     "optim.layer_decay=0.9",
     "data.global_batch=128",
-    "epochs=26",
+    "epochs=18",
     "optim.lr=3e-3",
     "optim.warmup_epochs=2",
 ]
@@ -39,9 +39,9 @@ TITLE = "ImageNet's layout in miniature"
 HOW = (
     "1,797 handwritten digits as coloured JPEGs in ten synset folders, 1,348 in `train` and 449 in `val`; packed, then "
     "fine-tuned from scratch by `fdscale launch finetune` on two CPU ranks under ZeRO-3 with live parameters forced to "
-    "0 and activation checkpointing. The two files of the run are read by timm and torchvision alone, in a process that "
-    "cannot import fdscale, from the folders themselves. Probe and k-NN are of the frozen student, by `fdscale probe`. "
-    "It shows that the path is whole; it says nothing of ImageNet."
+    "0 and activation checkpointing. The two files of the run are read by timm and torchvision alone, in a process "
+    "that cannot import fdscale, from the folders themselves. Probe and k-NN are of the frozen student, by "
+    "`fdscale probe`. It shows that the path is whole; it says nothing of ImageNet."
 )
 READ = "import runpy, sys; sys.modules['fdscale'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
 
