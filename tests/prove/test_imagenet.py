@@ -31,7 +31,7 @@ TRAINED = [
     "optim.ema_decay=0.99",
     "optim.layer_decay=0.9",
     "data.global_batch=128",
-    "epochs=18",
+    "epochs=26",
     "optim.lr=3e-3",
     "optim.warmup_epochs=2",
 ]
