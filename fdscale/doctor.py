@@ -7,18 +7,17 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch.distributed as dist
 from rich.table import Table
 from rich.text import Text
 
 from fdscale.build.demand import demand_of
-from fdscale.build.weights import WeightsRecord, student_weights, teacher_weights
+from fdscale.build.weights import WeightsRecord, head_weights, student_weights, teacher_weights
 from fdscale.cluster.ranks import rank_from_environment
 from fdscale.config.errors import UserError
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.planning.check import load_and_check
 from fdscale.terminal import terminal
-from fdscale.training.engine import Connection, connect
+from fdscale.training.engine import Connection, connect, part
 from fdscale.training.preflight import Finding, collectives, examine, verdict
 from fdscale.training.run_directory import RunDirectory
 
@@ -49,8 +48,7 @@ def examine_ranks(settings: DistillSettings | FinetuneSettings) -> bool:
 
 def leave(sound: bool) -> None:
     """Part from the other ranks; one that has a fault to tell goes last."""
-    dist.barrier()
-    dist.destroy_process_group()  # gloo's threads abort a process that leaves without (found by running)
+    part()
     time.sleep(0 if sound else LEAVING_SECONDS)  # else the launcher's word on a failed rank would be the last line
 
 
@@ -58,6 +56,8 @@ def _weights(settings: DistillSettings | FinetuneSettings, connection: Connectio
     """Each network's weights: there, and the same bytes on every node."""
     try:
         yield _of_weights("student", student_weights(settings.student, connection))
+        if isinstance(settings, FinetuneSettings) and (head := head_weights(settings.head, connection)):
+            yield _of_weights("the head", head)
         for where, (table, _) in settings.teachers.items() if isinstance(settings, DistillSettings) else ():
             yield _of_weights(where, teacher_weights(where, table, connection))
     except UserError as error:  # all ranks raise it

@@ -199,3 +199,53 @@ def test_randaugment_is_fine_tunings_and_is_set_up_for_the_student() -> None:
     distil = load_recipe("vit_b_clip_b", ["run_dir=x"])
     assert isinstance(distil, DistillSettings)
     assert augmentation(distil, student).randaugment is None
+
+
+# Peak, and warm-up and minimum rate, at the recipe's batch; layer decay; layers below the head's (method, section 2.2).
+FINE_TUNED = {
+    "finetune_vit_b_clip_b_100ep": (5e-3, 1e-6, 0.65, 13),
+    "finetune_vit_b_clip_b": (5e-3, 1e-6, 0.60, 13),
+    "finetune_vit_l_clip_l": (1e-3, 2e-6, 0.75, 25),
+    "finetune_vit_b_deit": (5e-3, 1e-6, 0.65, 13),
+    "finetune_vit_b_dino": (6e-3, 1e-6, 0.60, 13),
+    "finetune_swinv2_b_esvit": (2.5e-3, 5e-7, 0.80, 25),
+}
+MERGED = {"1": 2, "2": 4, "3": 22}  # the stage that a merging opens: the last layer of the one before it
+
+
+def official_layer(name: str, last: int) -> int:
+    """Method, section 3: the stem is 0, a block its number from 1 (counted through the stages), the rest is last."""
+    part, *rest = name.removeprefix("student.backbone.").split(".")
+    if part in ("cls_token", "patch_embed"):
+        return 0
+    if part == "blocks":
+        return int(rest[0]) + 1
+    if part == "layers":
+        return MERGED[rest[0]] if rest[1] == "downsample" else (0, 2, 4, 22)[int(rest[0])] + int(rest[2]) + 1
+    assert part in ("norm", "fc_norm", "head"), name
+    return last
+
+
+def officially_undecayed(name: str, dimensions: int) -> bool:
+    listed = name.endswith(("cls_token", "pos_embed"))
+    return dimensions == 1 or name.endswith(".bias") or listed or "cpb_mlp" in name or "logit_scale" in name
+
+
+@pytest.mark.parametrize("name", FINE_TUNED)
+def test_every_group_of_an_official_fine_tuning_has_its_rates_and_decay(name: str) -> None:
+    peak, ends, decay, last = FINE_TUNED[name]
+    settings = load_recipe(name)
+    assert isinstance(settings, FinetuneSettings)
+    module = classifier_of(meta_student(settings.student.name, settings.student.position_bias), settings.head.norm)
+    steps, warm = 1000, round(settings.optim.warmup_epochs * 10)
+    schedule = schedule_of(settings.optim, settings.data.global_batch, 10, steps)
+    groups = optimizer_groups(module, module.student, settings.optim)
+    assert len(groups) == 2 * (last + 1)
+    shapes = {parameter_name: parameter.ndim for parameter_name, parameter in module.named_parameters()}
+    for parameter_name, (scale, weight_decay) in group_of(module, groups).items():
+        layer = official_layer(parameter_name, last)
+        of_group = schedule.of_group(scale)
+        assert of_group.at(warm) == pytest.approx(peak * decay ** (last - layer)), parameter_name
+        assert (of_group.at(0), of_group.at(steps)) == (pytest.approx(ends), pytest.approx(ends))
+        expected = 0.0 if officially_undecayed(parameter_name, shapes[parameter_name]) else 0.05
+        assert weight_decay == expected, parameter_name

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -109,13 +107,3 @@ def test_labels_that_cannot_be_judged_are_refused(student: Path, shards: tuple[P
     for name, words in told.items():
         with pytest.raises(UserError, match=words):
             probe(student, shards[0], tmp_path / f"{name}.tars", 20, 64, 0)
-
-
-def test_the_command_starts_its_ranks(student: Path, shards: tuple[Path, Path], tmp_path: Path) -> None:
-    output = tmp_path / "probe.json"
-    command = [sys.executable, "-m", "fdscale", "probe", str(student), "--train", str(shards[0])]
-    more = ["--held-out", str(shards[1]), "--workers", "0", "--ranks", "2", "--output", str(output)]
-    answer = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
-    assert answer.returncode == 0, answer.stderr
-    assert "k-NN, 20 neighbours" in answer.stdout
-    assert json.loads(output.read_text())["held_out_images"] == 449

@@ -1,6 +1,6 @@
 """Top-1 of a fine-tuned ViT's two files on a folder of images, by timm and torchvision alone; run as a script.
 
-`python imagenet_reader.py RUN VAL_FOLDER`, where fdscale cannot be imported; prints JSON.
+`python imagenet_reader.py RUN VAL_FOLDER` prints JSON; it needs no fdscale.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-
-sys.modules["fdscale"] = None  # type: ignore[assignment]  # importing it now fails
 
 import torch
 from safetensors.torch import load_file
@@ -56,4 +54,4 @@ def top_1(run: Path, folder: Path) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"top_1": top_1(Path(sys.argv[1]), Path(sys.argv[2]))}))
+    print(json.dumps({"top_1": top_1(*map(Path, sys.argv[-2:]))}))
