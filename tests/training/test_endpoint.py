@@ -165,6 +165,7 @@ def test_the_address_of_this_machine_depends_on_who_is_to_be_reached():
 def test_a_certificate_in_one_file_with_its_key(certificate: tuple[str, str], tmp_path: Path):
     both = tmp_path / "both.pem"
     both.write_text(Path(certificate[0]).read_text() + Path(certificate[1]).read_text())
+    both.chmod(0o600)
     endpoint = Endpoint(APPLICATION, "localhost", 0, tls_context(str(both), None))
     assert endpoint.scheme == "https"
     endpoint.close()
