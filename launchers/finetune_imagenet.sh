@@ -19,7 +19,7 @@ done
 # shellcheck source=/dev/null
 if [ -n "${FDSCALE_SITE:-}" ]; then set +eu; . "$FDSCALE_SITE"; set -eu; fi
 recipe=finetune_vit_b_clip_b # a first argument that is one names another; what holds "=" is a setting
-if [[ ${1:-} =~ ^finetune_[a-z0-9_]+$ ]]; then recipe=$1; shift; fi
+if [[ ${1:-} == finetune_* && $1 != *=* ]]; then recipe=$1; shift; fi
 exec "${FDSCALE_PYTHON:-${venv:-python3}}" -m fdscale launch finetune "$recipe" "$@"
 : <<'#END'
 '''

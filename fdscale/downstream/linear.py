@@ -12,6 +12,7 @@ from torch import Tensor, nn
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)  # of the mean loss, on the weights' squares
 HELD_BACK = 10  # one in so many training images chooses the penalty
 ROUNDS = 500
+PART = 65_536  # rows
 STABLE = 1e-6  # the official probe's batch norm adds it to the variance
 
 
@@ -26,8 +27,10 @@ class Features:
     def standard(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel over all ranks, as the official probe's batch norm has them."""
         count = _summed(torch.tensor(len(self.rows), dtype=torch.float64, device=self.rows.device))
-        mean = _summed(self.rows.double().sum(0)) / count
-        variance = _summed((self.rows.double() - mean).square().sum(0)) / count
+        nothing = torch.zeros(self.rows.shape[1], dtype=torch.float64, device=self.rows.device)
+        parts = self.rows.split(PART)  # in double precision a part at a time
+        mean = _summed(sum((part.double().sum(0) for part in parts), nothing)) / count
+        variance = _summed(sum(((part.double() - mean).square().sum(0) for part in parts), nothing.clone())) / count
         return mean.float(), (variance + STABLE).sqrt().float()
 
     def by(self, standard: tuple[Tensor, Tensor]) -> Features:
@@ -40,8 +43,13 @@ class Features:
 
 
 def best_linear(known: Features, classes: int) -> tuple[nn.Linear, float]:
-    """The layer fitted to all of `known`, and its penalty, which is best for a tenth that was held back."""
+    """The layer fitted to all of `known`, and its penalty, which is best for a tenth that was held back.
+
+    Of a handful of images none may be: then it is the strongest penalty.
+    """
     held_back = known.keys % HELD_BACK == 0  # the same images on any number of ranks
+    if min(_summed(held_back.sum()), _summed((~held_back).sum())) == 0:  # too few to choose by
+        return fitted(known, classes, PENALTIES[0]), PENALTIES[0]
     learned, judged = known.part(~held_back), known.part(held_back)
     scores = {penalty: accuracy_of(fitted(learned, classes, penalty), judged) for penalty in PENALTIES}
     chosen = max(scores, key=lambda penalty: scores[penalty])  # of equals, the strongest

@@ -59,6 +59,8 @@ def probe(
     network = build_student(file_geometry(path))
     load_weights(network, path)
     connection = connect(rank_from_environment(os.environ))
+    if output is not None:
+        connection.on_main(lambda: output.parent.mkdir(parents=True, exist_ok=True))
     network.eval().requires_grad_(False).to(connection.device)
     known, asked = (features_of(network, index, connection, batch, workers) for index in indices)
     standard = known.standard()

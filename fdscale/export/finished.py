@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from fdscale.config.errors import UserError
 from fdscale.data.index import INDEX_FILE, Index, load_index
-from fdscale.students.geometry import Geometry, SwinV2Geometry, file_description, file_geometry
+from fdscale.students.geometry import Geometry, SwinV2Geometry, file_description, file_geometry, file_source
 from fdscale.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -46,25 +46,36 @@ class Finished:
 
     @property
     def interpolation(self) -> str:
-        return self.recipe.get("data", {}).get("interpolation", "bilinear")
+        """As the run's; imported networks were trained, and are probed, with bicubic."""
+        imported = file_source(self.weights) is not None
+        return self.recipe.get("data", {}).get("interpolation", "bicubic" if imported or self.head else "bilinear")
 
     @cached_property
     def shown(self) -> Index | None:
         """The run's held-out shards, else its training shards; None when they are no longer where they were."""
-        for table in ("eval", "data"):
-            folder = self.recipe.get(table, {}).get("shards")
-            if folder and (Path(folder) / INDEX_FILE).is_file():
-                try:
-                    return load_index(folder)
-                except UserError as error:
-                    logger.warning("the run's images are left out: %s", error)
+        return self._index("eval") or self._index("data")
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...] | None:
+        """The classes' names, as the index of the training shards has them, which numbers the head's rows."""
+        if self.head is None:
+            return None
+        index = self._index("data")
+        names = index.classes if index is not None else None
+        if names is not None and len(names) == self.head.classes:
+            return names
+        logger.warning("the classes are exported without names: data.shards, which has them, is not where it was")
         return None
 
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """The classes' names, as the shards' index has them."""
-        names = self.shown.classes if self.shown and self.head else None
-        return names if self.head and names and len(names) == self.head.classes else None
+    def _index(self, table: str) -> Index | None:
+        folder = self.recipe.get(table, {}).get("shards")
+        if not folder or not (Path(folder) / INDEX_FILE).is_file():
+            return None
+        try:
+            return load_index(folder)
+        except UserError as error:
+            logger.warning("the run's images are left out: %s", error)
+            return None
 
 
 def finished(source: Path) -> Finished:

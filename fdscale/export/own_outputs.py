@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdscale.build.networks import as_pixels
+from fdscale.config.errors import UserError
 from fdscale.data.images import ImageReader
 from fdscale.data.index import Index
 from fdscale.export.finished import HEAD, NEW_NORM, Finished
@@ -22,6 +24,8 @@ from fdscale.students.geometry import Geometry, OwnGeometry, SwinV2Geometry, Tim
 from fdscale.students.student import Student, build_student
 
 Size = tuple[int, int]
+logger = logging.getLogger(__name__)
+
 BATCH = 2
 FACTORS = ((3, 4), (3, 2), (1, 2))  # of the trained size: there most windows of a SwinV2 still fit
 
@@ -53,15 +57,23 @@ def _size_and_step(geometry: ViTGeometry | SwinV2Geometry | TimmGeometry) -> Siz
 
 def sample_images(sizes: Sequence[Size], shown: Index | None) -> tuple[dict[Size, Tensor], str]:
     """Two images at each size, uint8 (2, 3, H, W), and what they are: the run's own, else drawn from a fixed seed."""
-    if shown is not None:
+    images = [] if shown is None else _read(shown)
+    told = "images of the run's shards" if images else "images drawn from a fixed seed"
+    images = images or [_drawn(seed) for seed in range(BATCH)]
+    batches = {size: np.stack([np.asarray(_fitted(image, size)) for image in images]) for size in sizes}
+    return {size: torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous() for size, batch in batches.items()}, told
+
+
+def _read(shown: Index) -> list[Image.Image]:
+    """Two images of these shards; none where only their index is left."""
+    try:
         reader = ImageReader(shown)
         images = [reader.decode_or_next(sample).image for sample in (0, len(shown) // 2)]
         reader.close()
-    else:
-        images = [_drawn(seed) for seed in range(BATCH)]
-    batches = {size: np.stack([np.asarray(_fitted(image, size)) for image in images]) for size in sizes}
-    told = "images of the run's shards" if shown is not None else "images drawn from a fixed seed"
-    return {size: torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous() for size, batch in batches.items()}, told
+    except (UserError, OSError) as error:
+        logger.warning("the run's images are left out: %s", error)
+        return []
+    return images
 
 
 def _fitted(image: Image.Image, size: Size) -> Image.Image:

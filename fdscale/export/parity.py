@@ -118,7 +118,8 @@ def ask(check: Prepared, format: str, folder: Path, exact: Callable[[Size], bool
 
 def order(work: Path, format: str, folder: Path) -> None:
     """What the reader is to do in `work`."""
-    (work / "job.json").write_text(json.dumps({"format": format, "folder": str(folder.resolve())}))
+    path = [entry for entry in sys.path if entry]  # -I leaves PYTHONPATH and a user's own packages out
+    (work / "job.json").write_text(json.dumps({"format": format, "folder": str(folder.resolve()), "path": path}))
 
 
 def read_exports(works: Sequence[Path]) -> None:

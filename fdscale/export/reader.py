@@ -24,10 +24,11 @@ class _NoFdscale:
 
 
 def _read(work: Path) -> None:
+    job = json.loads((work / "job.json").read_text())
+    sys.path += [entry for entry in job["path"] if entry not in sys.path]  # where the libraries are; fdscale is refused
     import torch
     from safetensors.torch import load_file, save_file
 
-    job = json.loads((work / "job.json").read_text())
     folder = Path(job["folder"])
     keys: dict[str, list[str]] = {"missing": [], "unexpected": []}
     forward = {"timm": _timm, "transformers": _transformers}[job["format"]](folder, keys)

@@ -13,6 +13,7 @@ from fdscale.teachers.layouts import to_timm
 
 TOWER, TIMMS = "visual.class_embedding", "norm_pre.weight"  # a key of theirs that no other family has
 OPENAIS = "input_resolution"  # OpenAI's own files carry their sizes
+AFTER_TOKENS = ("head.", "proj", "attn_pool.")  # what makes the embedding of them
 SHAPES = {  # width, depth, patch, heads
     (768, 12, 32, 12): "vit_base_patch32_clip",
     (768, 12, 16, 12): "vit_base_patch16_clip",
@@ -34,8 +35,8 @@ def read_clip(source: Source, overrides: Overrides) -> Found:
     geometry = _geometry(source, overrides)
     model = build_on_meta(geometry)
     state = {name: tensor.float() for name, tensor in to_timm(source.tensors, model, resample=False).items()}
-    known = set(model.state_dict())
-    return Found("CLIP", geometry, {name: tensor for name, tensor in state.items() if name in known}, "clip")
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(AFTER_TOKENS)}
+    return Found("CLIP", geometry, kept, "clip")
 
 
 def _geometry(source: Source, overrides: Overrides) -> TimmGeometry:

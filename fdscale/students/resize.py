@@ -28,6 +28,7 @@ def resized(state: Mapping[str, Tensor], student: Student, weights: Path) -> dic
     windows that its geometry names. Tensors of the right shape are returned as they are. Raises UserError for positions
     that do not come from a square.
     """
+    _refuse_other_coordinates(student, weights)
     wanted = {name: tensor.shape for name, tensor in student.backbone.state_dict().items()}
     changed = [name for name, value in state.items() if name in wanted and value.shape != wanted[name]]
     positions = [name for name in changed if name.endswith((TABLE, POSITIONS))]
@@ -36,11 +37,23 @@ def resized(state: Mapping[str, Tensor], student: Student, weights: Path) -> dic
     return {**state, **fitted}
 
 
+def _refuse_other_coordinates(student: Student, weights: Path) -> None:
+    """timm's own SwinV2 normalises its coordinates by the window at hand, not by the one that the weights learned."""
+    ours = student.geometry
+    coordinates = any(hasattr(module, "relative_coords_table") for module in student.backbone.modules())
+    if isinstance(ours, TimmGeometry) and coordinates and file_geometry(weights) != ours:
+        raise UserError(
+            f"student.resize: timm's {ours.name} would read {weights} by other coordinates at another size; take it "
+            "through `fdscale import` and student.name=student_file, which keep them"
+        )
+
+
 def _fitted(name: str, value: Tensor, student: Student, weights: Path) -> Tensor:
-    grid, prefix = student.grid, student.prefix_tokens
-    is_table = name.endswith(TABLE)
-    side = round((len(value) - CLS_ROWS if is_table else value.shape[1] - prefix) ** 0.5)
-    if side**2 != (len(value) - CLS_ROWS if is_table else value.shape[1] - prefix):
+    grid, is_table = student.grid, name.endswith(TABLE)
+    wanted = student.backbone.state_dict()[name]
+    prefix = 0 if is_table else wanted.shape[1] - grid[0] * grid[1]  # of DeiT III's positions none
+    patches = len(value) - CLS_ROWS if is_table else value.shape[1] - prefix
+    if round(patches**0.5) ** 2 != patches:
         raise UserError(f"{weights}: {name} {tuple(value.shape)} is of no square grid, and cannot be resized")
     if not is_table:
         return resample_abs_pos_embed(value, list(grid), num_prefix_tokens=prefix)

@@ -11,6 +11,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block, WindowAttention
@@ -147,6 +148,10 @@ class SwinV2(SwinTransformerV2):
 
     def init_buffers(self) -> None:
         """Compute every buffer (coordinates, indices, masks): none of them is in a state dict."""
+        if not hasattr(WindowAttention, "init_non_persistent_buffers"):
+            raise ImportError(
+                f"timm {timm.__version__} leaves SwinV2's coordinates undefined: install timm 1.0.31 or newer"
+            )
         for module in self.modules():
             if hasattr(module, "init_non_persistent_buffers"):
                 module.init_non_persistent_buffers()
