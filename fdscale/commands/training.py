@@ -11,6 +11,7 @@ import typer
 
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE, USER_ERROR_EXIT_CODE, hold_stop_signals
 from fdscale.commands.arguments import Overrides, Recipe, Smoke, settings_of
+from fdscale.config.programs import AnySettings
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.planning.cost import EFFICIENCY
 from fdscale.terminal import terminal
@@ -60,7 +61,7 @@ def plan(
 
 
 def outlook_of(
-    settings: DistillSettings | FinetuneSettings,
+    settings: AnySettings,
     recipe: str,
     nodes: int,
     gpus_per_node: int | None,

@@ -6,6 +6,7 @@ home, so batch per rank, precision and ranks are absent here. Modules take plain
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -51,6 +52,12 @@ def _ascending_fractions(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+def _rising(numbers: tuple[float, ...]) -> tuple[float, ...]:
+    if list(numbers) != sorted(set(numbers)):
+        raise ValueError("rising numbers, each once")
+    return numbers
+
+
 def _zero_is_none(value: object) -> object:
     return None if value == 0 and type(value) is int else value  # TOML cannot write None
 
@@ -70,6 +77,11 @@ def _gateway(url: str) -> str:
 Ratios = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ascending)]
 Fractions = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ascending_fractions)]
 Betas = Annotated[tuple[Rate, Rate], Field(strict=False)]
+Milestones = Annotated[tuple[Rate, ...], Field(strict=False), AfterValidator(_rising)]
+Layers = Annotated[tuple[Count, Count, Count, Count], Field(strict=False), AfterValidator(_rising)]
+Scales = Annotated[
+    tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False, min_length=1), AfterValidator(_rising)
+]
 
 
 class Settings(BaseModel):
@@ -140,27 +152,34 @@ class LossSettings(Settings):
     beta: Annotated[float, Field(gt=0)] = 2.0
 
 
-class DataSettings(Settings):
-    """Training shards, the images of one step over all ranks, and the augmentation."""
+class BatchSettings(Settings):
+    """The images of one step over all ranks, and how they are read; what every program's data has."""
 
-    shards: Name
     global_batch: Positive
-    crop_scale: Fractions = (0.08, 1.0)
-    crop_ratio: Ratios = (3 / 4, 4 / 3)
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     flip: Fraction = 0.5
     workers: Count = 2
     max_bad_ratio: Fraction = 0.01
 
 
-class OptimSettings(Settings):
-    """AdamW under a linear warm-up and a cosine; the three rates are for `reference_batch` images.
+class DataSettings(BatchSettings):
+    """Training shards, and the augmentation."""
 
-    They scale linearly with the global batch (official implementation); `reference_batch = 0` or, in Python,
-    None takes them as they stand. `clip = 0` switches clipping off. `ema_decay` keeps an exponential moving average
-    of the trained weights (0: none). `layer_decay` multiplies the rate once for
-    each layer below the head: its peak alone, officially, or `all` of the schedule. The official implementation
-    decays the ViT's position bias tables, and counts a shared one to the head's layer, not the stem's.
+    shards: Name
+    crop_scale: Fractions = (0.08, 1.0)
+    crop_ratio: Ratios = (3 / 4, 4 / 3)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+
+class OptimSettings(Settings):
+    """AdamW under a linear warm-up and a decay; the three rates are for `reference_batch` images.
+
+    The warm-up is so many epochs or steps long. The rate then falls as a cosine, as a line, or in `milestones`: after
+    each of these shares of the run it is a tenth (the last two counted from the first step, as in mmseg and
+    detectron2). The rates scale linearly with the global batch (official implementation); `reference_batch = 0` or, in
+    Python, None takes them as they stand. `clip = 0` switches clipping off. `ema_decay` keeps an exponential moving
+    average of the trained weights (0: none). `layer_decay` multiplies the rate once for each layer below the head: its
+    peak alone, officially, or `all` of the schedule. The official implementation decays the ViT's position bias tables,
+    and counts a shared one to the head's layer, not the stem's.
     """
 
     lr: Annotated[float, Field(gt=0)]
@@ -168,6 +187,9 @@ class OptimSettings(Settings):
     min_lr: NonNegative = 0.0
     reference_batch: Annotated[Positive | None, BeforeValidator(_zero_is_none)] = 512
     warmup_epochs: NonNegative = 0.0
+    warmup_steps: Count = 0
+    decay: Literal["cosine", "linear", "milestones"] = "cosine"
+    milestones: Annotated[Milestones, Field(validate_default=True)] = ()
     weight_decay: NonNegative = 0.05
     betas: Betas = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -178,15 +200,38 @@ class OptimSettings(Settings):
     decay_position_bias: bool = True
     shared_position_bias_layer: Literal["head", "stem"] = "head"
 
+    @field_validator("warmup_steps")
+    @classmethod
+    def _one_warmup(cls, steps: int, others: ValidationInfo) -> int:
+        if steps and others.data.get("warmup_epochs"):
+            raise ValueError("0 beside optim.warmup_epochs; leave one of them out")
+        return steps
 
-class EvalSettings(Settings):
-    """Held-out shards, steps between evaluations (0: only at the end), neighbours of the k-NN (0: off).
+    @field_validator("milestones")
+    @classmethod
+    def _of_their_decay(cls, milestones: tuple[float, ...], others: ValidationInfo) -> tuple[float, ...]:
+        if bool(milestones) != (others.data.get("decay", "milestones") == "milestones"):
+            raise ValueError('rising shares of the run with optim.decay="milestones", none with another decay')
+        return milestones
+
+    def warmup(self, steps_per_epoch: int) -> int:
+        """Steps of the warm-up."""
+        return self.warmup_steps or round(self.warmup_epochs * steps_per_epoch)
+
+
+class CadenceSettings(Settings):
+    """Steps between evaluations (0: only at the end)."""
+
+    every: Count = 0
+
+
+class EvalSettings(CadenceSettings):
+    """Held-out shards, neighbours of the k-NN (0: off).
 
     `normalisation = "clip"` evaluates every fine-tuned network with CLIP's mean and std, as the official numbers were.
     """
 
     shards: Name | None = None
-    every: Count = 0
     knn: Count = 20
     normalisation: Literal["training", "clip"] = "training"
 
@@ -256,28 +301,48 @@ class LogSettings(Settings):
 
 
 class RunSettings(Settings):
-    """What every program needs. `max_steps` stops earlier and leaves the schedule as it is.
+    """What every program needs; a run is so many `epochs` or `steps` long.
 
-    `recipe` is the name of the recipe they come from, for whoever looks at many runs.
+    `max_steps` stops earlier and leaves the schedule as it is. `recipe` is the name of the recipe they come from, for
+    whoever looks at many runs.
     """
 
     program: str
     recipe: Name | None = None
     run_dir: Name | None = None
     deepspeed: Name
-    epochs: Annotated[float, Field(gt=0)]
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Annotated[Positive | None, Field(validate_default=True)] = None
     max_steps: Positive | None = None
     seed: Count = 0
     student: StudentSettings
-    data: DataSettings
+    data: BatchSettings
     optim: OptimSettings
-    eval: EvalSettings = EvalSettings()
+    eval: CadenceSettings = CadenceSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     guards: GuardSettings = GuardSettings()
     log: LogSettings = LogSettings()
 
+    @field_validator("steps")
+    @classmethod
+    def _one_length(cls, steps: int | None, others: ValidationInfo) -> int | None:
+        if "epochs" in others.data and (steps is None) == (others.data["epochs"] is None):
+            raise ValueError("the length of the run, either epochs or steps")
+        return steps
 
-class DistillSettings(RunSettings):
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Steps of the schedule."""
+        return self.steps or math.ceil((self.epochs or 0) * steps_per_epoch)
+
+
+class ShardRunSettings(RunSettings):
+    """What the programs need that read shards."""
+
+    data: DataSettings
+    eval: EvalSettings = EvalSettings()
+
+
+class DistillSettings(ShardRunSettings):
     """Feature distillation: a teacher, how its tokens become the target, and the loss.
 
     Any number of `further_teachers`, named by the user, teach at the same time.
@@ -326,7 +391,7 @@ class HeadSettings(Settings):
     keep: Literal["all", "norm"] = "all"
 
 
-class FinetuneSettings(RunSettings):
+class FinetuneSettings(ShardRunSettings):
     """Supervised fine-tuning; `labelled` trains on so many samples only, drawn by the seed."""
 
     program: Literal["finetune"]

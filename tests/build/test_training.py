@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fdscale.build.training import augmentation, optimizer_groups, schedule_of
+from fdscale.build.shards import augmentation
+from fdscale.build.training import optimizer_groups, schedule_of
 from fdscale.config.recipe import load_recipe
 from fdscale.config.settings import DistillSettings, FinetuneSettings, OptimSettings
 from fdscale.distill.distiller import Distiller, Lesson
