@@ -9,8 +9,6 @@ from torch import Tensor
 
 from fdscale.data.batches import PADDING
 
-IGNORED = 255  # in labels: pixels that teach and count nothing
-
 
 @dataclass(frozen=True)
 class SegmentBatch:
