@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 from PIL import Image
 
@@ -22,10 +22,13 @@ class BadImage(Exception):
     """The bytes of one sample are no image: truncated, of no known format, or a decompression bomb."""
 
 
-class Decoded(NamedTuple):
-    """An RGB image, the number of the sample it came from, and the name of the bad sample it replaces."""
+Found = TypeVar("Found")
 
-    image: Image.Image
+
+class Decoded(NamedTuple, Generic[Found]):
+    """An RGB image (and what belongs to it), the number of its sample, and the name of the bad sample it replaces."""
+
+    image: Found
     sample: int
     bad: str | None
 
@@ -39,7 +42,7 @@ def decode_rgb(file: BinaryIO, name: str) -> Image.Image:
         raise BadImage(f"{name} ({type(error).__name__}: {error})") from error
 
 
-def decode_or_next(decode: Callable[[int], Image.Image], sample: int, samples: int, where: str, again: str) -> Decoded:
+def decode_or_next(decode: Callable[[int], Found], sample: int, samples: int, where: str, again: str) -> Decoded[Found]:
     """What `decode` gives for a sample of `samples`, or for the next decodable one (cyclic).
 
     Raises UserError after a long run of bad images `where` they lie; `again` says what to do then.
@@ -69,7 +72,7 @@ class ImageReader:
         """The sample's RGB image; raises BadImage where it cannot be decoded."""
         return decode_rgb(io.BytesIO(self._read(sample)), self.index.name(sample))
 
-    def decode_or_next(self, sample: int) -> Decoded:
+    def decode_or_next(self, sample: int) -> Decoded[Image.Image]:
         """The sample's image, or that of the next decodable sample of the data set (cyclic)."""
         again = "the shards are damaged: copy or pack them again, then run 'fdscale shards index'"
         return decode_or_next(self.decode, sample, len(self.index), str(self.index.folder), again)
