@@ -154,12 +154,13 @@ def _pass(module: nn.Module, inputs: Inputs, autocast: torch.dtype | None, ledge
     region: AbstractContextManager[object] = nullcontext()
     if autocast is not None:
         region = torch.autocast("cpu", autocast)
-    with region:
-        result = module(*given)
-    del given  # the caller's frame ends here, too
-    forward_flops = ledger.flops
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="For backward hooks to be called")  # of modules that return lists
         warnings.filterwarnings("ignore", message="Full backward hook is firing")  # of modules fed with buffers alone
+        with region:
+            result = module(*given)
+        del given  # the caller's frame ends here, too
+        forward_flops = ledger.flops
         result["loss"].backward()
     return batch, forward_flops
 
