@@ -71,16 +71,32 @@ def _any_windows(backbone: Any, window_size: int | None) -> Callable[[Size], Non
         block.dynamic_mask, block.attn_mask = True, None
         if getattr(block.attn, "pretrained_window_size", (1, 1))[0] == 0:  # timm's word for the window itself
             block.attn.pretrained_window_size = block.window_size
-    resize = partial(_set_windows, backbone, trained if window_size is None else (window_size,) * len(stages))
-    if window_size is not None:
-        resize(tuple(backbone.patch_embed.img_size), changed=True)
-    return resize
+    windows = Windows(backbone, trained)
+    windows.use(window_size)
+    return windows
 
 
-def _set_windows(backbone: Any, windows: tuple[Any, ...], size: Size, changed: bool = False) -> None:
-    """Windows and shifts for images of this size; no parameter changes."""
-    if changed or size != tuple(backbone.patch_embed.img_size):
-        backbone.set_input_size(size, window_size=windows)
+class Windows:
+    """A SwinV2's windows and shifts for images of the size that it is called with; no parameter changes."""
+
+    def __init__(self, backbone: Any, trained: tuple[Any, ...]) -> None:
+        self._backbone, self._trained = backbone, trained
+        self._size: Size = tuple(backbone.patch_embed.img_size)
+        self._windows = trained
+
+    def __call__(self, size: Size) -> None:
+        if size != self._size:
+            self._set(size, self._windows)
+
+    def use(self, window_size: int | None) -> None:
+        """Other windows from here on; None: the trained ones."""
+        windows = self._trained if window_size is None else (window_size,) * len(self._trained)
+        if windows != self._windows:
+            self._set(self._size, windows)
+
+    def _set(self, size: Size, windows: tuple[Any, ...]) -> None:
+        self._backbone.set_input_size(size, window_size=windows)
+        self._size, self._windows = size, windows
 
 
 class Grid:
