@@ -25,6 +25,7 @@ __all__ = [
     "ViTGeometry",
     "file_description",
     "file_geometry",
+    "geometry_from_json",
     "geometry_to_json",
     "student_geometry",
 ]
@@ -184,7 +185,7 @@ def geometry_to_json(geometry: Geometry) -> dict[str, Any]:
 
 def file_geometry(weights: Path) -> Geometry:
     """The geometry of a student file (`student.json` beside the weights), read without torch."""
-    return _from_json(file_description(weights)["geometry"], weights.with_suffix(".json"))
+    return geometry_from_json(file_description(weights)["geometry"], weights.with_suffix(".json"))
 
 
 def file_source(weights: Path) -> dict[str, str] | None:
@@ -203,7 +204,8 @@ def file_description(weights: Path) -> dict[str, Any]:
         raise UserError(f"{path}: a student file has its geometry, mean and std there, but: {error!r}") from error
 
 
-def _from_json(stored: Mapping[str, Any], source: Path) -> Geometry:
+def geometry_from_json(stored: Mapping[str, Any], source: Path) -> Geometry:
+    """The geometry that `geometry_to_json` made `stored` of; raises UserError, naming `source`, for what is none."""
     values = _frozen(stored)
     family = values.pop("family", None)
     if family not in FAMILIES:

@@ -1,0 +1,236 @@
+"""transformers' segmentation networks on a student's maps: what a saved folder is loaded with.
+
+Importing this module tells transformers of them; `from_pretrained(folder)` of the Auto classes, or of those here,
+then loads whatever `files.py` has saved. Pixels go in as they are, in [0, 1]: the student normalises them itself.
+
+- `StudentMaps`: `downstream.backbone.Backbone` as a transformers backbone, rebuilt from its configuration alone.
+- `UperNet`: transformers' UperNetForSemanticSegmentation with GroupNorm in place of BatchNorm (one or two images per
+  GPU give no statistics, and running ones would differ between ranks), and mmseg's dropout and initialisation.
+- Mask2Former is transformers' own.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoModelForSemanticSegmentation,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SegformerImageProcessor,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+from transformers.models.upernet.modeling_upernet import UperNetConvModule
+
+from fdscale.config.errors import UserError
+from fdscale.downstream.backbone import Backbone
+from fdscale.downstream.pyramid import STRIDES
+from fdscale.students.geometry import geometry_from_json
+from fdscale.students.student import IMAGENET_MEAN, IMAGENET_STD, Student, build_student
+
+GROUPS = 32
+CHANNELS_OF_A_GROUP = 8  # at least: pooled to one pixel, a group of one channel would always be 0
+
+
+class StudentMapsConfig(BackboneConfigMixin, PreTrainedConfig):
+    """A student's `geometry`, as student.json has it, its `mean` and `std`, and the numbers of its `Backbone`."""
+
+    model_type = "fdscale_student_maps"
+
+    geometry: dict | None = None
+    mean: list | tuple = IMAGENET_MEAN
+    std: list | tuple = IMAGENET_STD
+    plain: str = "pyramid"
+    pyramid_channels: int = 256
+    indices: list | tuple | None = None
+    window_size: int | None = None
+
+    def __post_init__(self, **others: Any) -> None:
+        self.stage_names = ["stem", *(f"stage{number}" for number in range(1, len(STRIDES) + 1))]
+        self.set_output_features_output_indices(
+            out_features=others.pop("out_features", None) or self.stage_names[1:],
+            out_indices=others.pop("out_indices", None),
+        )
+        super().__post_init__(**others)  # after the names of the stages, which it checks
+
+
+class StudentMaps(BackboneMixin, PreTrainedModel):
+    """Pixels (B, 3, H, W) in [0, 1] -> a student's four maps, from `Backbone`."""
+
+    config_class = StudentMapsConfig
+    config: Any
+    main_input_name = "pixel_values"
+    has_attentions = False
+
+    def __init__(self, config: StudentMapsConfig) -> None:
+        super().__init__(config)
+        if config.geometry is None:
+            raise UserError("a configuration without a student's geometry: take one that fdscale has saved")
+        device = str(torch.empty(0).device)  # meta, while weights are about to be loaded
+        student = build_student(geometry_from_json(config.geometry, Path("config.json")), device=device)
+        numbers: Any = (config.plain, config.pyramid_channels, _tuple(config.indices), config.window_size)
+        self.network = Backbone(student, *numbers)
+        self.num_features: Any = [self.network.channels[0], *self.network.channels]
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """What no file holds; transformers leaves it undefined when it loads. Weights have their start already."""
+        if isinstance(module, Student):
+            module.mean.copy_(torch.tensor(self.config.mean).view_as(module.mean))
+            module.std.copy_(torch.tensor(self.config.std).view_as(module.std))
+        elif any(module._buffers[name] is not None for name in module._non_persistent_buffers_set):
+            make_buffers: Any = getattr(module, "init_non_persistent_buffers", None)
+            if make_buffers is None:
+                raise UserError(f"timm's {type(module).__name__} cannot make its buffers anew: it cannot be loaded")
+            make_buffers()
+
+    def forward(self, pixel_values: Tensor, **others: Any) -> BackboneOutput:
+        return BackboneOutput(feature_maps=self.network(pixel_values))
+
+
+def _tuple(values: Any) -> Any:
+    return None if values is None else tuple(values)
+
+
+class FdUperNetConfig(UperNetConfig):
+    """transformers' configuration, and the `dropout` of whole channels before the classifiers (mmseg: 0.1)."""
+
+    model_type = "fdscale_upernet"
+
+    dropout: float = 0.1
+
+
+class UperNet(UperNetForSemanticSegmentation):
+    """transformers' UperNet with GroupNorm, dropout before its classifiers, and mmseg's initialisation of the heads."""
+
+    config_class = FdUperNetConfig
+    config: Any
+
+    def __init__(self, config: FdUperNetConfig) -> None:
+        super().__init__(config)
+        for module in self.modules():
+            if isinstance(module, UperNetConvModule):
+                channels = module.batch_norm.num_features
+                module.batch_norm = nn.GroupNorm(groups_of(channels), channels)  # type: ignore[assignment]
+        for head in (self.decode_head, self.auxiliary_head):
+            if head is not None:
+                head.classifier = DroppedConv(head.channels, config.num_labels, config.dropout)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """mmseg's: convolutions Kaiming normal by their outputs, classifiers normal 0.01 (`ConvModule`, `BaseDecodeHead`)."""
+        if isinstance(module, DroppedConv):
+            init.normal_(module.weight, std=0.01)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+
+class DroppedConv(nn.Conv2d):
+    """A 1x1 convolution of maps (B, C, h, w) of which, in training, whole channels are dropped first."""
+
+    def __init__(self, channels: int, classes: int, dropout: float) -> None:
+        super().__init__(channels, classes, kernel_size=1)
+        self.dropout = dropout
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.dropout2d(input, self.dropout, self.training))
+
+
+def groups_of(channels: int) -> int:
+    """The groups of a GroupNorm: 32, or fewer for few channels."""
+    return math.gcd(GROUPS, max(channels // CHANNELS_OF_A_GROUP, 1))
+
+
+def upernet_config(
+    maps: StudentMapsConfig, classes: int, channels: int, auxiliary_weight: float, dropout: float
+) -> FdUperNetConfig:
+    """An UperNet of `channels` with an auxiliary head on the map of stride 16, mmseg's numbers elsewhere."""
+    return FdUperNetConfig(
+        backbone_config=maps,
+        num_labels=classes,
+        hidden_size=channels,
+        auxiliary_loss_weight=auxiliary_weight,
+        auxiliary_channels=min(channels, 256),
+        dropout=dropout,
+    )
+
+
+def mask2former_config(
+    maps: StudentMapsConfig,
+    classes: int,
+    channels: int,
+    queries: int,
+    decoder_layers: int,
+    encoder_layers: int,
+    points: int,
+) -> Mask2FormerConfig:
+    """A Mask2Former of `channels`, the reference's numbers elsewhere.
+
+    transformers counts the prediction before the first layer as a layer.
+    """
+    return Mask2FormerConfig(
+        backbone_config=maps,
+        num_labels=classes,
+        feature_size=channels,
+        mask_feature_size=channels,
+        hidden_dim=channels,
+        encoder_feedforward_dim=4 * channels,
+        dim_feedforward=8 * channels,
+        num_queries=queries,
+        decoder_layers=decoder_layers + 1,
+        encoder_layers=encoder_layers,
+        train_num_points=points,
+    )
+
+
+def network_of(config: PreTrainedConfig) -> Any:
+    """The network of a configuration on the meta device: shapes alone."""
+    with torch.device("meta"):
+        return _class_of(config)(config)
+
+
+def load_network(folder: Path) -> PreTrainedModel:
+    """The network of a folder that `files.py` has saved."""
+    loaded: PreTrainedModel = _class_of(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
+    return loaded
+
+
+def image_processor(config: PreTrainedConfig, short_side: int, long_side: int) -> Any:
+    """Images resized so that the short side is this, the long one at most that; pixels in [0, 1], not normalised."""
+    kind: Any = SegformerImageProcessor if isinstance(config, FdUperNetConfig) else Mask2FormerImageProcessor
+    return kind(
+        size={"shortest_edge": short_side, "longest_edge": long_side},
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=False,
+        do_reduce_labels=True,
+    )
+
+
+def _class_of(config: PreTrainedConfig) -> Any:
+    return UperNet if isinstance(config, FdUperNetConfig) else Mask2FormerForUniversalSegmentation
+
+
+AutoConfig.register(StudentMapsConfig.model_type, StudentMapsConfig)
+AutoBackbone.register(StudentMapsConfig, StudentMaps)
+AutoConfig.register(FdUperNetConfig.model_type, FdUperNetConfig)
+AutoModelForSemanticSegmentation.register(FdUperNetConfig, UperNet)
