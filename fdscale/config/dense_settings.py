@@ -109,7 +109,7 @@ class SegmentSettings(RunSettings):
     """Semantic segmentation."""
 
     program: Literal["segment"]
-    classes: Annotated[int, Field(ge=2)] = 150
+    classes: Annotated[int, Field(ge=2, le=255)] = 150
     data: SegmentDataSettings
     eval: SegmentEvalSettings = SegmentEvalSettings()
     backbone: BackboneSettings = BackboneSettings()

@@ -13,6 +13,7 @@ from fdscale.build.run import Run
 from fdscale.build.training import Measured
 from fdscale.config.programs import DenseSettings
 from fdscale.data.loader import EvalLoader, MicroBatches, TrainLoader
+from fdscale.students.student import Student
 from fdscale.training.engine import Connection, averaged_weights, has_average
 from fdscale.training.guards import Guards
 
@@ -35,6 +36,18 @@ def image_loader(batches: MicroBatches, images: int, workers: int, connection: C
     """Held-out images one by one, equally many on every rank: some may be padding."""
     rank = connection.rank
     return EvalLoader(batches, images, rank.rank, rank.world_size, 1, workers, connection.device)
+
+
+def mean_of(student: Student) -> tuple[float, float, float]:
+    """The colour, from 0 to 1, that a student normalises to zero."""
+    red, green, blue = student.mean.flatten().tolist()
+    return red, green, blue
+
+
+def as_bytes(colour: tuple[float, float, float]) -> tuple[float, float, float]:
+    """The same colour from 0 to 255."""
+    red, green, blue = (255 * part for part in colour)
+    return red, green, blue
 
 
 def seed_network(seed: int, step: int, rows: slice) -> None:

@@ -21,7 +21,7 @@ from fdscale.data.dense.batches import DetectBatch, DetectEval, DetectImage, Det
 from fdscale.data.dense.coco import CocoScenes, load_coco
 from fdscale.data.dense.jitter import Jitter
 from fdscale.data.dense.scenes import write_coco
-from fdscale.downstream.dense import Look, dense_loader, image_loader, measured_by, seed_network
+from fdscale.downstream.dense import Look, as_bytes, dense_loader, image_loader, mean_of, measured_by, seed_network
 from fdscale.downstream.detection.design import Design
 from fdscale.downstream.detection.detector import Detections, Detector
 from fdscale.downstream.detection.evaluation import evaluate_detection
@@ -60,8 +60,7 @@ def detect(settings: DetectSettings) -> bool:
         seed_network(settings.seed, step, batch.rows)
         return engine(as_pixels(batch.images), batch.objects, draws)
 
-    mean = tuple(student.mean.flatten().tolist())
-    loader = dense_loader(run, DetectTrain(run.samples, jitter_of(settings, mean), settings.seed))
+    loader = dense_loader(run, DetectTrain(run.samples, jitter_of(settings, mean_of(student)), settings.seed))
     measured = None
     if run.held_out is not None:
         scenes, folder = run.held_out, run.directory.folder
@@ -139,10 +138,10 @@ def design_of(settings: DetectSettings) -> Design:
     )
 
 
-def jitter_of(settings: DetectSettings, mean: tuple[float, ...]) -> Jitter:
-    """How one crop of a scene is made."""
+def jitter_of(settings: DetectSettings, fill: tuple[float, float, float]) -> Jitter:
+    """How one crop of a scene is made; what lies outside has the colour `fill`, from 0 to 1."""
     data = settings.data
-    return Jitter(size=data.crop, scale=data.scale, flip=data.flip, fill=mean)
+    return Jitter(size=data.crop, scale=data.scale, flip=data.flip, fill=as_bytes(fill))
 
 
 def categories_of(scenes: CocoScenes) -> tuple[Category, ...]:

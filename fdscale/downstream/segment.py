@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,9 +20,9 @@ from fdscale.build.training import train
 from fdscale.config.dense_settings import SegmentSettings
 from fdscale.data.dense.ade20k import ScenePairs, load_ade20k
 from fdscale.data.dense.batches import SegmentBatch, SegmentEval, SegmentImage, SegmentTrain
-from fdscale.data.dense.crops import Crops
+from fdscale.data.dense.crops import Cropping
 from fdscale.data.dense.scenes import write_ade20k
-from fdscale.downstream.dense import Look, dense_loader, image_loader, measured_by, seed_network
+from fdscale.downstream.dense import Look, as_bytes, dense_loader, image_loader, mean_of, measured_by, seed_network
 from fdscale.downstream.overlays import segmentation_overlay
 from fdscale.downstream.segmentation.evaluation import evaluate_segmentation
 from fdscale.downstream.segmentation.files import load_segmenter, save_segmenter
@@ -29,7 +31,7 @@ from fdscale.planning.dense_check import SCENES
 from fdscale.students.drop_path import drop_path_rows
 from fdscale.students.student import Student
 from fdscale.training.engine import Connection
-from fdscale.training.run_directory import RunDirectory
+from fdscale.training.run_directory import RunDirectory, write_text
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -47,7 +49,6 @@ def segment(settings: SegmentSettings) -> bool:
     with seeded(settings.seed):
         segmenter = segmenter_of(settings, student)
     sites, global_batch = student.drop_path_sites, settings.data.global_batch
-    mean = tuple(student.mean.flatten().tolist())
 
     def segment_batch(engine: DeepSpeedEngine, batch: SegmentBatch, step: int) -> dict[str, Tensor]:
         """One micro batch: how well the classes of its pixels are told."""
@@ -55,7 +56,7 @@ def segment(settings: SegmentSettings) -> bool:
         seed_network(settings.seed, step, batch.rows)
         return engine(as_pixels(batch.images), batch.labels, draws)
 
-    loader = dense_loader(run, SegmentTrain(run.samples, crops_of(settings, mean), settings.seed))
+    loader = dense_loader(run, SegmentTrain(run.samples, cropping_of(settings, mean_of(student)), settings.seed))
     measured = None
     if run.held_out is not None:
         scenes, folder = run.held_out, run.directory.folder
@@ -120,18 +121,18 @@ def segmenter_of(settings: SegmentSettings, student: Student) -> Segmenter:
     )
 
 
-def crops_of(settings: SegmentSettings, mean: tuple[float, ...]) -> Crops:
-    """How one crop of a scene is made."""
+def cropping_of(settings: SegmentSettings, fill: tuple[float, float, float]) -> Cropping:
+    """How one crop of a scene is made; what lies outside has the colour `fill`, from 0 to 1."""
     data = settings.data
-    return Crops(
-        crop=data.crop,
+    return Cropping(
+        size=data.crop,
         short_side=data.short_side,
         long_side=data.long_side,
         scale=data.scale,
         most_of_one_class=data.most_of_one_class,
         flip=data.flip,
-        distortion=data.distortion,
-        mean=mean,
+        distort=data.distortion,
+        fill=as_bytes(fill),
     )
 
 
@@ -155,11 +156,14 @@ def look_with(
                 flip=seen.flip,
                 window_batch=seen.windows_at_once,
                 connection=connection,
-                overlay=_overlay,
+                device=connection.device,
+                overlays=overlay,
+                fill=mean_of(segmenter.backbone.student),
             )
+        connection.on_main(lambda: _write_by_class(by_class, scenes, folder / "iou.json"))
         return found
 
-    def _overlay(image: SegmentImage, predicted: Tensor) -> None:
+    def overlay(image: SegmentImage, predicted: Tensor) -> None:
         if image.number < seen.overlays:
             names = scenes.class_names
             picture = segmentation_overlay(image.image.cpu(), predicted.cpu(), image.labels.cpu(), names)
@@ -168,6 +172,12 @@ def look_with(
             picture.save(path)
 
     return look
+
+
+def _write_by_class(values: Tensor, scenes: ScenePairs, file: Path) -> None:
+    names = scenes.class_names or [str(number) for number in range(len(values))]
+    known = [(name, value) for name, value in zip(names, values.tolist(), strict=True) if not math.isnan(value)]
+    write_text(file, json.dumps(dict(known), indent=2) + "\n")
 
 
 def outline(settings: SegmentSettings) -> Outline:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BatchTerms = Callable[["DeepSpeedEngine", Batch, int], dict[str, Tensor]]
+BatchTerms = Callable[["DeepSpeedEngine", Any, int], dict[str, Tensor]]
+
+
+class MicroBatch(Protocol):
+    """What the loop asks of a micro batch: the undecodable samples met in it, and the bits of its samples' keys."""
+
+    bad: list[str]
+    keys: Tensor
 
 
 class Loader(Protocol):
@@ -40,7 +47,7 @@ class Loader(Protocol):
 
     data_wait_seconds: float
 
-    def steps(self, first: int, last: int) -> Generator[list[Batch], None, None]: ...
+    def steps(self, first: int, last: int) -> Generator[list[Any], None, None]: ...
 
 
 class Watch(Protocol):
