@@ -73,7 +73,8 @@ class SegmentDataSettings(BatchSettings):
 class SegmentEvalSettings(ViewSettings):
     """The folder whose `validation` half is looked at (None: nothing is), in windows of `crop` every `stride` pixels.
 
-    A rank computes so many `windows_at_once`. `crop` 0 takes each image as a whole. `window_size` gives SwinV2 other windows than in training.
+    `crop` 0 takes each image as a whole; else a rank computes so many `windows_at_once`. `window_size` gives SwinV2
+    other windows of attention than in training.
     """
 
     folder: Name | None = None

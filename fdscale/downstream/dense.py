@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Look = Callable[[Any, Iterator[Any]], dict[str, float]]
-"""Measures a network, or the engine around it, in evaluation mode, on this rank's held-out images; all ranks call it."""
+"""Measures a network in evaluation mode, or the engine around it, on this rank's held-out images; all ranks call it."""
 
 
 def dense_loader(run: Run[Any], batches: MicroBatches) -> TrainLoader:

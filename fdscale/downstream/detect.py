@@ -157,9 +157,10 @@ def look_with(
 
     def look(network: Callable[[list[View]], Detections], images: Any) -> dict[str, float]:
         with detector.backbone.windows(seen.window_size):
-            return evaluate_detection(
+            found = evaluate_detection(
                 network, images, scenes.annotations, scenes.category_ids, views, connection, overlay
             )
+        return {_metric(name): value for name, value in found.items()}
 
     def views(image: Tensor) -> list[View]:
         return views_of(image, seen.short_side, seen.long_side, seen.scales, seen.flip)
@@ -172,6 +173,12 @@ def look_with(
             picture.save(path)
 
     return look
+
+
+def _metric(name: str) -> str:
+    """`box_ap50` as the tables of metrics have it, `ap/box/50`."""
+    of, _, at = name.partition("_ap")
+    return f"ap/{of}/{at.removeprefix('_') or 'all'}"
 
 
 def outline(settings: DetectSettings) -> Outline:
