@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fdscale.build.run import Run
 from fdscale.build.training import Measured
@@ -36,6 +37,11 @@ def image_loader(batches: MicroBatches, images: int, workers: int, connection: C
     """Held-out images one by one, equally many on every rank: some may be padding."""
     rank = connection.rank
     return EvalLoader(batches, images, rank.rank, rank.world_size, 1, workers, connection.device)
+
+
+def by_parts(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A network's terms as the table of metrics has them: `loss_class` is `loss_part/class` there."""
+    return {f"loss_part/{name[5:]}" if name.startswith("loss_") else name: value for name, value in terms.items()}
 
 
 def mean_of(student: Student) -> tuple[float, float, float]:

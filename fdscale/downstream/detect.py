@@ -21,7 +21,16 @@ from fdscale.data.dense.batches import DetectBatch, DetectEval, DetectImage, Det
 from fdscale.data.dense.coco import CocoScenes, load_coco
 from fdscale.data.dense.jitter import Jitter
 from fdscale.data.dense.scenes import write_coco
-from fdscale.downstream.dense import Look, as_bytes, dense_loader, image_loader, mean_of, measured_by, seed_network
+from fdscale.downstream.dense import (
+    Look,
+    as_bytes,
+    by_parts,
+    dense_loader,
+    image_loader,
+    mean_of,
+    measured_by,
+    seed_network,
+)
 from fdscale.downstream.detection.design import Design
 from fdscale.downstream.detection.detector import Detections, Detector
 from fdscale.downstream.detection.evaluation import evaluate_detection
@@ -58,7 +67,7 @@ def detect(settings: DetectSettings) -> bool:
         """One micro batch: how well its objects are found, told from one another, and outlined."""
         draws = drop_path_rows(settings.seed, step, sites, global_batch, batch.rows, run.device)
         seed_network(settings.seed, step, batch.rows)
-        return engine(as_pixels(batch.images), batch.objects, draws)
+        return by_parts(engine(as_pixels(batch.images), batch.objects, draws))
 
     loader = dense_loader(run, DetectTrain(run.samples, jitter_of(settings, mean_of(student)), settings.seed))
     measured = None

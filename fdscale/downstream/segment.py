@@ -22,7 +22,16 @@ from fdscale.data.dense.ade20k import ScenePairs, load_ade20k
 from fdscale.data.dense.batches import SegmentBatch, SegmentEval, SegmentImage, SegmentTrain
 from fdscale.data.dense.crops import Cropping
 from fdscale.data.dense.scenes import write_ade20k
-from fdscale.downstream.dense import Look, as_bytes, dense_loader, image_loader, mean_of, measured_by, seed_network
+from fdscale.downstream.dense import (
+    Look,
+    as_bytes,
+    by_parts,
+    dense_loader,
+    image_loader,
+    mean_of,
+    measured_by,
+    seed_network,
+)
 from fdscale.downstream.overlays import segmentation_overlay
 from fdscale.downstream.segmentation.evaluation import evaluate_segmentation
 from fdscale.downstream.segmentation.files import load_segmenter, save_segmenter
@@ -54,7 +63,7 @@ def segment(settings: SegmentSettings) -> bool:
         """One micro batch: how well the classes of its pixels are told."""
         draws = drop_path_rows(settings.seed, step, sites, global_batch, batch.rows, run.device)
         seed_network(settings.seed, step, batch.rows)
-        return engine(as_pixels(batch.images), batch.labels, draws)
+        return by_parts(engine(as_pixels(batch.images), batch.labels, draws))
 
     loader = dense_loader(run, SegmentTrain(run.samples, cropping_of(settings, mean_of(student)), settings.seed))
     measured = None
