@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +14,7 @@ from fdscale.config.errors import UserError
 
 PIECE = 2**24  # bytes read at a time; every item must be smaller
 ITEMS = 10_000  # handed out at a time
-
-_SPACE = re.compile(r"[ \t\n\r]*")
+SPACE = " \t\n\r"
 
 
 class JsonLists:
@@ -111,12 +109,13 @@ class JsonLists:
     def _next(self) -> str:
         """The next character that is no white space, not taken yet; empty at the end of the file."""
         while True:
-            match = _SPACE.match(self._text, self._at)
-            assert match is not None
-            self._at = match.end()
-            if self._at < len(self._text) or self._ended:
-                return self._text[self._at : self._at + 1]
-            self._refill()
+            character = self._text[self._at : self._at + 1]
+            if not character and not self._ended:
+                self._refill()
+            elif character and character in SPACE:
+                self._at += 1
+            else:
+                return character
 
     def _take(self, character: str) -> None:
         if self._next() != character:
