@@ -22,6 +22,7 @@ from fdscale.data.dense.coco import CocoScenes, load_coco
 from fdscale.data.dense.jitter import Jitter
 from fdscale.data.dense.scenes import write_coco
 from fdscale.downstream.dense import (
+    SCENES_MADE,
     Look,
     as_bytes,
     by_parts,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+OVERLAY_SCORE = 0.3  # what is drawn is at least so certain
 OBJECTS_OF_AN_IMAGE = 8  # that the planner counts masks for: COCO's mean is 7.3
 
 
@@ -111,7 +113,7 @@ def _scenes(
         return load_coco(images, annotations, masks)
     folder = directory.folder / SCENES
     if connection.rank.is_main and not folder.exists():
-        write_coco(folder)
+        write_coco(folder, *SCENES_MADE)
     connection.barrier()
     return load_coco(folder / f"{split}2017", folder / "annotations" / f"instances_{split}2017.json", masks)
 
@@ -176,7 +178,10 @@ def look_with(
 
     def overlay(image: DetectImage, found: Detections) -> None:
         if image.number < seen.overlays:
-            picture = detection_overlay(image.image.cpu(), found, scenes.class_names)
+            shown = found.scores > OVERLAY_SCORE
+            masks = None if found.masks is None else [found.masks[row] for row in shown.nonzero()[:, 0].tolist()]
+            of_shown = (found.boxes[shown], found.labels[shown], found.scores[shown], masks)
+            picture = detection_overlay(image.image, *of_shown, scenes.class_names)
             path = folder / "overlays" / f"{scenes.path(image.number).stem}.png"
             path.parent.mkdir(exist_ok=True)
             picture.save(path)

@@ -23,6 +23,7 @@ from fdscale.data.dense.batches import SegmentBatch, SegmentEval, SegmentImage, 
 from fdscale.data.dense.crops import Cropping
 from fdscale.data.dense.scenes import write_ade20k
 from fdscale.downstream.dense import (
+    SCENES_MADE,
     Look,
     as_bytes,
     by_parts,
@@ -97,7 +98,7 @@ def _folder(named: str, directory: RunDirectory, connection: Connection) -> Path
         return Path(named)
     folder = directory.folder / SCENES
     if connection.rank.is_main and not folder.exists():
-        write_ade20k(folder)
+        write_ade20k(folder, *SCENES_MADE)
     connection.barrier()
     return folder
 
@@ -174,8 +175,8 @@ def look_with(
 
     def overlay(image: SegmentImage, predicted: Tensor) -> None:
         if image.number < seen.overlays:
-            names = scenes.class_names
-            picture = segmentation_overlay(image.image.cpu(), predicted.cpu(), image.labels.cpu(), names)
+            names = scenes.class_names or [str(label) for label in range(settings.classes)]
+            picture = segmentation_overlay(image.image, predicted, image.labels, names)
             path = folder / "overlays" / f"{scenes.names[image.number]}.png"
             path.parent.mkdir(exist_ok=True)
             picture.save(path)
