@@ -35,6 +35,17 @@ class Outline:
     teachers: Mapping[str, Teacher] = field(default_factory=dict)
 
 
+class Sketch(nn.Module):
+    """A network whose training forward no trace can follow: what is called is its `sketch`, of the same shapes."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Any) -> dict[str, torch.Tensor]:
+        return self.network.sketch(*inputs)
+
+
 @dataclass(frozen=True)
 class Traces:
     """The traces of one micro batch of images, `image_size` pixels a side: of what is trained, and of each teacher."""

@@ -24,7 +24,7 @@ SMOKE_RANKS = 2  # --smoke's global batch of 32 is two ranks' micro batch of 16
 
 def launch(
     context: typer.Context,
-    program: Annotated[str, typer.Argument(help="distill or finetune")],
+    program: Annotated[str, typer.Argument(help="distill, finetune, segment or detect")],
     recipe: Recipe,
     overrides: Overrides = None,
     smoke: Smoke = False,

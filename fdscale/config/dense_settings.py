@@ -73,7 +73,8 @@ class SegmentDataSettings(BatchSettings):
 class SegmentEvalSettings(ViewSettings):
     """The folder whose `validation` half is looked at (None: nothing is), in windows of `crop` every `stride` pixels.
 
-    `crop` 0 takes each image as a whole. `window_size` gives SwinV2 other windows than in training.
+    `crop` 0 takes each image as a whole; else a rank computes so many `windows_at_once`. `window_size` gives SwinV2
+    other windows of attention than in training.
     """
 
     folder: Name | None = None
@@ -81,6 +82,7 @@ class SegmentEvalSettings(ViewSettings):
     long_side: Positive = 2048
     crop: Count = 512
     stride: Positive = 341
+    windows_at_once: Positive = 4
     window_size: Positive | None = None
 
     @field_validator("stride")
@@ -108,7 +110,7 @@ class SegmentSettings(RunSettings):
     """Semantic segmentation."""
 
     program: Literal["segment"]
-    classes: Annotated[int, Field(ge=2)] = 150
+    classes: Annotated[int, Field(ge=2, le=255)] = 150
     data: SegmentDataSettings
     eval: SegmentEvalSettings = SegmentEvalSettings()
     backbone: BackboneSettings = BackboneSettings()
@@ -156,17 +158,17 @@ class DetectEvalSettings(ViewSettings):
 class DetectHeadSettings(Settings):
     """Mask R-CNN or its cascade, on maps `channels` wide; without `masks` boxes alone are learned.
 
-    `weights` is the `detector.safetensors` of an earlier stage: what does not depend on the classes is kept, all of it
-    where `keep` is "all".
+    Anchors have sides of `anchor_scale` strides. `weights` is the `detector.safetensors` of an earlier stage: all of
+    it is kept but what depends on the classes, where their number is another.
     """
 
     kind: Literal["mask_rcnn", "cascade"] = "mask_rcnn"
     masks: bool = True
     channels: Positive = 256
     box_width: Positive = 1024
-    anchor_size: Positive = 32
+    rpn_convolutions: Positive = 1
+    anchor_scale: Annotated[float, Field(gt=0)] = 8.0
     weights: Name | None = None
-    keep: Literal["all", "without_classes"] = "without_classes"
 
 
 class DetectSettings(RunSettings):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,8 @@ LOOKED_AT = 8  # masks that are read before a start, evenly spread: one wrong co
 @dataclass(frozen=True)
 class ScenePairs:
     """The scenes of one split in the order of their names: stems in `names`, class names from 0 or None."""
+
+    setting: ClassVar[str] = "folder"
 
     folder: Path
     split: str

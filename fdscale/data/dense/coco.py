@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,8 @@ class CocoScenes:
     `OBJECT` rows: box x1, y1, x2, y2 in pixels of the image, label from 0 in rising order of `category_ids`, and
     where in `segmentations` its polygons or RLE lie (None: boxes alone are learnt).
     """
+
+    setting: ClassVar[str] = "annotations"
 
     images_folder: Path
     annotations: Path

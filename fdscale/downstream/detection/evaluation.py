@@ -25,11 +25,13 @@ def evaluate_detection(
     category_ids: Sequence[int],
     views: Callable[[Tensor], list[View]],
     connection: Connection,
+    overlay: Callable[[Any, Detections], None] | None = None,
 ) -> dict[str, float]:
     """COCO's average precisions (`average_precision.py`) of what `detect` finds, the same on every rank.
 
     Every rank gives equally many `images`, padding included: each is one call of `detect`, an engine in eval mode,
-    with as many `views`. `category_ids[label]` is the data set's number of a class. Raises UserError on every rank
+    with as many `views`. `category_ids[label]` is the data set's number of a class. `overlay` is called with
+    each image and what was found in it. Raises UserError on every rank
     for annotations that cannot be read.
     """
     found: list[dict[str, Any]] = []
@@ -39,6 +41,8 @@ def evaluate_detection(
         told = detect([view.to(connection.device) for view in views(image.image)])
         masks = told.masks is not None
         if image.number >= 0:
+            if overlay is not None:
+                overlay(image, told)
             seen.append(image.image_id)
             found += as_coco(told, image.image_id, category_ids)
     gathered = _on_main([(seen, found)], connection)
