@@ -20,7 +20,9 @@ def confusion_of(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
     pairs = labels[known].long() * classes + predicted[known].long()
     counts = torch.bincount(pairs, minlength=classes**2)
     if len(counts) != classes**2:
-        raise UserError(f"labels up to {int(labels[known].max())}: classes = {classes} allows 0 to {classes - 1} and 255")
+        raise UserError(
+            f"labels up to {int(labels[known].max())}: classes = {classes} allows 0 to {classes - 1} and 255"
+        )
     return counts.view(classes, classes)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from fdscale.downstream.segmentation.confusion import confusion_of, iou_of, merged, metrics_of
 from fdscale.downstream.segmentation.sliding import (
     Segment,
-    Size,
     Windows,
     averaged_scores,
     forwards_of,

@@ -47,4 +47,3 @@ def pixel_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def _resized(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Logits at the size of the image, fp32 from here on."""
     return F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
-
