@@ -158,8 +158,9 @@ class DetectEvalSettings(ViewSettings):
 class DetectHeadSettings(Settings):
     """Mask R-CNN or its cascade, on maps `channels` wide; without `masks` boxes alone are learned.
 
-    Anchors have sides of `anchor_scale` strides. `weights` is the `detector.safetensors` of an earlier stage: all of
-    it is kept but what depends on the classes, where their number is another.
+    Anchors have sides of `anchor_scale` strides. Of an image so many `proposals` go to the box head in an evaluation,
+    and `box_samples` of them in training. `weights` is the `detector.safetensors` of an earlier stage: all of it is
+    kept but what depends on the classes, where their number is another.
     """
 
     kind: Literal["mask_rcnn", "cascade"] = "mask_rcnn"
@@ -168,6 +169,8 @@ class DetectHeadSettings(Settings):
     box_width: Positive = 1024
     rpn_convolutions: Positive = 1
     anchor_scale: Annotated[float, Field(gt=0)] = 8.0
+    proposals: Positive = 1000
+    box_samples: Positive = 512
     weights: Name | None = None
 
 

@@ -65,10 +65,9 @@ def detection_overlay(
     canvas = _enlarged(pixels, factor)
     order = list(range(len(boxes))) if scores is None else np.argsort(_array(scores), kind="stable").tolist()
     shapes = _shapes(masks, pixels.shape[0], pixels.shape[1])
-    for place in order if shapes is not None else ():
-        assert shapes is not None
-        mask = _enlarged(shapes[place], factor) > 0
-        _cover(canvas, mask, colour(int(labels[place])))
+    if shapes is not None:
+        for place in order:
+            _cover(canvas, _enlarged(shapes[place], factor) > 0, colour(int(labels[place])), COVER)
     drawn = Image.fromarray(canvas)
     for place in order:
         score = "" if scores is None else f" {float(scores[place]):.2f}"
@@ -97,13 +96,16 @@ def beside(panels: Mapping[str, Image.Image]) -> Image.Image:
 def _painted(pixels: NDArray[np.uint8], labels: NDArray[Any], factor: int) -> NDArray[np.uint8]:
     canvas, labels = _enlarged(pixels, factor), _enlarged(labels, factor)
     for label in np.unique(labels).tolist():
-        _cover(canvas, labels == label, UNKNOWN if label == IGNORED else colour(label))
+        if label == IGNORED:
+            _cover(canvas, labels == label, UNKNOWN, 0.8)
+        else:
+            _cover(canvas, labels == label, colour(label), COVER)
     return canvas
 
 
-def _cover(canvas: NDArray[np.uint8], mask: NDArray[np.bool_], tint: Colour) -> None:
+def _cover(canvas: NDArray[np.uint8], mask: NDArray[np.bool_], tint: Colour, share: float) -> None:
     """A see-through colour on the mask, and its outline within it in the full one."""
-    canvas[mask] = ((1 - COVER) * canvas[mask] + COVER * np.array(tint)).astype(np.uint8)
+    canvas[mask] = ((1 - share) * canvas[mask] + share * np.array(tint)).astype(np.uint8)
     inside = mask
     for _ in range(_stroke(canvas.shape[1], canvas.shape[0])):
         around = np.pad(inside, 1, mode="edge")
@@ -179,7 +181,7 @@ def _font(size: tuple[int, int]) -> Font:
 
 
 def _line(font: Font) -> int:
-    left, top, right, bottom = font.getbbox("Ag|")
+    _, top, _, bottom = font.getbbox("Ag|")
     return round(1.4 * (bottom - top))
 
 

@@ -23,7 +23,7 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import clip_boxes_to_image
 
 from fdscale.downstream.detection.design import Design
-from fdscale.downstream.detection.matching import Matched, box_losses, drawn, has_area, match
+from fdscale.downstream.detection.matching import Matched, box_losses, by_box, drawn, has_area, match
 from fdscale.downstream.detection.pooling import pooled
 from fdscale.students.swin_v2 import Linear32
 
@@ -98,7 +98,7 @@ class BoxHeads(nn.Module):
             logits, offsets = self._stage(stage, maps, [boxes])
             scores.append(logits.softmax(dim=1)[:, :-1])
             (boxes,) = self._refined(stage, offsets, [boxes], size)
-        return boxes.view(len(boxes), -1, 4), torch.stack(scores).mean(dim=0)
+        return by_box(boxes), torch.stack(scores).mean(dim=0)
 
     def sketch(self, features: Tensor) -> Tensor:
         """A loss of all stages, each on these pooled boxes (n, C, 7, 7)."""
@@ -120,7 +120,7 @@ class BoxHeads(nn.Module):
     def _refined(self, stage: int, offsets: Tensor, boxes: Sequence[Tensor], size: Size) -> list[Tensor]:
         """The boxes of each image moved by a stage's offsets, inside the image: (n, 4), or (n, 4 * classes)."""
         moved = self.coders[stage].decode_single(offsets, torch.cat(list(boxes)))
-        inside = clip_boxes_to_image(moved.view(len(moved), -1, 4), size).flatten(1)
+        inside = clip_boxes_to_image(by_box(moved), size).flatten(1)
         return list(inside.split([len(own) for own in boxes]))
 
 

@@ -47,6 +47,11 @@ def has_area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1])
 
 
+def by_box(numbers: Tensor) -> Tensor:
+    """(n, 4 * k) -> (n, k, 4), for no rows at all, too."""
+    return numbers.unflatten(1, (numbers.shape[1] // 4, 4))
+
+
 def match(boxes: Tensor, objects: Objects, overlap: float, background: int) -> Matched:
     """Each box (n, 4) with the object that it overlaps most, background where that is less than `overlap`."""
     if not len(objects.boxes):
@@ -74,7 +79,7 @@ def box_losses(logits: Tensor, offsets: Tensor, matched: Sequence[Matched], code
     loss_class = F.cross_entropy(logits, together.labels, reduction="sum") / number
     positive = torch.where(together.labels != background)[0]
     own = together.at(positive)
-    by_class = offsets.view(len(offsets), -1, 4)
+    by_class = by_box(offsets)
     told = by_class[positive, own.labels if by_class.shape[1] > 1 else 0]
     wanted = coder.encode_single(own.targets, own.boxes)
     return loss_class, (told - wanted).abs().sum() / number

@@ -26,17 +26,14 @@ def save_segmenter(
 
     The processor resizes images as evaluation does and leaves pixels in [0, 1].
     """
-    from fdscale.downstream.segmentation.networks import image_processor, network_of
+    from fdscale.downstream.segmentation.networks import save_network
 
     config = copy.deepcopy(segmenter.config)
     if class_names is not None:
         config.id2label = dict(enumerate(class_names))
         config.label2id = {name: number for number, name in enumerate(class_names)}
-    model = network_of(config)
     named = {_transformers_name(name, segmenter.head): value for name, value in state.items()}
-    model.load_state_dict(named, strict=True, assign=True)
-    model.save_pretrained(folder)
-    image_processor(config, short_side, long_side).save_pretrained(folder)
+    save_network(config, named, folder, short_side, long_side)
 
 
 def load_segmenter(folder: Path) -> Segmenter:

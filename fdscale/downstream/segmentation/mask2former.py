@@ -102,8 +102,8 @@ def _losses(
     kinds, shapes = [kind for kind, _ in objects], [shape for _, shape in objects]
     with _without_autocast(labels.device):
         of_layers = [
-            _of_layer(model.criterion, of_masks.float(), of_classes.float(), kinds, shapes, match)
-            for of_masks, of_classes in zip(masks, classes, strict=True)
+            _of_layer(model.criterion, masks[layer].float(), classes[layer].float(), kinds, shapes, match)
+            for layer in range(-1, len(masks) - 1)  # the last first, as transformers draws its points
         ]
         weights = model.weight_dict
         parts = {name: torch.stack([found[name] for found in of_layers]).sum() * weights[name] for name in weights}

@@ -12,6 +12,7 @@ then loads whatever `files.py` has saved. Pixels go in as they are, in [0, 1]: t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from transformers import initialization as init
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 from transformers.models.upernet.modeling_upernet import UperNetConvModule
+from transformers.utils import logging
 
 from fdscale.config.errors import UserError
 from fdscale.downstream.backbone import Backbone
@@ -99,7 +101,13 @@ class StudentMaps(BackboneMixin, PreTrainedModel):
                 raise UserError(f"timm's {type(module).__name__} cannot make its buffers anew: it cannot be loaded")
             make_buffers()
 
-    def forward(self, pixel_values: Tensor, **others: Any) -> BackboneOutput:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput:
         return BackboneOutput(feature_maps=self.network(pixel_values))
 
 
@@ -123,19 +131,21 @@ class UperNet(UperNetForSemanticSegmentation):
 
     def __init__(self, config: FdUperNetConfig) -> None:
         super().__init__(config)
+        classes: Any = config.num_labels
         for module in self.modules():
             if isinstance(module, UperNetConvModule):
                 channels = module.batch_norm.num_features
                 module.batch_norm = nn.GroupNorm(groups_of(channels), channels)  # type: ignore[assignment]
         for head in (self.decode_head, self.auxiliary_head):
             if head is not None:
-                head.classifier = DroppedConv(head.channels, config.num_labels, config.dropout)
+                head.classifier = DroppedConv(head.channels, classes, config.dropout)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """mmseg's: convolutions Kaiming normal by their outputs, classifiers normal 0.01 (`ConvModule`, `BaseDecodeHead`)."""
+        """mmseg's: convolutions Kaiming normal by their outputs (`ConvModule`), classifiers normal 0.01."""
         if isinstance(module, DroppedConv):
             init.normal_(module.weight, std=0.01)
+            assert module.bias is not None
             init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -164,14 +174,15 @@ def upernet_config(
     maps: StudentMapsConfig, classes: int, channels: int, auxiliary_weight: float, dropout: float
 ) -> FdUperNetConfig:
     """An UperNet of `channels` with an auxiliary head on the map of stride 16, mmseg's numbers elsewhere."""
-    return FdUperNetConfig(
+    config = FdUperNetConfig(
         backbone_config=maps,
-        num_labels=classes,
         hidden_size=channels,
         auxiliary_loss_weight=auxiliary_weight,
         auxiliary_channels=min(channels, 256),
         dropout=dropout,
     )
+    config.num_labels = classes
+    return config
 
 
 def mask2former_config(
@@ -187,9 +198,8 @@ def mask2former_config(
 
     transformers counts the prediction before the first layer as a layer.
     """
-    return Mask2FormerConfig(
+    config = Mask2FormerConfig(
         backbone_config=maps,
-        num_labels=classes,
         feature_size=channels,
         mask_feature_size=channels,
         hidden_dim=channels,
@@ -200,21 +210,35 @@ def mask2former_config(
         encoder_layers=encoder_layers,
         train_num_points=points,
     )
+    config.num_labels = classes
+    return config
 
 
 def network_of(config: PreTrainedConfig) -> Any:
-    """The network of a configuration on the meta device: shapes alone."""
+    """The network of a configuration, on the meta device: shapes alone."""
     with torch.device("meta"):
         return _class_of(config)(config)
 
 
+def save_network(
+    config: PreTrainedConfig, state: Mapping[str, Tensor], folder: Path, short_side: int, long_side: int
+) -> None:
+    """Write configuration, weights (by the network's own names) and image processor."""
+    logging.disable_progress_bar()
+    model = network_of(config)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.save_pretrained(folder)
+    _image_processor(config, short_side, long_side).save_pretrained(folder)
+
+
 def load_network(folder: Path) -> PreTrainedModel:
-    """The network of a folder that `files.py` has saved."""
+    """The network of a folder that `save_network` has written."""
+    logging.disable_progress_bar()
     loaded: PreTrainedModel = _class_of(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
     return loaded
 
 
-def image_processor(config: PreTrainedConfig, short_side: int, long_side: int) -> Any:
+def _image_processor(config: PreTrainedConfig, short_side: int, long_side: int) -> Any:
     """Images resized so that the short side is this, the long one at most that; pixels in [0, 1], not normalised."""
     kind: Any = SegformerImageProcessor if isinstance(config, FdUperNetConfig) else Mask2FormerImageProcessor
     return kind(

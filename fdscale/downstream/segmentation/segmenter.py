@@ -49,7 +49,7 @@ class Segmenter(nn.Module):
         return self.parts.losses(self.model, maps, labels.long())
 
     def sketch(self, pixels: Tensor, labels: Tensor, drop_path: Tensor | None = None) -> dict[str, Tensor]:
-        """A training forward that looks at no value, for fake tensors: the modules, shapes, gradients of a real one."""
+        """A training forward that looks at no value, for fake tensors: a real one's modules, shapes and gradients."""
         found: dict[str, Tensor] = self.parts.sketched(self.model, self.backbone(pixels, drop_path), labels.long())
         return found
 
