@@ -62,17 +62,22 @@ def test_scenes_are_scaled_as_mmcv_rescales(size, ratio, expected):
     assert _scaled(size, Cropping(512, 512, 2048), ratio) == expected
 
 
-def test_crops_of_one_class_are_drawn_again():
-    labels = np.zeros((60, 400), np.uint8)
-    labels[:, 350:] = 1
+def good(seen: np.ndarray) -> bool:
+    counts = np.bincount(seen[seen != 255], minlength=2)
+    return bool(counts.min() > 0.25 * counts.sum())
+
+
+@pytest.mark.parametrize(("rest", "start", "end"), [(0, 350, 400), (255, 190, 200)])
+def test_crops_of_one_class_are_drawn_again(rest, start, end):
+    """Class 1 from column `start` on, and 0 before it, all the rest of class 0 or unlabelled, which counts nothing."""
+    labels = np.full((60, 400), rest, np.uint8)
+    labels[:, start:end], labels[:, start - 10 : start] = 1, 0
     image = Image.new("RGB", (400, 60))
-    found = {}
-    for share in (0.75, 0.0):
+    once = np.mean([good(labels[:40, left : left + 40]) for left in range(361)])
+    for share, tries in ((0.75, 10), (0.0, 1)):  # with 0.0 nothing is good enough, and the tenth is as any
         cropping = Cropping(40, 60, 800, (1.0, 1.0), most_of_one_class=share, distort=False)
-        ones = np.array([np.mean(crop_scene(image, labels, key, 0, 0, cropping)[1] == 1) for key in range(300)])
-        found[share] = np.mean((ones > 0.25) & (ones < 0.75))
-    assert found[0.75] == pytest.approx(1 - (1 - 19 / 361) ** 10, abs=0.08)  # ten tries
-    assert found[0.0] == pytest.approx(19 / 361, abs=0.05)  # nothing is good enough: the tenth
+        found = np.mean([good(crop_scene(image, labels, key, 0, 0, cropping)[1]) for key in range(800)])
+        assert found == pytest.approx(1 - (1 - once) ** tries, abs=0.04)
 
 
 def test_a_scene_of_one_class_or_of_none_has_a_crop():
