@@ -201,7 +201,7 @@ def _without_files(settings: AnySettings) -> AnySettings:
     if settings.student.name == OWN:
         raise UserError("student.name=own: a network given in Python is not known here; plan one like it by name")
     if settings.student.name != STUDENT_FILE:
-        changes["student"] = settings.student.model_copy(update={"weights": None})
+        changes["student"] = settings.student.model_copy(update={"weights": None, "resize": False})
     if isinstance(settings, DistillSettings):
         changes["teacher"] = _shape_of(settings.teacher, "teacher")
         changes["further_teachers"] = {
