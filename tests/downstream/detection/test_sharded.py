@@ -31,7 +31,9 @@ def two_steps(
         divide(student, config, connection)
     torch.manual_seed(3)
     detector = Detector(student, design(cascade=cascade))
-    engine = start_engine(detector, adamw(parameter_groups(detector, 0.05, ()), 1e-2, (0.9, 0.99), 1e-8), config, 1, 0.0)
+    engine = start_engine(
+        detector, adamw(parameter_groups(detector, 0.05, ()), 1e-2, (0.9, 0.99), 1e-8), config, 1, 0.0
+    )
     found = []
     for step in range(2):
         draws = torch.rand(student.drop_path_sites, 2, generator=torch.Generator().manual_seed(rank))
