@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,18 @@ def _losses(detector: Detector, autocast: bool) -> dict[str, float]:
     losses["loss"].backward()
     assert all(part.dtype == torch.float32 for part in losses.values())
     return flat(losses)
+
+
+@KINDS
+@CASCADE
+def test_weights_that_an_engine_has_cast_change_little(kind: str, cascade: bool) -> None:
+    """As `bf16.enabled` does: parameters alone, no buffers."""
+    detector = detector_of(kind, cascade=cascade)
+    exact = _losses(detector, False)
+    for weight in detector.parameters():
+        weight.grad, weight.data = None, weight.data.bfloat16()
+    rounded = _losses(detector, False)
+    assert {name: pytest.approx(value, rel=0.02, abs=1e-3) for name, value in exact.items()} == rounded
 
 
 @KINDS
@@ -164,9 +177,9 @@ def test_what_was_taught_is_found_in_any_view(taught: Detector, kind: str) -> No
         "soft": views_of(image, 60, 128),
     }[kind]
     if kind == "soft":
-        taught.design = _changed(taught, suppression="gaussian")
+        taught.design = replace(taught.design, suppression="gaussian")
     told = taught(views)
-    taught.design = _changed(taught, suppression="hard")
+    taught.design = replace(taught.design, suppression="hard")
     assert (told.scores[:-1] >= told.scores[1:]).all()
     assert (told.boxes >= 0).all()
     assert (told.boxes[:, 2] <= 128 + 1e-3).all()
@@ -185,12 +198,6 @@ def _best_of_each(truth: Tensor, labels: Tensor, told: Any) -> Tensor:
     alike = (box_iou(truth, told.boxes) > 0.5) & (labels[:, None] == told.labels[None])
     assert alike.any(dim=1).all()
     return alike.int().argmax(dim=1)
-
-
-def _changed(detector: Detector, **changes: Any) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(detector.design, **changes)
 
 
 @CASCADE

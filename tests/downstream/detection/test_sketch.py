@@ -82,5 +82,6 @@ def test_a_sketch_calls_what_a_real_step_calls() -> None:
 
 
 def test_cuda_and_many_objects_are_traced_too() -> None:
-    assert traced("swin", True, cuda=True).forward_flops == pytest.approx(traced("swin", True).forward_flops, rel=0.01)
-    assert traced("vit", True, number=200).peak > traced("vit", True).peak
+    few, many = traced("swin", False), traced("swin", False, cuda=True, number=1000)
+    assert many.forward_flops == pytest.approx(few.forward_flops, rel=0.01)
+    assert many.peak > few.peak + 4 * 1000 * SIDE**2  # an image's masks as floats
