@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fdscale.downstream.detection.detector import Detector
 from fdscale.training.engine import Connection, start_engine
 from fdscale.training.optim import adamw, parameter_groups
 from fdscale.training.partition import divide
@@ -22,8 +23,6 @@ def two_steps(
     Lean: the student is divided before the detector is built on it, and nothing stays resident.
     """
     from deepspeed.utils import safe_get_full_grad
-
-    from fdscale.downstream.detection.detector import Detector
 
     config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": LEAN if lean else {"stage": 0}}
     student, rank = student_of(kind, 0.3, "blocks"), connection.rank.rank
