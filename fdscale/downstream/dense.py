@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SCENES_MADE = (240, 48)  # embedded scenes: to train on, held out
+SCENES_MADE = (480, 48)  # embedded scenes: to train on, held out
 
 Look = Callable[[Any, Iterator[Any]], dict[str, float]]
 """Measures a network in evaluation mode, or the engine around it, on this rank's held-out images; all ranks call it."""

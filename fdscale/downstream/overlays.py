@@ -17,7 +17,7 @@ from fdscale.data.dense.masks import draw_masks
 READABLE = 512  # pixels of the longer side, up to which images are enlarged
 COVER = 0.5  # of a class's colour over its pixels
 GOLDEN_ANGLE = 0.381966  # of a circle of hues: the next colour is far from all before it
-TONES = ((0.85, 0.95), (0.55, 1.0), (1.0, 0.65))  # saturation and value, in turn
+SATURATIONS, VALUES = (0.9, 0.55, 1.0), (0.95, 0.65, 1.0, 0.5, 0.8)  # in turn: hues come near each other again
 INK, PAPER, UNKNOWN = (20, 20, 20), (255, 255, 255), (128, 128, 128)
 
 Colour = tuple[int, int, int]
@@ -26,7 +26,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 def colour(label: int) -> Colour:
     """The colour of a class, whatever their number."""
-    saturation, value = TONES[label % len(TONES)]
+    saturation, value = SATURATIONS[label % len(SATURATIONS)], VALUES[label % len(VALUES)]
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(label * GOLDEN_ANGLE % 1, saturation, value))
     return red, green, blue
 

@@ -169,10 +169,8 @@ def _class_names(path: Path, classes: int) -> tuple[str, ...] | None:
 def _look_at(pairs: ScenePairs, scene: int) -> None:
     """Hold one mask against its image's size; what cannot be decoded is counted in training."""
     try:
-        with Image.open(pairs.image_path(scene)) as image:
-            size = image.size
-        pairs.labels(scene, size)
-    except (BadImage, OSError):
+        pairs.labels(scene, pairs.image(scene).size)
+    except BadImage:
         return
 
 

@@ -121,6 +121,10 @@ def load_coco(
     are listed but not there, up to the share `max_missing` (Objects365's training set lists three). `masks=False`
     reads boxes alone, as Objects365 has.
 
+    Measured on one core: 100,000 images with 700,000 polygons of 27 points (417 MB of JSON) took 19 s, 374 MB that stay
+    and 0.9 GB at most (json.load alone: 14 s and 2.6 GB); 1.5 million boxes without segmentation 8 s and 53 MB. What
+    stays lies in a few arrays, which forked workers share.
+
     Raises UserError, with the ids, for a damaged JSON, missing or wrong entries, ids that are unknown or there twice,
     RLE of another size than the image, and more missing images.
     """

@@ -61,6 +61,9 @@ class Detector(nn.Module):
         self.rpn = build_rpn(design, (*strides, 2 * strides[-1]))
         self.boxes = BoxHeads(design, strides)
         self.masks = MaskHead(design.channels, design.classes, strides) if design.masks else None
+        for part in self.modules():
+            if isinstance(part, nn.ReLU):
+                part.inplace = False  # what a hook hands on must not be written into
 
     def forward(
         self, given: Tensor | Sequence[View], objects: Sequence[Objects] = (), drop_path: Tensor | None = None

@@ -39,7 +39,9 @@ def drawn_box(draw: Rng) -> list[float]:
 
 def dataset(draw: Rng) -> dict[str, Any]:
     """One to four images, some without objects; crowds, ignored ones, areas that are not the box's, ids with gaps."""
-    images = [{"id": int(number), "height": SIDE, "width": SIDE} for number in draw.choice(50, draw.integers(1, 5), False)]
+    images = [
+        {"id": int(number), "height": SIDE, "width": SIDE} for number in draw.choice(50, draw.integers(1, 5), False)
+    ]
     annotations = []
     for image in images:
         for _ in range(draw.choice([0, 1, 3, 6])):

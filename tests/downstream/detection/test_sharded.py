@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fdscale.downstream.detection.detector import Detector
 from fdscale.training.engine import Connection, start_engine
 from fdscale.training.optim import adamw, parameter_groups
 from fdscale.training.partition import divide
@@ -23,15 +24,15 @@ def two_steps(
     """
     from deepspeed.utils import safe_get_full_grad
 
-    from fdscale.downstream.detection.detector import Detector
-
     config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": LEAN if lean else {"stage": 0}}
     student, rank = student_of(kind, 0.3, "blocks"), connection.rank.rank
     if lean:
         divide(student, config, connection)
     torch.manual_seed(3)
     detector = Detector(student, design(cascade=cascade))
-    engine = start_engine(detector, adamw(parameter_groups(detector, 0.05, ()), 1e-2, (0.9, 0.99), 1e-8), config, 1, 0.0)
+    engine = start_engine(
+        detector, adamw(parameter_groups(detector, 0.05, ()), 1e-2, (0.9, 0.99), 1e-8), config, 1, 0.0
+    )
     found = []
     for step in range(2):
         draws = torch.rand(student.drop_path_sites, 2, generator=torch.Generator().manual_seed(rank))

@@ -15,7 +15,9 @@ from tests.downstream.detection.small import design
 Row = tuple[float, float, float, float, float, int]  # left, top, width, height, score, label
 COORDINATES = st.integers(0, 12).map(float)
 SIDES = st.integers(1, 12).map(float)
-ROWS = st.lists(st.tuples(COORDINATES, COORDINATES, SIDES, SIDES, st.integers(1, 10**6), st.integers(0, 3)), max_size=20)
+ROWS = st.lists(
+    st.tuples(COORDINATES, COORDINATES, SIDES, SIDES, st.integers(1, 10**6), st.integers(0, 3)), max_size=20
+)
 
 
 def iou(one: Row, other: Row) -> float:
