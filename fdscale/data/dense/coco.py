@@ -117,7 +117,7 @@ def load_coco(
 ) -> CocoScenes:
     """The images and objects of a COCO JSON, checked as a whole; nothing is decoded, the folder is listed once.
 
-    Left out, counted and logged: crowds, objects without area (train2017 has two boxes of height 0), and images that
+    Left out are crowds, and with a warning objects without area (train2017 has two boxes of height 0) and images that
     are listed but not there, up to the share `max_missing` (Objects365's training set lists three). `masks=False`
     reads boxes alone, as Objects365 has.
 
