@@ -75,9 +75,9 @@ def _ade20k(where: str, folder: str, split: str, classes: int) -> ScenePairs:
 
 
 def _coco(settings: DetectSettings, table: str) -> CocoScenes:
-    named = settings.data if table == "data" else settings.eval
+    named, missing = (settings.data, settings.data.max_bad_ratio) if table == "data" else (settings.eval, 0.0)
     try:
-        scenes = load_coco(str(named.images), str(named.annotations), settings.head.masks)
+        scenes = load_coco(str(named.images), str(named.annotations), settings.head.masks, missing)
     except UserError as error:
         raise UserError(f"{table}.images, {table}.annotations: {error}") from error
     _refuse_classes(settings, len(scenes.category_ids), f"{table}.annotations={named.annotations} has")
