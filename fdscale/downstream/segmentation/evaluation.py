@@ -53,6 +53,7 @@ def evaluate_segmentation(
     for item in images:
         sizes = [view_size(item.image.shape[-2:], short_side, long_side, scale) for scale in scales]
         needed = sum(forwards_of(size, windows) for size in sizes) * (1 + flip) * (item.number >= 0)
+        most = _most(needed, connection)  # before any forward: under ZeRO-3 all ranks are in one together
         if item.number >= 0:
             pixels, labels = item.image.to(device).float() / 255, item.labels.to(device)
             scores = averaged_scores(segment, pixels, sizes, flip, labels.shape[-2:], windows)
@@ -61,7 +62,7 @@ def evaluate_segmentation(
             counts += confusion_of(predicted, labels, classes)
             if overlays is not None:
                 overlays(item, predicted)
-        for _ in range(_most(needed, connection) - needed):
+        for _ in range(most - needed):
             segment(torch.zeros(1, 3, *(sizes[0] if crop is None else (crop, crop)), device=device))
     whole = merged(counts, connection)
     return metrics_of(whole), iou_of(whole)

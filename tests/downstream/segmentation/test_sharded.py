@@ -35,7 +35,9 @@ def trained(connection: Connection, head: Any, kind: str, lean: bool) -> tuple[l
     from deepspeed.utils import safe_get_full_grad
 
     config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": LEAN if lean else {"stage": 0}}
-    segmenter = segmenter_of(head, kind, partial(divide, deepspeed_json=config, connection=connection) if lean else None)
+    segmenter = segmenter_of(
+        head, kind, partial(divide, deepspeed_json=config, connection=connection) if lean else None
+    )
     optimizer = adamw(parameter_groups(segmenter, 0.05, ()), 1e-3, (0.9, 0.99), 1e-8)
     engine, rank = start_engine(segmenter, optimizer, config, 1, 1.0), connection.rank.rank
     losses: list[float] = []
