@@ -134,8 +134,8 @@ def test_every_image_counts_once_at_its_own_size_and_is_shown() -> None:
             device=torch.device("cpu"),
             overlays=lambda of, predicted: shown.append((of.number, predicted)),
         )
-        assert found == {"eval_miou": 1.0, "eval_mean_accuracy": 1.0, "eval_pixel_accuracy": 1.0}
+        assert found == {"miou": 1.0, "mean_accuracy": 1.0, "pixel_accuracy": 1.0}
         assert per_class.tolist() == [1.0, 1.0, 1.0]
         counts += confusion_of(shown[-1][1], item.labels, 3)
     assert [number for number, _ in shown] == [item.number for item in images]
-    assert metrics_of(counts)["eval_pixel_accuracy"] == 1.0
+    assert metrics_of(counts)["pixel_accuracy"] == 1.0
