@@ -92,8 +92,10 @@ def _student_record(settings: StudentSettings) -> WeightsRecord:
 
 
 def _head_record(path: str) -> WeightsRecord:
-    with told_as(HEAD):
+    try:
         return WeightsRecord(HEAD, path, sha256_of(Path(path)))
+    except UserError as error:
+        raise UserError(f"head.weights: {error}") from error
 
 
 def _file_record(network: str, name: str, path: str) -> WeightsRecord:

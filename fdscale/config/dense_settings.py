@@ -6,9 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from fdscale.config.settings import (
-    BatchSettings,
-    CadenceSettings,
+from fdscale.config.kinds import (
     Count,
     Fraction,
     Layers,
@@ -16,10 +14,10 @@ from fdscale.config.settings import (
     NonNegative,
     Positive,
     Ratios,
-    RunSettings,
     Scales,
     Settings,
 )
+from fdscale.config.settings import BatchSettings, CadenceSettings, RunSettings
 
 
 class BackboneSettings(Settings):

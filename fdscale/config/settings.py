@@ -8,30 +8,28 @@ from __future__ import annotations
 
 import math
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationInfo,
-    field_validator,
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+
+from fdscale.config.keeping import CheckpointSettings, GuardSettings, LogSettings
+from fdscale.config.kinds import (
+    Betas,
+    Count,
+    Fraction,
+    Fractions,
+    Geometry,
+    Keywords,
+    Label,
+    Milestones,
+    Name,
+    NonNegative,
+    Positive,
+    Rate,
+    Ratios,
+    Settings,
 )
 
 FIRST_TEACHER = "teacher"
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-Name = Annotated[str, StringConstraints(min_length=1)]
-Label = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]  # given by the user; part of names
-Geometry = dict[str, int | float | list[int]]
-Keywords = dict[str, int | float | bool | str | list[int]]  # of timm's, beside our own students' numbers
 
 
 def _without_first(further: dict[str, Any]) -> dict[str, Any]:
@@ -40,54 +38,8 @@ def _without_first(further: dict[str, Any]) -> dict[str, Any]:
     return further
 
 
-def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < pair[0] <= pair[1]:
-        raise ValueError("two ascending positive numbers")
-    return pair
-
-
-def _ascending_fractions(pair: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < pair[0] <= pair[1] <= 1:
-        raise ValueError("two ascending fractions above 0 and up to 1")
-    return pair
-
-
-def _rising(numbers: tuple[float, ...]) -> tuple[float, ...]:
-    if list(numbers) != sorted(set(numbers)):
-        raise ValueError("rising numbers, each once")
-    return numbers
-
-
 def _zero_is_none(value: object) -> object:
     return None if value == 0 and type(value) is int else value  # TOML cannot write None
-
-
-def _gateway(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and "@" not in parts.netloc
-    except ValueError:  # of a port that is no number
-        whole = False
-    if not whole or parts.query or parts.fragment or any(one.isspace() or not one.isprintable() for one in url):
-        raise ValueError("http://HOST:PORT or https://HOST:PORT, without a password, which recipes would keep")
-    return url
-
-
-# strict=False on pairs only: TOML has arrays, no tuples
-Ratios = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ascending)]
-Fractions = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ascending_fractions)]
-Betas = Annotated[tuple[Rate, Rate], Field(strict=False)]
-Milestones = Annotated[tuple[Rate, ...], Field(strict=False), AfterValidator(_rising)]
-Layers = Annotated[tuple[Count, Count, Count, Count], Field(strict=False), AfterValidator(_rising)]
-Scales = Annotated[
-    tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False, min_length=1), AfterValidator(_rising)
-]
-
-
-class Settings(BaseModel):
-    """Frozen, refuses unknown keys, wrong types (an int is a float, nothing else is coerced), inf and nan."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StudentSettings(Settings):
@@ -234,70 +186,6 @@ class EvalSettings(CadenceSettings):
     shards: Name | None = None
     knn: Count = 20
     normalisation: Literal["training", "clip"] = "training"
-
-
-class CheckpointSettings(Settings):
-    """Steps between checkpoints; the newest `keep` stay, and for ever those every `keep_every` steps (0: none).
-
-    Every `verify_every`-th is read back from the disk before it counts (0: none).
-    """
-
-    every: Positive = 1000
-    keep: Positive = 2
-    keep_every: Count = 0
-    verify_every: Count = 10
-
-
-class GuardSettings(Settings):
-    """What ends a step or a run before harm is done.
-
-    Without progress for `hang_seconds` (0: for ever) every rank writes down where it is, and the run starts again.
-    After `skipped_in_a_row` steps whose loss or gradient is not finite it goes back to its last checkpoint. The
-    `canary` looks for changed teacher weights and faulty arithmetic before each checkpoint, and every `canary_every`
-    steps (0: not in between). After so many `attempts` of one submission without a new checkpoint the next is refused.
-    """
-
-    hang_seconds: NonNegative = 900.0
-    skipped_in_a_row: Positive = 3
-    canary: bool = True
-    canary_every: Count = 0
-    attempts: Positive = 3
-
-
-class LogSettings(Settings):
-    """Steps between log lines, and the ways out for what is measured.
-
-    Each node serves it on `prometheus_port` (0: any free one): on loopback where all ranks share a machine, else on the
-    address by which it reaches the main rank, unless `prometheus_host` says another. In `prometheus_targets`, a folder
-    that Prometheus watches, each node says where. It is pushed to a `pushgateway`, too, where one is named.
-    """
-
-    every: Positive = 10
-    prometheus_host: Name | None = None
-    prometheus_certificate: Name | None = None
-    prometheus_key: Name | None = None
-    prometheus_password_file: Name | None = None
-    prometheus_targets: Name | None = None
-    prometheus_port: Annotated[Port | None, Field(validate_default=True)] = None
-    pushgateway: Annotated[Name, AfterValidator(_gateway)] | None = None
-
-    @field_validator("prometheus_key")
-    @classmethod
-    def _beside_a_certificate(cls, key: str | None, others: ValidationInfo) -> str | None:
-        if key is not None and others.data.get("prometheus_certificate", key) is None:
-            raise ValueError("beside log.prometheus_certificate only")
-        return key
-
-    @field_validator("prometheus_port")
-    @classmethod
-    def _to_be_found(cls, port: int | None, others: ValidationInfo) -> int | None:
-        needing = ("prometheus_targets", "prometheus_certificate", "prometheus_password_file")
-        given = [f"log.{name}" for name in needing if others.data.get(name) is not None]
-        if port is None and given:
-            raise ValueError(f"a port, since {given[0]} is set; 0 takes any free one, with log.prometheus_targets")
-        if port == 0 and others.data.get("prometheus_targets", "") is None:
-            raise ValueError("1 to 65535, or 0 (any free one) with log.prometheus_targets, which says where it is")
-        return port
 
 
 class RunSettings(Settings):

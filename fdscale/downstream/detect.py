@@ -87,9 +87,9 @@ def open_scenes(
     settings: DetectSettings, directory: RunDirectory, connection: Connection
 ) -> tuple[CocoScenes, CocoScenes | None]:
     """Scenes with objects to train on, and all held-out ones; the embedded ones are rendered into the run directory."""
-    data = settings.data
-    training = _scenes(data.images, data.annotations, "train", settings, directory, connection)
-    return training.trainable(), open_held_out(settings, directory, connection)
+    data, masks = settings.data, settings.head.masks
+    where = _where(data.images, data.annotations, "train", directory, connection)
+    return load_coco(*where, masks, data.max_bad_ratio).trainable(), open_held_out(settings, directory, connection)
 
 
 def open_held_out(settings: DetectSettings, directory: RunDirectory, connection: Connection) -> CocoScenes | None:
@@ -97,25 +97,20 @@ def open_held_out(settings: DetectSettings, directory: RunDirectory, connection:
     seen = settings.eval
     if seen.annotations is None or seen.images is None:
         return None
-    return _scenes(seen.images, seen.annotations, "val", settings, directory, connection)
+    return load_coco(*_where(seen.images, seen.annotations, "val", directory, connection), settings.head.masks)
 
 
-def _scenes(
-    images: str,
-    annotations: str,
-    split: str,
-    settings: DetectSettings,
-    directory: RunDirectory,
-    connection: Connection,
-) -> CocoScenes:
-    masks = settings.head.masks
+def _where(
+    images: str, annotations: str, split: str, directory: RunDirectory, connection: Connection
+) -> tuple[Path, Path]:
+    """Images and annotations, rendered first where these are the embedded ones."""
     if SCENES not in (images, annotations):
-        return load_coco(images, annotations, masks)
+        return Path(images), Path(annotations)
     folder = directory.folder / SCENES
     if connection.rank.is_main and not folder.exists():
         write_coco(folder, *SCENES_MADE)
     connection.barrier()
-    return load_coco(folder / f"{split}2017", folder / "annotations" / f"instances_{split}2017.json", masks)
+    return folder / f"{split}2017", folder / "annotations" / f"instances_{split}2017.json"
 
 
 def images_of(scenes: CocoScenes) -> DetectEval:

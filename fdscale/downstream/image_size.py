@@ -22,6 +22,7 @@ from timm.models.beit import Beit, gen_relative_position_index
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fdscale.config.errors import UserError
 
@@ -144,7 +145,8 @@ def resampled(table: Tensor, trained: Size, size: Size) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)  # kept ones serve training too
+@torch.inference_mode(False)  # kept ones serve training too,
+@unset_fake_temporarily()  # and real steps after a traced one
 def _weights(trained: Size, size: Size, axis: int, device: torch.device) -> Tensor:
     """The weights (new, old) of old distances for new ones along one axis: timm's resampling treats each apart."""
     old, new = (tuple(2 * side - 1 for side in grid) for grid in (trained, size))
@@ -156,5 +158,6 @@ def _weights(trained: Size, size: Size, axis: int, device: torch.device) -> Tens
 
 @lru_cache(maxsize=2)  # 134 MB for 64x64 patches
 @torch.inference_mode(False)
+@unset_fake_temporarily()
 def _index(size: Size, device: torch.device) -> Tensor:
     return gen_relative_position_index(size, device=device)

@@ -15,6 +15,7 @@ from fdscale.config.errors import UserError
 PIECE = 2**24  # bytes read at a time; every item must be smaller
 ITEMS = 10_000  # handed out at a time
 SPACE = " \t\n\r"
+CUT = 2  # characters by which a number may go on that ends before them: the piece may end within "0.5" or "1e+6"
 
 
 class JsonLists:
@@ -101,7 +102,7 @@ class JsonLists:
                     self._damaged(error.msg)
                 failed = error.msg, error.pos - self._at
             else:
-                if end < len(self._text) or self._ended:
+                if len(self._text) - end > CUT or self._ended:
                     self._at = end
                     return value
             self._refill()

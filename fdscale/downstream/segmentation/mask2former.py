@@ -107,7 +107,7 @@ def _losses(
         ]
         weights = model.weight_dict
         parts = {name: torch.stack([found[name] for found in of_layers]).sum() * weights[name] for name in weights}
-        seen = _semantic(masks[-1].detach().float(), classes[-1].detach())
+    seen = _semantic(masks[-1].detach(), classes[-1].detach())
     size = seen.shape[-2:]
     small = F.interpolate(labels[:, None].float(), size, mode="nearest-exact")[:, 0].long()
     return {
@@ -130,9 +130,10 @@ def _of_layer(
 
 
 def _semantic(masks: Tensor, classes: Tensor) -> Tensor:
-    """Masks (B, Q, h, w) and classes (B, Q, K + 1), logits, -> scores (B, K, h, w)."""
-    known = classes.float().softmax(dim=-1)[..., :-1]
-    return torch.einsum("bqk,bqhw->bkhw", known, masks.sigmoid())
+    """Masks (B, Q, h, w) and classes (B, Q, K + 1), logits, -> scores (B, K, h, w), fp32."""
+    with _without_autocast(masks.device):
+        known = classes.float().softmax(dim=-1)[..., :-1]
+        return torch.einsum("bqk,bqhw->bkhw", known, masks.float().sigmoid())
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

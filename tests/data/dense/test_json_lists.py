@@ -51,6 +51,16 @@ def test_what_is_read_in_pieces_is_what_the_file_says(path, images, annotations,
         assert read(path) == {"images": images, "annotations": annotations}
 
 
+@pytest.mark.parametrize("number", ["0.5", "-12", "1.5E+300", "2e-7", "10"])
+def test_numbers_are_whole_wherever_a_piece_ends(path, number, monkeypatch):
+    monkeypatch.setattr(json_lists, "PIECE", 64)
+    for shift in range(64):
+        path.write_text(
+            " " * shift + f'{{"images": [{number},{number}], "info": {number}, "annotations": [[{number}]]}}'
+        )
+        assert read(path) == {"images": [float(number)] * 2, "annotations": [[float(number)]]}
+
+
 @pytest.mark.parametrize("piece", [64, 2**24])
 def test_a_file_cut_off_anywhere_is_told(path, piece, monkeypatch):
     monkeypatch.setattr(json_lists, "PIECE", piece)
