@@ -1,4 +1,4 @@
-"""The plan of dense tasks beside the allocator's own events: real steps on two ranks, from before the networks are built.
+"""The plan of dense tasks beside the allocator's own events: real steps on two ranks, networks built among them.
 
 Detection is planned for as many boxes as an image can ask for, so its steps are given that many: objects all over the
 image, of which proposals abound. `python -m pytest -m prove tests/prove/test_dense_plan.py -s` prints the table of
@@ -24,10 +24,11 @@ from fdscale.config.recipe import load_recipe
 from fdscale.data.dense.batches import Objects
 from fdscale.downstream import detect, segment
 from fdscale.downstream.detection.detector import Detector
+from fdscale.downstream.segmentation.mask2former import SKETCHED_OBJECTS
 from fdscale.training.allocator import memory_profile
 from fdscale.training.engine import Connection, start_engine
 from fdscale.training.optim import adamw
-from tests.prove.test_plan import BLOCKS, MIB, RANKS, SMALL, STEPS, highest_in_steps
+from tests.prove.test_plan import MIB, RANKS, SMALL, STEPS, highest_in_steps
 
 pytestmark = pytest.mark.prove
 
@@ -134,10 +135,11 @@ def steps_of(connection: Connection, plain: dict[str, Any]) -> int:
 
 
 def targets_for(settings: Any, micro_batch: int) -> Any:
-    """Labels of each pixel, or objects on a grid that covers the image, as many as the plan counts."""
+    """Labels of as many classes, or as many objects all over the image, as the plan counts."""
     crop = settings.data.crop
     if settings.program == "segment":
-        return torch.randint(0, settings.classes, (micro_batch, crop, crop), dtype=torch.uint8)
+        columns = torch.arange(crop) * SKETCHED_OBJECTS // crop
+        return columns.to(torch.uint8).expand(micro_batch, crop, crop).contiguous()
     count = detect.OBJECTS_OF_AN_IMAGE
     corners = torch.tensor([(x, y) for x in (0, crop // 2) for y in range(0, crop, 2 * crop // count)]).float()
     boxes = torch.cat((corners, corners + torch.tensor([crop / 2, 2 * crop / count])), dim=1)
