@@ -1,7 +1,7 @@
 """The plan of dense tasks beside the allocator's own events: real steps on two ranks, networks built among them.
 
-Detection is planned for as many boxes as an image can ask for, so its steps are given that many: objects all over the
-image, of which proposals abound. `python -m pytest -m prove tests/prove/test_dense_plan.py -s` prints the table of
+Masks are planned for as many boxes as may be positive; how many are is the proposals' affair, so that a plan with
+masks is an upper bound. `python -m pytest -m prove tests/prove/test_dense_plan.py -s` prints the table of
 docs/dense.md.
 """
 
@@ -51,6 +51,7 @@ class Case:
     stage: int = 3
     micro_batch: int = 2
     more: tuple[tuple[str, Any], ...] = ()
+    fewer_than_planned: float = 0.1
 
     @property
     def deepspeed_json(self) -> dict[str, Any]:
@@ -68,7 +69,7 @@ CASES = {
     ),
     "Mask2Former, SwinV2, ZeRO-3, fp32": Case("ade20k_mask2former_swinv2_g", (*SWIN, *NARROW)),
     "Cascade Mask R-CNN, SwinV2, ZeRO-3, fp32": Case(
-        "coco_swinv2_g", (*SWIN, *NARROW, "head.box_width=256", "data.crop=512"), micro_batch=1
+        "coco_swinv2_g", (*SWIN, *NARROW, "head.box_width=256", "data.crop=512"), micro_batch=1, fewer_than_planned=0.5
     ),
     "Cascade R-CNN, SwinV2, ZeRO-1, autocast": Case(
         "objects365_swinv2_g",
@@ -82,13 +83,13 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.timeout(1200)
-def test_the_plan_is_within_a_tenth_of_the_allocators_events(name: str, two_ranks: Any, tmp_path: Path) -> None:
+def test_the_plan_is_what_the_allocators_events_say(name: str, two_ranks: Any, tmp_path: Path) -> None:
     chosen = CASES[name]
     measured = max(two_ranks(steps_of, dataclasses.asdict(chosen), timeout=1000))
     planned = planned_peak(chosen)
     print(f"\n| {name} | {planned / MIB:,.0f} | {measured / MIB:,.0f} | {measured / planned - 1:+.1%} |")
     two_ranks.stop()  # nothing of this case may be freed within the next one
-    assert measured == pytest.approx(planned, rel=0.1)
+    assert (1 - chosen.fewer_than_planned) * planned < measured < 1.1 * planned
 
 
 def settings_of(chosen: Case) -> DenseSettings:
