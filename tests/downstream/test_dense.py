@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from fdscale.config.errors import UserError
 from fdscale.data.dense.scenes import write_ade20k, write_coco
 from tests.downstream.dense_runs import engine_json, measure, run, told
 
 RECIPES = ("scenes_segment", "scenes_detect")
+NOT_JUDGED = ["eval={short_side=64, long_side=128}"]
 JUDGED = {"scenes_segment": "miou", "scenes_detect": "ap/box/all"}
 LOSSES = {
     "scenes_segment": ("loss", "pixel_accuracy"),
@@ -94,6 +97,41 @@ def test_a_finished_run_is_looked_at_in_other_ways(
     one, other = two_ranks(measure, str(tmp_path / "run"), *seen)
     assert one == other
     assert 0 <= one[JUDGED[recipe]] <= 1
+
+
+def test_boxes_of_another_data_set_come_first(scenes: Data, tmp_path: Path, two_ranks: Any) -> None:
+    """Objects365's stage: boxes alone, other classes; all but the predictors, and masks, starts from it."""
+    lean, coco = engine_json(tmp_path, "lean", 3), scenes["scenes_detect"]
+    boxes = tmp_path / "boxes.json"
+    held = json.loads((Path(coco[1].partition("=")[2])).read_text())
+    held["categories"] = held["categories"][:3]
+    known = {category["id"] for category in held["categories"]}
+    held["annotations"] = [
+        {key: value for key, value in each.items() if key != "segmentation"}
+        for each in held["annotations"]
+        if each["category_id"] in known
+    ]
+    boxes.write_text(json.dumps(held))
+    first = [coco[0], f"data.annotations={boxes}", "classes=3", "head.masks=false", *NOT_JUDGED, lean]
+    two_ranks(run, "scenes_detect", str(tmp_path / "first"), *first, "data.global_batch=4")
+    file = tmp_path / "first" / "detector.safetensors"
+    second = [
+        *coco,
+        f"head.weights={file}",
+        lean,
+        "optim.lr=1e-9",
+        "optim.warmup_lr=0",
+        "optim.min_lr=0",
+        "optim.weight_decay=0",
+        "max_steps=1",
+    ]
+    two_ranks(run, "scenes_detect", str(tmp_path / "second"), *second)
+    before, after = load_file(file), load_file(tmp_path / "second" / "detector.safetensors")
+    new = {name for name in after if before.get(name, torch.empty(0)).shape != after[name].shape}
+    assert {name.split(".")[0] for name in new} == {"boxes", "masks"}  # the predictors of each class
+    assert {name for name in new if name.startswith("masks.")} == {name for name in after if name.startswith("masks.")}
+    for name in after.keys() - new:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6, msg=name)
 
 
 def test_a_mask_with_an_unknown_id_ends_the_run_with_its_name(scenes: Data, tmp_path: Path, one_rank: Any) -> None:

@@ -86,8 +86,8 @@ def as_by_one_process(head: str, kind: str, how: dict[str, Any], ranks: Any, fol
     expected, per_class = evaluated(load_segmenter(folder), items(), ALONE, how)
     assert float(per_class.min()) > 0.02
     for (found, found_per_class), _ in answers:
-        assert found == expected
-        assert torch.equal(found_per_class, per_class)
+        assert found == pytest.approx(expected, abs=1e-3)  # sums round in another order: a pixel may be a tie
+        torch.testing.assert_close(found_per_class, per_class, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(("head", "kind", "how"), [("upernet", "swin_v2", SLIDING), ("mask2former", "vit", WHOLE)])
