@@ -40,7 +40,7 @@ def evaluate_detection(
     for image in images:
         told = detect([view.to(connection.device) for view in views(image.image)])
         masks = told.masks is not None
-        if image.number >= 0:
+        if image.valid:
             if overlay is not None:
                 overlay(image, told)
             seen.append(image.image_id)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fdscale.data.dense.batches import Objects
 from fdscale.downstream import image_size
 from fdscale.downstream.detection.detector import Detector
 from fdscale.planning.activations import trace_step
@@ -16,7 +17,7 @@ from fdscale.planning.trace import Trace
 from fdscale.students.student import build_student, set_activation_checkpointing
 from fdscale.training.allocator import live_bytes, memory_profile
 from fdscale.training.optim import parameter_groups
-from tests.downstream.detection.small import GEOMETRIES, Objects, design, objects_of
+from tests.downstream.detection.small import GEOMETRIES, design, objects_of
 
 B, SIDE, MANY = 2, 128, 30
 
