@@ -17,7 +17,7 @@ from fdscale.data.index import load_index
 from fdscale.planning.check import check
 from fdscale.planning.cost import Cost, HostMemory, checkpoint_bytes, flops_per_image, host_memory, pace
 from fdscale.planning.data_check import DIGITS
-from fdscale.planning.dense_check import SCENES, count_of, training_data
+from fdscale.planning.dense_check import SCENE_CLASSES, SCENES, count_of, training_data
 from fdscale.planning.engine_rules import engine_rules
 from fdscale.planning.fit import Configuration, nearest_fit
 from fdscale.planning.forecast import IMAGE_CHANNELS, Forecast
@@ -54,7 +54,7 @@ def plan(
     machine = _machine(known, local_ranks, gpu)
     deepspeed_json = load_deepspeed_json(settings.deepspeed)
     shapes = _without_files(settings)
-    checked = check(shapes, deepspeed_json, nodes * local_ranks)
+    checked = check(_with_scenes_classes(shapes), deepspeed_json, nodes * local_ranks)
     tracer = Tracer(shapes, outline, machine.on_gpu)
     start = Configuration(nodes, settings.student.activation_checkpointing, deepspeed_json, {})
     traces = tracer.of(start)
@@ -220,6 +220,12 @@ def _without_data(settings: AnySettings) -> dict[str, Any]:
     if isinstance(settings, FinetuneSettings | DetectSettings):
         changes["head"] = settings.head.model_copy(update={"weights": None})
     return changes
+
+
+def _with_scenes_classes(settings: AnySettings) -> AnySettings:
+    """As many classes as the embedded scenes have, which take the place of data that need not be here."""
+    dense = isinstance(settings, DenseSettings)
+    return settings.model_copy(update={"classes": SCENE_CLASSES[settings.program]}) if dense else settings
 
 
 def _shape_of(table: Any, where: str) -> Any:

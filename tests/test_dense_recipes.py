@@ -13,7 +13,7 @@ from fdscale.config.programs import DenseSettings
 from fdscale.config.recipe import load_recipe, recipe_names
 from fdscale.data.dense.coco import load_coco
 from fdscale.data.dense.scenes import SCENE_CLASSES as SCENE_NAMES
-from fdscale.data.dense.scenes import write_coco
+from fdscale.data.dense.scenes import write_ade20k, write_coco
 from fdscale.downstream.detect import outline as detect_outline
 from fdscale.downstream.segment import outline as segment_outline
 from fdscale.planning.check import check
@@ -63,11 +63,32 @@ def dense(name: str, *overrides: str) -> DenseSettings:
     return settings
 
 
-def on_scenes(name: str, folder: Path) -> list[str]:
-    """What a recipe leaves to its user: scenes in place of images, and the files that it starts from."""
-    segments, table = name.startswith(("ade20k", "scenes_segment")), dense(name).student
-    data = ["folder"] if segments else ["images", "annotations"]
-    given = [f"{half}.{key}=scenes" for half in ("data", "eval") for key in data]
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny scenes in the layouts of ADE20K, of COCO and of Objects365, with as many classes as these have."""
+    folder = tmp_path_factory.mktemp("data")
+    write_ade20k(folder / "segment", 40, 2, 32)
+    (folder / "segment" / "objectInfo150.txt").unlink()  # which tells of eight classes
+    write_coco(folder / "detect", 130, 2, 32)
+    for file in (folder / "detect" / "annotations").iterdir():
+        held = json.loads(file.read_text())
+        for classes in (80, 365):
+            more = [{"id": 1000 + number, "name": str(number)} for number in range(classes - len(held["categories"]))]
+            named = {**held, "categories": held["categories"] + more}
+            file.with_name(f"{classes}_{file.name}").write_text(json.dumps(named))
+    return folder
+
+
+def of_its_user(name: str, data: Path, folder: Path) -> list[str]:
+    """What a recipe leaves to its user: images, and the files that it starts from, made in `folder`."""
+    settings = dense(name)
+    table, given = settings.student, []
+    for half, split in (("data", "train"), ("eval", "val")):
+        if settings.program == "segment":
+            given.append(f"{half}.folder={data / 'segment'}")
+        else:
+            notes = data / "detect" / "annotations" / f"{settings.classes}_instances_{split}2017.json"
+            given += [f"{half}.images={data / 'detect' / f'{split}2017'}", f"{half}.annotations={notes}"]
     if table.weights is not None:
         distilled = {"vit_b16": 224, "vit_l14": 224}.get(table.name, table.image_size)
         geometry = geometry_to_json(student_geometry(table.name, distilled, table.geometry))
@@ -76,7 +97,7 @@ def on_scenes(name: str, folder: Path) -> list[str]:
         described = {"geometry": geometry, "mean": [0.5] * 3, "std": [0.5] * 3}
         file.with_suffix(".json").write_text(json.dumps(described))
         given.append(f"student.weights={file}")
-    if getattr(dense(name).head, "weights", None) is not None:
+    if getattr(settings.head, "weights", None) is not None:
         (folder / "detector.safetensors").touch()
         given.append(f"head.weights={folder / 'detector.safetensors'}")
     return given
@@ -88,10 +109,8 @@ def test_each_dense_recipe_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_it_passes_the_check_at_its_own_scale_and_builds_whole(name: str, tmp_path: Path) -> None:
-    given = on_scenes(name, tmp_path)
-    if name.startswith("scenes_"):
-        given.append(f"data.global_batch={16 * SIZES[name][0]}")
+def test_it_passes_the_check_at_its_own_scale_and_builds_whole(name: str, data: Path, tmp_path: Path) -> None:
+    given = [] if name.startswith("scenes_") else of_its_user(name, data, tmp_path)
     settings, (ranks, parameters) = dense(name, *given), SIZES[name]
     plan = check(settings, load_deepspeed_json(settings.deepspeed), ranks)
     assert plan.ranks * plan.micro_batch * plan.accumulation == plan.global_batch

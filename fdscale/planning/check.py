@@ -13,7 +13,7 @@ from fdscale.config.programs import AnySettings, DenseSettings
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.data.order import accumulation_steps
 from fdscale.planning.data_check import DataFacts, augment_problems, data_facts, data_problems, schedule_problems
-from fdscale.planning.dense_check import dense_facts, dense_problems
+from fdscale.planning.dense_check import dense_facts, dense_problems, network_problems
 from fdscale.planning.engine_check import engine_problems
 from fdscale.planning.engine_rules import engine_rules
 from fdscale.planning.head_check import head_problems
@@ -92,6 +92,8 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
     problems += [] if local_ranks is None else telemetry_problems(settings.log, deepspeed_json)
     if isinstance(settings, FinetuneSettings):
         problems += head_problems(settings, None if student is None else student.width)
+    if isinstance(settings, DenseSettings):
+        problems += network_problems(settings, student, deepspeed_json)
     facts = _facts(settings, micro_batch, problems)
     problems += schedule_problems(settings, facts)
     if problems:

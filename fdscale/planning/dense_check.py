@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from typing import Any
 
 from fdscale.config.dense_settings import DetectSettings, SegmentDataSettings, SegmentSettings
 from fdscale.config.errors import UserError, attempt
@@ -11,6 +12,8 @@ from fdscale.config.programs import DenseSettings
 from fdscale.data.dense.ade20k import ScenePairs, load_ade20k
 from fdscale.data.dense.coco import CocoScenes, load_coco
 from fdscale.planning.data_check import DataFacts
+from fdscale.planning.networks import refuse_no_file
+from fdscale.students.geometry import Geometry, ViTGeometry
 
 SCENES = "scenes"  # the embedded sample, rendered on first use
 SCENE_CLASSES = {"segment": 8, "detect": 5}
@@ -52,6 +55,31 @@ def dense_problems(settings: DenseSettings, facts: DataFacts | None) -> Iterator
             yield f"eval.every: got {settings.eval.every} without held-out images; name them, or set it to 0"
     elif held_out != SCENES:
         yield from _held_out_problems(settings)
+
+
+def network_problems(
+    settings: DenseSettings, student: Geometry | None, deepspeed_json: Mapping[str, Any]
+) -> Iterator[str]:
+    """What student, heads and precision cannot have together, one sentence each; `student` None: not known."""
+    for where, windows in (("backbone", settings.backbone.window_size), ("eval", settings.eval.window_size)):
+        if windows is not None and isinstance(student, ViTGeometry):
+            yield f"{where}.window_size: got {windows}, but {settings.student.name} has no windows; leave it out"
+    if isinstance(settings, DetectSettings):
+        yield from _detector_problems(settings)
+    elif settings.head.kind == "mask2former":
+        for key in ("bf16", "fp16"):
+            if deepspeed_json.get(key, {}).get("enabled"):
+                yield f"head.kind: mask2former counts positions, too many for {key}.enabled; use torch_autocast"
+
+
+def _detector_problems(settings: DetectSettings) -> Iterator[str]:
+    weights, problems = settings.head.weights, []  # type: str | None, list[str]
+    if weights is None:
+        return
+    attempt(lambda: refuse_no_file("head.weights", weights), problems)
+    yield from problems
+    if settings.student.weights is not None:
+        yield f"student.weights: head.weights={weights} holds the whole network, the student too; leave one of them out"
 
 
 def _held_out_problems(settings: DenseSettings) -> Sequence[str]:

@@ -16,7 +16,10 @@ from PIL import Image
 from fdscale.config.errors import SettingsError
 from fdscale.config.recipe import load_recipe
 from fdscale.data.dense.scenes import write_ade20k, write_coco
-from fdscale.planning.check import Plan, load_and_check
+from fdscale.planning.check import Plan, check, load_and_check
+from fdscale.students.files import save_student
+from fdscale.students.geometry import student_geometry
+from fdscale.students.student import build_student
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -121,3 +124,34 @@ def test_too_few_images_and_an_evaluation_of_nothing(data: Path) -> None:
     nothing = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"folder": None})})
     with pytest.raises(SettingsError, match=r"eval\.every: got 5 without held-out images"):
         load_and_check(nothing, 1)
+
+
+def refused(recipe: str, deepspeed_json: dict[str, Any], *overrides: str) -> list[str]:
+    with pytest.raises(SettingsError) as caught:
+        check(load_recipe(recipe, overrides), {**deepspeed_json, "train_micro_batch_size_per_gpu": 16}, 1)
+    return caught.value.problems
+
+
+ZERO: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+
+
+def test_windows_are_swinv2s(made: Path) -> None:
+    told = refused("scenes_segment", ZERO, "student.name=vit_b16", "student.geometry={}", "backbone.window_size=8")
+    assert told == ["backbone.window_size: got 8, but vit_b16 has no windows; leave it out"]
+
+
+def test_mask2former_does_not_count_in_sixteen_bits() -> None:
+    bf16 = {**ZERO, "bf16": {"enabled": True}}
+    (told,) = refused("scenes_segment", bf16, "head.kind=mask2former")
+    assert told.startswith("head.kind: mask2former counts positions, too many for bf16.enabled")
+    check(load_recipe("scenes_segment"), {**bf16, "train_micro_batch_size_per_gpu": 16}, 1)
+
+
+def test_an_earlier_detector_is_there_and_is_the_whole_network(tmp_path: Path) -> None:
+    (told,) = refused("scenes_detect", ZERO, "head.weights=runs/objects365_swinv2_g/detector.safetensors")
+    assert told.startswith("head.weights: no such file: runs/objects365_swinv2_g/detector.safetensors; ")
+    assert told.endswith("`fdscale launch detect objects365_swinv2_g` leaves it there")
+    student = build_student(student_geometry("swinv2_g", 64, load_recipe("scenes_detect").student.geometry))
+    file = save_student(student, student.backbone.state_dict(), tmp_path)
+    (told,) = refused("scenes_detect", ZERO, f"head.weights={file}", f"student.weights={file}")
+    assert "holds the whole network" in told
