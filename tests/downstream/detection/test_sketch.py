@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from fdscale.data.dense.batches import Objects
-from fdscale.downstream import image_size
 from fdscale.downstream.detection.detector import Detector
 from fdscale.planning.activations import trace_step
 from fdscale.planning.trace import Trace
@@ -20,14 +18,6 @@ from fdscale.training.optim import parameter_groups
 from tests.downstream.detection.small import GEOMETRIES, design, objects_of
 
 B, SIDE, MANY = 2, 128, 30
-
-
-@pytest.fixture(autouse=True)
-def nothing_fake_is_kept() -> Iterator[None]:
-    """A trace leaves fake position weights in these caches, which a real forward of the same size would take."""
-    yield
-    image_size._weights.cache_clear()
-    image_size._index.cache_clear()
 
 
 def built(kind: str, cascade: bool, device: str) -> Detector:
