@@ -21,8 +21,8 @@ from tests.downstream.segmentation.test_sharded import segmenter_of
 from tests.downstream.test_backbone import LEAN
 
 ALONE = Connection(Rank(0, 0, 1, 1, "127.0.0.1", 0), torch.device("cpu"), None)
-SIZES = [(40, 90), (130, 64), (33, 50), (150, 40), (70, 100)]
-SLIDING: dict[str, Any] = {"crop": 64, "stride": 40, "window_batch": 2, "short_side": 64, "long_side": 120}
+SIZES = [(40, 90), (120, 50), (33, 50)]
+SLIDING: dict[str, Any] = {"crop": 48, "stride": 32, "window_batch": 2, "short_side": 56, "long_side": 100}
 WHOLE: dict[str, Any] = {"crop": None, "stride": 1, "window_batch": 1, "short_side": 48, "long_side": 100}
 
 
@@ -43,7 +43,7 @@ def items(rank: int = 0, world_size: int = 1) -> list[Item]:
         colours = torch.rand(1, 3, 4, 4, generator=drawn) * 255
         image = F.interpolate(colours, size, mode="bilinear")[0].to(torch.uint8)
         labels = torch.randint(5, size, generator=drawn).to(torch.uint8)
-        labels[: 5 * number] = 255
+        labels[: 8 * number] = 255
         found.append(Item(image, labels, number))
     blank = Item(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.full((8, 8), 255, dtype=torch.uint8), -1)
     found += [blank] * (-len(found) % world_size)
@@ -57,7 +57,7 @@ def evaluated(segment: Any, mine: list[Item], connection: Connection, how: dict[
         scores = segment(given)
         return (scores - scores.mean(dim=(2, 3), keepdim=True)) / scores.std(dim=(2, 3), keepdim=True)
 
-    views: dict[str, Any] = {"scales": (1.0, 1.5), "flip": True}
+    views: dict[str, Any] = {"scales": (0.75, 1.0), "flip": True}
     return evaluate_segmentation(
         standing_out, mine, 5, **views, **how, connection=connection, device=torch.device("cpu")
     )
