@@ -162,7 +162,7 @@ def look_with(
     detector: Detector, settings: DetectSettings, scenes: CocoScenes, connection: Connection, folder: Path
 ) -> Look:
     """Measures detection as the settings say; overlays go to `folder`."""
-    seen = settings.eval
+    seen, fill = settings.eval, as_bytes(mean_of(detector.backbone.student))
 
     def look(network: Callable[[list[View]], Detections], images: Any) -> dict[str, float]:
         with detector.backbone.windows(seen.window_size):
@@ -172,7 +172,7 @@ def look_with(
         return {_metric(name): value for name, value in found.items()}
 
     def views(image: Tensor) -> list[View]:
-        return views_of(image, seen.short_side, seen.long_side, seen.scales, seen.flip)
+        return views_of(image, seen.short_side, seen.long_side, seen.scales, seen.flip, fill=fill)
 
     def overlay(image: DetectImage, found: Detections) -> None:
         if image.number < seen.overlays:

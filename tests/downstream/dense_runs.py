@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fdscale.config.recipe import load_recipe
+from fdscale.downstream import detect as detect_program
+from fdscale.downstream import segment as segment_program
 from fdscale.downstream.detect import detect
 from fdscale.downstream.evaluate import evaluate
 from fdscale.downstream.segment import segment
@@ -63,3 +66,14 @@ def told(run_dir: Path, name: str) -> list[float]:
     """A metric's values, row by row."""
     rows = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
     return [row[name] for row in rows if name in row]
+
+
+def run_as_a_giant(_: Connection | None, recipe: str, run_dir: str, *overrides: str) -> bool:
+    """The same, its student built by rank 0 alone and divided before heads stand on it."""
+    module: Any = {"scenes_segment": segment_program, "scenes_detect": detect_program}[recipe]
+    built = module.student_of
+    module.student_of = partial(built, whole_up_to=0)
+    try:
+        return run(None, recipe, run_dir, *overrides)
+    finally:
+        module.student_of = built

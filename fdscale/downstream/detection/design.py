@@ -16,7 +16,8 @@ class Design:
     suppression of overlaps, of an image after it. `rpn_samples` anchors and `box_samples` boxes of an image are drawn.
 
     The last six decide what is told of an image: boxes above `score_threshold`, overlaps beyond `overlap` suppressed
-    by class (`hard`, or decayed: `linear`, `gaussian` with this `sigma`), at most so many `detections`.
+    by class (`hard`, or decayed: `linear`, `gaussian` with this `sigma`), at most so many `detections`. Decayed scores
+    must stay above the threshold, too: 0.001 is usual with them.
     """
 
     classes: int

@@ -30,9 +30,8 @@ def evaluate_detection(
     """COCO's average precisions (`average_precision.py`) of what `detect` finds, the same on every rank.
 
     Every rank gives equally many `images`, padding included: each is one call of `detect`, an engine in eval mode,
-    with as many `views`. `category_ids[label]` is the data set's number of a class. `overlay` is called with
-    each image and what was found in it. Raises UserError on every rank
-    for annotations that cannot be read.
+    with as many `views`. `category_ids[label]` is the data set's number of a class. `overlay` is called with each
+    image and what was found in it. Raises UserError on every rank for annotations that cannot be read.
     """
     found: list[dict[str, Any]] = []
     seen: list[int] = []
@@ -40,7 +39,7 @@ def evaluate_detection(
     for image in images:
         told = detect([view.to(connection.device) for view in views(image.image)])
         masks = told.masks is not None
-        if image.number >= 0:
+        if image.valid:
             if overlay is not None:
                 overlay(image, told)
             seen.append(image.image_id)

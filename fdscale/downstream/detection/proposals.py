@@ -1,4 +1,7 @@
-"""Where objects may be: torchvision's region proposal network, with anchors and offsets in fp32."""
+"""Where objects may be: torchvision's region proposal network, with anchors and offsets in fp32.
+
+Its loss of boxes is smooth L1, with a beta of 1/9; detectron2's is L1.
+"""
 
 from __future__ import annotations
 

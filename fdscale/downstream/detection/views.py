@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize
 
@@ -55,11 +54,13 @@ def views_of(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     divisible: int = 32,
+    fill: tuple[float, float, float] = (124.0, 116.0, 104.0),
 ) -> list[View]:
     """Views of an image uint8 (3, h, w): for every scale one, and with `flip` its mirror image.
 
     A view is as large as it can be with sides of at most `short_side` and `long_side` pixels, times the scale;
-    bilinear with antialias, as in training. It is padded with zeros to sides that `divisible` divides.
+    bilinear with antialias, as in training. It is padded with `fill` (R, G, B in 0..255) to sides that `divisible`
+    divides.
     """
     views = []
     whole = (image.shape[-2], image.shape[-1])
@@ -67,8 +68,9 @@ def views_of(
         ratio = min(short_side * scale / min(whole), long_side * scale / max(whole))
         size = (max(round(whole[0] * ratio), 1), max(round(whole[1] * ratio), 1))
         seen = image if size == whole else resize(image, list(size), antialias=True)
-        padding = (0, -size[1] % divisible, 0, -size[0] % divisible)
+        canvas = [side + -side % divisible for side in size]
         for flipped in (False, True) if flip else (False,):
-            turned = seen.flip(-1) if flipped else seen
-            views.append(View(F.pad(turned, padding)[None].float() / 255, size, whole, flipped))
+            pixels = torch.tensor(fill).view(1, 3, 1, 1).repeat(1, 1, *canvas)
+            pixels[..., : size[0], : size[1]] = seen.flip(-1) if flipped else seen
+            views.append(View(pixels / 255, size, whole, flipped))
     return views

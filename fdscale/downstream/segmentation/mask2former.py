@@ -8,8 +8,8 @@ things differ: everything here is computed in fp32 (as there) whatever autocast 
 that divides is the micro batch's, not the mean of all ranks' (a micro batch computes the same on any number of ranks,
 and ranks exchange nothing), and a micro batch without any labelled pixel has a loss as well, that of "no object".
 
-Ignored pixels belong to no mask, as in the reference: a query that claims them is told that it should not. No
-class is learned from them.
+Ignored pixels, padding among them, belong to no mask, as in the reference: points there count as outside of every
+mask, and no class is learned from them. (transformers' functions know no other way.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fdscale.config.errors import UserError
 from fdscale.downstream.segmentation.pixels import IGNORED, accuracy
 
 SLOT = "model.pixel_level_module.encoder"  # where transformers' network has its backbone
-SKETCHED_OBJECTS = 32  # of an image in shapes alone; ADE20K's images have 10 classes on average
+SKETCHED_OBJECTS = 32  # of an image in shapes alone; ADE20K's have 10.5 classes on average (its paper)
 
 Matches = list[tuple[Tensor, Tensor]]  # of each image: the numbers of queries and of the objects that they match
 Match = Callable[[Tensor, Tensor, list[Tensor], list[Tensor]], Matches]  # as transformers' matcher
@@ -69,7 +69,7 @@ def stop_looking_for_infinities(model: Any) -> None:
 
 def _predictions(model: Any, maps: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:
     """Masks (B, Q, h/4, w/4) and classes (B, Q, K + 1), logits both, of the queries and after each layer."""
-    if model.class_predictor.weight.dtype != torch.float32:
+    if next(model.class_predictor.parameters()).dtype != torch.float32:
         raise UserError(
             "bf16.enabled, fp16.enabled: Mask2Former counts positions in its weights' type, in which 16 bits are too "
             "few; take torch_autocast in their place"

@@ -33,10 +33,15 @@ class Segmenter(nn.Module):
     def __init__(self, backbone: Backbone, model: Any, head: Head) -> None:
         super().__init__()
         self.backbone, self.model, self.head = backbone, model, head
-        self.config, self.parts = model.config, HEADS[head]
+        self.config = model.config
         owner, _, name = self.parts.SLOT.rpartition(".")
         delattr(model.get_submodule(owner), name)
         self.train()
+
+    @property
+    def parts(self) -> Any:
+        """The functions of the head."""
+        return HEADS[self.head]
 
     def forward(self, pixels: Tensor, labels: Tensor | None = None, drop_path: Tensor | None = None) -> Any:
         """With labels a dict of scalars, with `loss` and `pixel_accuracy`; `drop_path` draws are (sites, B).

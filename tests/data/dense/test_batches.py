@@ -61,6 +61,7 @@ def test_detect_batches(coco):
     alone = data[request(0)].to(torch.device("cpu"))
     assert torch.equal(alone.objects[0].masks, batch.objects[1].masks)
     assert torch.equal(alone.objects[0].boxes, batch.objects[1].boxes)
+    assert not torch.equal(data[request(0, view=1)].images, alone.images)
     boxes_only = DetectTrain(scenes_of(coco, masks=False).trainable(), JITTER, seed=5)[request(0)]
     assert boxes_only.objects[0].masks is None
     assert torch.equal(boxes_only.images, alone.images)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fdscale.data.dense.batches import Objects
 from fdscale.downstream.detection.design import Design
 from fdscale.downstream.detection.detector import Detector
 from fdscale.students.geometry import SwinV2Geometry, ViTGeometry
@@ -25,24 +25,6 @@ LEAN = {
     "stage3_max_live_parameters": 0,
     "stage3_max_reuse_distance": 0,
 }
-
-
-@dataclass(frozen=True)
-class Objects:
-    """What a data set says of one image."""
-
-    boxes: Tensor
-    labels: Tensor
-    masks: Tensor | None
-
-
-@dataclass(frozen=True)
-class Image:
-    """One image of an evaluation."""
-
-    image: Tensor
-    image_id: int
-    number: int
 
 
 def student_of(kind: str, drop_path: float = 0.0, mode: str = "none") -> Student:

@@ -12,13 +12,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fdscale.downstream.detection.cascade import OVERLAPS, WEIGHTS, BoxHeads
+from fdscale.data.dense.batches import Objects
+from fdscale.downstream.detection.cascade import BoxHeads
 from fdscale.downstream.detection.matching import Matched, box_losses
 from fdscale.downstream.detection.pooling import pooled
-from tests.downstream.detection.small import CLASSES, Objects, design, objects_of
+from tests.downstream.detection.small import CLASSES, design, objects_of
 
 Array = NDArray[np.float64]
 STRIDES, SIDE = (4, 8, 16, 32), 160
+OVERLAPS = (0.5, 0.6, 0.7)  # detectron2's, of three stages
+WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
 
 
 def heads_of(cascade: bool) -> BoxHeads:

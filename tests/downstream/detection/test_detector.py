@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from faster_coco_eval.core import mask as coco_mask
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from fdscale.data.dense.batches import Objects
 from fdscale.downstream.detection.detector import Detector
 from fdscale.downstream.detection.views import View, views_of
 from fdscale.students.student import set_activation_checkpointing
-from tests.downstream.detection.small import CLASSES, SIDE, Objects, detector_of, ellipses, flat, objects_of, pixels_of
+from tests.downstream.detection.small import CLASSES, SIDE, detector_of, ellipses, flat, objects_of, pixels_of
 
 PARTS = {"loss_objectness", "loss_rpn_box", "loss_class", "loss_box", "loss_mask"}
 KINDS = pytest.mark.parametrize("kind", ["vit", "swin"])
@@ -105,6 +107,7 @@ def test_anchors_are_where_they_are_in_fp32_and_on_any_size(kind: str) -> None:
         maps = detector._maps(torch.rand(1, 3, 600, 70), None)
         detector.rpn.eval()
         list(detector._candidates(maps, View(torch.rand(1, 3, 600, 70), (600, 70), (600, 70), False)))
+    assert torch.equal(maps[-1], F.max_pool2d(maps[-2], 1, 2))
     anchors, start = seen[0][0], 0
     for level, stride in zip(maps, (*detector.backbone.strides, 2 * detector.backbone.strides[-1]), strict=True):
         height, width = level.shape[-2:]
@@ -198,6 +201,25 @@ def _best_of_each(truth: Tensor, labels: Tensor, told: Any) -> Tensor:
     alike = (box_iou(truth, told.boxes) > 0.5) & (labels[:, None] == told.labels[None])
     assert alike.any(dim=1).all()
     return alike.int().argmax(dim=1)
+
+
+@CASCADE
+def test_a_mirrored_view_shows_what_the_mirrored_image_does(cascade: bool) -> None:
+    """All that is found comes back mirrored, masks that are anything but symmetric, too."""
+    detector = detector_of("swin", cascade=cascade, score_threshold=0.2).eval()
+    with torch.no_grad():
+        detector.masks.predictor.mask_fcn_logits.weight.mul_(50)  # type: ignore[union-attr]
+    image = (pixels_of(1)[0, :, :50] * 255).to(torch.uint8)
+    width = image.shape[2]
+    seen = detector(views_of(image, 50, width, flip=True)[1:])
+    there = detector(views_of(image.flip(-1), 50, width))
+    assert len(seen.boxes) > 5
+    back = torch.stack([width - there.boxes[:, 2], there.boxes[:, 1], width - there.boxes[:, 0], there.boxes[:, 3]], 1)
+    torch.testing.assert_close(seen.boxes, back, rtol=0, atol=1e-3)
+    for one, other in zip(seen.masks, there.masks, strict=True):
+        masks = [coco_mask.decode(each) for each in (one, other)]
+        assert (masks[0] != masks[1][:, ::-1]).mean() < 2e-3
+    assert np.mean([(coco_mask.decode(one) != coco_mask.decode(one)[:, ::-1]).mean() for one in seen.masks]) > 0.01
 
 
 @CASCADE

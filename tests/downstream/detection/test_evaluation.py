@@ -12,13 +12,14 @@ import torch
 
 from fdscale.cluster.ranks import Rank
 from fdscale.config.errors import UserError
+from fdscale.data.dense.batches import DetectImage
 from fdscale.downstream.detection.detector import Detections, Detector
 from fdscale.downstream.detection.evaluation import as_coco, evaluate_detection
 from fdscale.downstream.detection.views import View, views_of
 from fdscale.training.engine import Connection, start_engine
 from fdscale.training.optim import adamw, parameter_groups
 from fdscale.training.partition import divide
-from tests.downstream.detection.small import LEAN, Image, design, detector_of, objects_of, student_of
+from tests.downstream.detection.small import LEAN, design, detector_of, objects_of, student_of
 
 CATEGORY_IDS = (4, 17, 30)
 SIZES = [(40, 64), (64, 48), (50, 50), (33, 70)]
@@ -26,18 +27,18 @@ VIEWS = partial(views_of, short_side=48, long_side=64, flip=True)
 ALONE = Connection(Rank(0, 0, 1, 1, "127.0.0.1", 29500), torch.device("cpu"), None)
 
 
-def images(ranks: int) -> list[Image]:
+def images(ranks: int) -> list[DetectImage]:
     """One image more than ranks, with numbers as a data set has them."""
     draw = torch.Generator().manual_seed(1)
     return [
-        Image(torch.randint(256, (3, *size), dtype=torch.uint8, generator=draw), 100 + 7 * number, number)
+        DetectImage(torch.randint(256, (3, *size), dtype=torch.uint8, generator=draw), 100 + 7 * number, number)
         for number, size in enumerate(SIZES[: ranks + 1])
     ]
 
 
-def share(rank: int, ranks: int) -> list[Image]:
+def share(rank: int, ranks: int) -> list[DetectImage]:
     """One rank's images, filled up with padding."""
-    padding = Image(torch.zeros(3, 16, 16, dtype=torch.uint8), -1, -1)
+    padding = DetectImage(torch.zeros(3, 16, 16, dtype=torch.uint8), -1, -1)
     return [*images(ranks)[rank::ranks], padding][:2]
 
 

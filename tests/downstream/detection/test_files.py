@@ -117,6 +117,12 @@ def test_what_is_no_detector_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a readable detector file"):
         load_detector(tmp_path)
     described = json.loads(file.with_suffix(".json").read_text())
+    saved(tmp_path)
+    no_geometry = {key: value for key, value in described.items() if key != "geometry"}
+    for other in (no_geometry, {**described, "design": {**described["design"], "classes": 9}}):
+        file.with_suffix(".json").write_text(json.dumps(other))
+        with pytest.raises(UserError, match=r"detector\.(json|safetensors): "):
+            load_detector(tmp_path)
     for change in ({"design": None}, {"design": {"clases": 3}}, {"categories": [3]}):
         file.with_suffix(".json").write_text(json.dumps({**described, **change}))
         with pytest.raises(UserError, match="its design and categories"):

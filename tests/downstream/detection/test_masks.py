@@ -8,9 +8,10 @@ import torch
 from faster_coco_eval.core import mask as coco_mask
 
 from fdscale.config.errors import UserError
+from fdscale.data.dense.batches import Objects
 from fdscale.downstream.detection.masks import MaskHead, mask_targets, pasted, run_lengths
 from fdscale.downstream.detection.matching import match
-from tests.downstream.detection.small import CLASSES, Objects, ellipses, objects_of
+from tests.downstream.detection.small import CLASSES, ellipses, objects_of
 
 
 def test_a_mask_seen_in_its_box_and_pasted_back_is_itself() -> None:

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from fdscale.downstream import image_size
+from fdscale.data.dense.batches import Objects
 from fdscale.downstream.detection.detector import Detector
 from fdscale.planning.activations import trace_step
 from fdscale.planning.trace import Trace
 from fdscale.students.student import build_student, set_activation_checkpointing
 from fdscale.training.allocator import live_bytes, memory_profile
 from fdscale.training.optim import parameter_groups
-from tests.downstream.detection.small import GEOMETRIES, Objects, design, objects_of
+from tests.downstream.detection.small import GEOMETRIES, design, objects_of
 
 B, SIDE, MANY = 2, 128, 30
-
-
-@pytest.fixture(autouse=True)
-def nothing_fake_is_kept() -> Iterator[None]:
-    """A trace leaves fake position weights in these caches, which a real forward of the same size would take."""
-    yield
-    image_size._weights.cache_clear()
-    image_size._index.cache_clear()
 
 
 def built(kind: str, cascade: bool, device: str) -> Detector:

@@ -21,8 +21,8 @@ from tests.downstream.segmentation.test_sharded import segmenter_of
 from tests.downstream.test_backbone import LEAN
 
 ALONE = Connection(Rank(0, 0, 1, 1, "127.0.0.1", 0), torch.device("cpu"), None)
-SIZES = [(40, 90), (130, 64), (33, 50), (150, 40), (70, 100)]
-SLIDING: dict[str, Any] = {"crop": 64, "stride": 40, "window_batch": 2, "short_side": 64, "long_side": 120}
+SIZES = [(40, 90), (120, 50), (33, 50)]
+SLIDING: dict[str, Any] = {"crop": 48, "stride": 32, "window_batch": 2, "short_side": 56, "long_side": 100}
 WHOLE: dict[str, Any] = {"crop": None, "stride": 1, "window_batch": 1, "short_side": 48, "long_side": 100}
 
 
@@ -43,7 +43,7 @@ def items(rank: int = 0, world_size: int = 1) -> list[Item]:
         colours = torch.rand(1, 3, 4, 4, generator=drawn) * 255
         image = F.interpolate(colours, size, mode="bilinear")[0].to(torch.uint8)
         labels = torch.randint(5, size, generator=drawn).to(torch.uint8)
-        labels[: 5 * number] = 255
+        labels[: 8 * number] = 255
         found.append(Item(image, labels, number))
     blank = Item(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.full((8, 8), 255, dtype=torch.uint8), -1)
     found += [blank] * (-len(found) % world_size)
@@ -57,14 +57,17 @@ def evaluated(segment: Any, mine: list[Item], connection: Connection, how: dict[
         scores = segment(given)
         return (scores - scores.mean(dim=(2, 3), keepdim=True)) / scores.std(dim=(2, 3), keepdim=True)
 
-    views: dict[str, Any] = {"scales": (1.0, 1.5), "flip": True}
+    views: dict[str, Any] = {"scales": (0.75, 1.0), "flip": True}
     return evaluate_segmentation(
         standing_out, mine, 5, **views, **how, connection=connection, device=torch.device("cpu")
     )
 
 
-def on_a_rank(connection: Connection, head: str, kind: str, how: dict[str, Any], folder: str) -> tuple[Any, int]:
-    """What ranks under ZeRO-3 find together, and how many forwards this one did; rank 0 saves the segmenter."""
+def on_a_rank(connection: Connection, head: str, kind: str, how: dict[str, Any], folder: str) -> tuple[Any, Any, int]:
+    """What ranks under ZeRO-3 find together, what each finds of all images, and the forwards of this one for the first.
+
+    Rank 0 saves the segmenter.
+    """
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": LEAN}
     segmenter = segmenter_of(head, kind)
     optimizer = adamw(parameter_groups(segmenter, 0.05, ()), 1e-3, (0.9, 0.99), 1e-8)
@@ -72,35 +75,30 @@ def on_a_rank(connection: Connection, head: str, kind: str, how: dict[str, Any],
     engine.eval()
     forwards: list[int] = []
     segmenter.backbone.register_forward_pre_hook(lambda *_: forwards.append(1))
-    found = evaluated(engine, items(connection.rank.rank, connection.rank.world_size), connection, how)
+    together = evaluated(engine, items(connection.rank.rank, connection.rank.world_size), connection, how)
+    count = len(forwards)
+    alone = evaluated(engine, items(), ALONE, how)
     state = full_state(engine, segmenter, wanted=connection.rank.is_main)
     if connection.rank.is_main:
         save_segmenter(segmenter, state, Path(folder))
     engine.destroy()
-    return found, len(forwards)
+    return together, alone, count
 
 
 def as_by_one_process(head: str, kind: str, how: dict[str, Any], ranks: Any, folder: Path) -> None:
+    """To the bit by the same kernels; ZeRO-3's linear layers round otherwise than a process's without an engine."""
     answers = ranks(on_a_rank, head, kind, how, str(folder))
-    assert len({forwards for _, forwards in answers}) == 1
+    assert len({forwards for *_, forwards in answers}) == 1
     expected, per_class = evaluated(load_segmenter(folder), items(), ALONE, how)
     assert float(per_class.min()) > 0.02
-    for (found, found_per_class), _ in answers:
-        assert found == expected
-        assert torch.equal(found_per_class, per_class)
+    for (found, found_per_class), (alone, alone_per_class), _ in answers:
+        assert found == alone == pytest.approx(expected, abs=2e-4)
+        assert torch.equal(found_per_class, alone_per_class)
 
 
 @pytest.mark.parametrize(("head", "kind", "how"), [("upernet", "swin_v2", SLIDING), ("mask2former", "vit", WHOLE)])
 def test_two_ranks_evaluate_as_one(head: str, kind: str, how: dict[str, Any], two_ranks: Any, tmp_path: Path) -> None:
     as_by_one_process(head, kind, how, two_ranks, tmp_path)
-
-
-@pytest.mark.prove
-@pytest.mark.parametrize(("head", "kind", "how"), [("upernet", "vit", SLIDING), ("mask2former", "swin_v2", SLIDING)])
-def test_three_ranks_evaluate_as_one(
-    head: str, kind: str, how: dict[str, Any], fresh_ranks: Any, tmp_path: Path
-) -> None:
-    as_by_one_process(head, kind, how, fresh_ranks(3), tmp_path)
 
 
 def by_colour(pixels: Tensor) -> Tensor:
