@@ -13,7 +13,7 @@ import typer
 from fdscale.cluster.gpus import visible_gpus
 from fdscale.cluster.orphans import note_launchers
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE, USER_ERROR_EXIT_CODE
-from fdscale.commands import cluster, runs, shards, training, weights
+from fdscale.commands import cluster, measuring, runs, shards, training, weights
 from fdscale.config.errors import StartAgain, UserError
 from fdscale.terminal import TerminalHandler
 
@@ -33,7 +33,10 @@ app = _group(
     training.plan,
     training.distill,
     training.finetune,
-    training.probe,
+    training.segment,
+    training.detect,
+    measuring.probe,
+    measuring.evaluate,
     weights.models,
     weights.fetch,
     weights.where,
@@ -45,7 +48,8 @@ app.command(context_settings=PASS_ON)(cluster.launch)
 app.command()(cluster.submit)
 app.command()(cluster.doctor)
 app.command(hidden=True)(cluster.examine)
-app.command(hidden=True)(training.probe_rank)
+app.command(hidden=True)(measuring.probe_rank)
+app.command(hidden=True)(measuring.evaluate_rank)
 app.add_typer(_group("Make and inspect the shards that training reads.", shards.pack, shards.index), name="shards")
 app.add_typer(
     _group("List, verify and prune the checkpoints of a run.", runs.ls, runs.verify, runs.prune), name="checkpoint"

@@ -13,7 +13,9 @@ from rich.text import Text
 from fdscale.build.demand import demand_of
 from fdscale.build.weights import WeightsRecord, head_weights, student_weights, teacher_weights
 from fdscale.cluster.ranks import rank_from_environment
+from fdscale.config.dense_settings import DetectSettings
 from fdscale.config.errors import UserError
+from fdscale.config.programs import AnySettings
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.planning.check import load_and_check
 from fdscale.terminal import terminal
@@ -26,7 +28,7 @@ LEAVING_SECONDS = 2.0  # within which the other ranks have left
 STYLES = {"ok": "green", "warning": "yellow", "fault": "bold red"}
 
 
-def examine_ranks(settings: DistillSettings | FinetuneSettings) -> bool:
+def examine_ranks(settings: AnySettings) -> bool:
     """Examine this rank together with all others; the main rank prints one table, and alone says False for a fault.
 
     Raises UserError for settings that are wrong in themselves. Nothing is left in the run directory.
@@ -52,11 +54,12 @@ def leave(sound: bool) -> None:
     time.sleep(0 if sound else LEAVING_SECONDS)  # else the launcher's word on a failed rank would be the last line
 
 
-def _weights(settings: DistillSettings | FinetuneSettings, connection: Connection) -> Iterator[Finding]:
+def _weights(settings: AnySettings, connection: Connection) -> Iterator[Finding]:
     """Each network's weights: there, and the same bytes on every node."""
     try:
         yield _of_weights("student", student_weights(settings.student, connection))
-        if isinstance(settings, FinetuneSettings) and (head := head_weights(settings.head, connection)):
+        told = settings.head if isinstance(settings, FinetuneSettings | DetectSettings) else None
+        if told is not None and (head := head_weights(told, connection)):
             yield _of_weights("the head", head)
         for where, (table, _) in settings.teachers.items() if isinstance(settings, DistillSettings) else ():
             yield _of_weights(where, teacher_weights(where, table, connection))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
 from fdscale.config.errors import UserError, attempt, nearest, settings_renamed, told_as
-from fdscale.config.settings import DistillSettings, FinetuneSettings, TeacherSettings
+from fdscale.config.settings import DistillSettings, RunSettings, TeacherSettings
 from fdscale.students.geometry import STUDENTS
 from fdscale.teachers.fetched import Fetched, fetched, record, sha256_of, verify
 from fdscale.teachers.table import OWN, STUDENT_FILE, UnbuiltTeacher, teacher_geometry
@@ -31,7 +31,7 @@ class HubFile(NamedTuple):
         return f"{self.repository}/{self.file}"
 
 
-def fetch(settings: DistillSettings | FinetuneSettings) -> list[Fetched]:
+def fetch(settings: RunSettings) -> list[Fetched]:
     """Bring the recipe's teachers' weights into the hub's cache and record them; where there is any to fetch.
 
     What is recorded and whole stays as it is: no network is needed then. Raises UserError where no hub has the

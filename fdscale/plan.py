@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from fdscale.cluster.gpus import visible_gpus
 from fdscale.config.deepspeed_json import load_deepspeed_json
+from fdscale.config.dense_settings import DetectSettings
 from fdscale.config.errors import UserError
+from fdscale.config.programs import AnySettings, DenseSettings
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.data.index import load_index
 from fdscale.planning.check import check
 from fdscale.planning.cost import Cost, HostMemory, checkpoint_bytes, flops_per_image, host_memory, pace
 from fdscale.planning.data_check import DIGITS
+from fdscale.planning.dense_check import SCENE_CLASSES, SCENES, count_of, training_data
 from fdscale.planning.engine_rules import engine_rules
 from fdscale.planning.fit import Configuration, nearest_fit
 from fdscale.planning.forecast import IMAGE_CHANNELS, Forecast
@@ -27,9 +30,8 @@ from fdscale.teachers.table import OWN, STUDENT_FILE
 if TYPE_CHECKING:
     from fdscale.build.outline import Outline, Traces
 
-AnySettings = DistillSettings | FinetuneSettings
 Outliner = Callable[[Any], "Outline"]  # of the program whose recipe it is
-IMAGENET_1K = 1_281_167
+USUAL = {"distill": (1_281_167, "ImageNet-1K's"), "segment": (20_210, "ADE20K's"), "detect": (117_266, "COCO's")}
 MODES = ("none", "blocks", "offload")
 
 
@@ -52,7 +54,7 @@ def plan(
     machine = _machine(known, local_ranks, gpu)
     deepspeed_json = load_deepspeed_json(settings.deepspeed)
     shapes = _without_files(settings)
-    checked = check(shapes, deepspeed_json, nodes * local_ranks)
+    checked = check(_with_scenes_classes(shapes), deepspeed_json, nodes * local_ranks)
     tracer = Tracer(shapes, outline, machine.on_gpu)
     start = Configuration(nodes, settings.student.activation_checkpointing, deepspeed_json, {})
     traces = tracer.of(start)
@@ -86,13 +88,14 @@ def _cost(
     rules = engine_rules(start.deepspeed_json)
     flops = flops_per_image(traces.student, traces.teachers, start.micro_batch)
     samples, samples_are = _samples(settings)
-    images = samples * settings.epochs
+    steps_per_epoch = max(samples // settings.data.global_batch, 1)
+    images = settings.total_steps(steps_per_epoch) * settings.data.global_batch
     return Cost(
         parameters=traces.student.parameters,
         checkpoint_bytes=checkpoint_bytes(traces.student.parameters, rules, settings.optim.ema_decay > 0),
         flops=flops,
         pace=None if gpu is None else pace(flops, gpu, ranks, rules, images, efficiency),
-        epochs=settings.epochs,
+        epochs=settings.epochs or images / samples,
         samples=samples,
         samples_are=samples_are,
     )
@@ -194,19 +197,35 @@ def _without_files(settings: AnySettings) -> AnySettings:
 
     A student file stays, since it alone knows its network.
     """
-    data = settings.data.model_copy(update={"shards": DIGITS})
-    held_out = settings.eval.model_copy(update={"shards": None, "every": 0})
-    changes: dict[str, Any] = {"data": data, "eval": held_out}
+    changes = _without_data(settings)
     if settings.student.name == OWN:
         raise UserError("student.name=own: a network given in Python is not known here; plan one like it by name")
     if settings.student.name != STUDENT_FILE:
-        changes["student"] = settings.student.model_copy(update={"weights": None})
+        changes["student"] = settings.student.model_copy(update={"weights": None, "resize": False})
     if isinstance(settings, DistillSettings):
         changes["teacher"] = _shape_of(settings.teacher, "teacher")
         changes["further_teachers"] = {
             name: _shape_of(table, f"further_teachers.{name}") for name, table in settings.further_teachers.items()
         }
     return settings.model_copy(update=changes)
+
+
+def _without_data(settings: AnySettings) -> dict[str, Any]:
+    dense = isinstance(settings, DenseSettings)
+    embedded = dict.fromkeys(("folder", "images", "annotations"), SCENES) if dense else {"shards": DIGITS}
+    data = {name: value for name, value in embedded.items() if hasattr(settings.data, name)}
+    none = dict.fromkeys(data) | {"every": 0}
+    changes: dict[str, Any] = {"data": settings.data.model_copy(update=data)}
+    changes["eval"] = settings.eval.model_copy(update=none)
+    if isinstance(settings, FinetuneSettings | DetectSettings):
+        changes["head"] = settings.head.model_copy(update={"weights": None})
+    return changes
+
+
+def _with_scenes_classes(settings: AnySettings) -> AnySettings:
+    """As many classes as the embedded scenes have, which take the place of data that need not be here."""
+    dense = isinstance(settings, DenseSettings)
+    return settings.model_copy(update={"classes": SCENE_CLASSES[settings.program]}) if dense else settings
 
 
 def _shape_of(table: Any, where: str) -> Any:
@@ -219,13 +238,22 @@ def _shape_of(table: Any, where: str) -> Any:
 
 def _samples(settings: AnySettings) -> tuple[int, str]:
     """Samples of an epoch, and where the number comes from."""
+    where, read = _reader(settings)
     try:
-        count, told = len(load_index(settings.data.shards)), f"counted in {settings.data.shards}"
+        count, told = read(), f"counted in {where}"
     except UserError:
-        count, told = IMAGENET_1K, f"ImageNet-1K's, since {settings.data.shards} is not on this machine"
+        count, whose = USUAL.get(settings.program, USUAL["distill"])
+        told = f"{whose}, since {where} is not on this machine"
     if isinstance(settings, FinetuneSettings) and settings.labelled:
         return min(settings.labelled, count), "labelled"
     return count, told
+
+
+def _reader(settings: AnySettings) -> tuple[str, Callable[[], int]]:
+    """Where the samples are, and what counts them."""
+    if isinstance(settings, DenseSettings):
+        return " with ".join(training_data(settings)), lambda: count_of(settings)
+    return settings.data.shards, lambda: len(load_index(settings.data.shards))
 
 
 def _names(settings: AnySettings) -> dict[str, str]:

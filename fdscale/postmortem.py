@@ -17,7 +17,7 @@ from typing import Any
 
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
 from fdscale.config.errors import UserError
-from fdscale.config.settings import GuardSettings
+from fdscale.config.keeping import GuardSettings
 from fdscale.evidence import Evidence, evidence_of, innermost_frames, oom_kills
 from fdscale.training.attempts import attempts_without_progress
 from fdscale.training.failures import Failure

@@ -12,10 +12,21 @@ from rich.text import Text
 
 from fdscale.config.errors import UserError
 from fdscale.training.json_lines import read_rows
-from fdscale.training.metrics import METRICS
+from fdscale.training.metrics import row_of
 from fdscale.training.run_directory import RunDirectory
 
 Rows = Sequence[Mapping[str, Any]]
+
+
+TRAINED = {"loss": "", "loss_zero": "zero ", "accuracy": "accuracy ", "pixel_accuracy": "pixels "}
+HELD_OUT = {
+    "eval_loss": "loss ",
+    "eval_knn_accuracy": "k-NN ",
+    "eval_accuracy": "accuracy ",
+    "eval_miou": "mIoU ",
+    "eval_ap/box/all": "box AP ",
+    "eval_ap/mask/all": "mask AP ",
+}
 
 
 def summarise(run_dirs: Sequence[Path]) -> Table:
@@ -37,8 +48,8 @@ def _cells(run_dir: Path) -> list[Text]:
     finished = RunDirectory(run_dir).completed_steps() is not None
     cells = [
         f"{run_dir}{'' if finished else ' (not finished)'}\n{_what(recipe)}",
-        _lines(rows, {"loss": "", "loss_zero": "zero ", "accuracy": "accuracy "}),
-        _lines(rows, {"eval_loss": "loss ", "eval_knn_accuracy": "k-NN ", "eval_accuracy": "accuracy "}),
+        _lines(rows, TRAINED),
+        _lines(rows, HELD_OUT),
         str(max((row["step"] for row in rows), default=0)),
         f"{_training_seconds(rows):.0f}",
     ]
@@ -75,7 +86,8 @@ def _lines(rows: Rows, labels: Mapping[str, str]) -> str:
 def _span(rows: Rows, name: str) -> str:
     """First and last value of a metric; one value where they are equal, "" where it was never written."""
     values = [row[name] for row in rows if name in row]
-    style = ".1%" if METRICS[name].unit == "ratio" else ".4f"
+    metric = row_of(name)
+    style = ".1%" if metric is not None and metric.unit == "ratio" else ".4f"
     texts = ["not finite" if value is None else format(value, style) for value in values]
     ends = list(dict.fromkeys([texts[0], texts[-1]])) if texts else []
     return " → ".join(ends)

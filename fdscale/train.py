@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from fdscale.build.foreseen import StepWatch
 from fdscale.build.networks import as_pixels, prepare_teacher, seeded, student_of, teacher_of
 from fdscale.build.outline import Outline, draws_for, pixels_for, student_outline
 from fdscale.build.run import Run, open_run
+from fdscale.build.shards import held_out_means, shard_loader, shards_of
 from fdscale.build.training import train
 from fdscale.build.weights import RANDOM
 from fdscale.config.deepspeed_json import load_deepspeed_json
@@ -46,7 +47,7 @@ def distill(
     given = {f"further_teachers.{name}": one for name, one in (further_teachers or {}).items()}
     given |= {} if teacher is None else {FIRST_TEACHER: teacher}
     _refuse_misnamed(settings, student, given)
-    run = open_run(settings)
+    run = open_run(settings, shards_of(settings))
     if run.is_complete():
         return True
     teachers = {where: _teacher(run, where, given.get(where)) for where in settings.teachers}
@@ -71,8 +72,9 @@ def distill(
         pixels = as_pixels(batch.images)
         return engine(pixels, targets_of(pixels))
 
+    loader, measured = shard_loader(run, settings, trained), held_out_means(run, settings, trained, held_out_batch)
     watch_of = partial(StepWatch, run, teachers, None if student or given else partial(outline, settings))
-    return train(run, distiller, trained, distill_batch, held_out_batch, watch_of=watch_of, teachers=teachers)
+    return train(run, distiller, trained, loader, distill_batch, measured, watch_of=watch_of, teachers=teachers)
 
 
 def outline(settings: DistillSettings) -> Outline:
@@ -86,9 +88,9 @@ def outline(settings: DistillSettings) -> Outline:
 
     def inputs(micro_batch: int) -> tuple[Tensor, list[Tensor], Tensor | None]:
         targets = [torch.empty(micro_batch, lesson.targets.tokens, lesson.width) for lesson in lessons]
-        return pixels_for(student, micro_batch), targets, draws_for(student, micro_batch)
+        return pixels_for(student.image_size, micro_batch), targets, draws_for(student, micro_batch)
 
-    return Outline(distiller, student, inputs, teachers)
+    return Outline(distiller, student, inputs, student.image_size, teachers)
 
 
 def _teacher_outline(table: TeacherSettings, dtype: torch.dtype) -> Teacher:
@@ -108,7 +110,7 @@ def _refuse_misnamed(settings: DistillSettings, student: Student | None, teacher
         raise UserError(f"{', '.join(unknown)}: given in Python, but no such teacher in the settings")
 
 
-def _teacher(run: Run, where: str, given: Teacher | None) -> Teacher:
+def _teacher(run: Run[Any], where: str, given: Teacher | None) -> Teacher:
     assert isinstance(run.settings, DistillSettings)
     with told_as(where):
         return teacher_of(run, where, run.settings.teachers[where][0], run.weights[where].path, given)

@@ -55,6 +55,8 @@ SCALES = {
     "swinv2_g": ("swinv2_g", 128),
     "swinv2_g_offload": ("swinv2_g", 16),
     "swinv2_g_slow_links": ("swinv2_g", 128),
+    "dense_one_node": ("ade20k_vit_b", 8),
+    "dense_swinv2_g": ("ade20k_swinv2_g", 32),
 }
 
 

@@ -72,7 +72,8 @@ HEAVY = {
         "fdscale.export.gather",
     ),
     "open_clip": ("fdscale.teachers.from_open_clip",),
-    "transformers": (  # the export, the process that reads it, the model file that it carries
+    "transformers": (  # segmentation heads; the export, the process that reads it, the model file that it carries
+        "fdscale.downstream.segmentation.networks",
         "fdscale.export.transformers_format",
         "fdscale.export.reader",
         "fdscale.export.fd_swin_v2_model",
@@ -80,6 +81,11 @@ HEAVY = {
     "prometheus_client": ("fdscale.training.prometheus",),
     "huggingface_hub": ("fdscale.fetch",),
     "matplotlib": ("fdscale.diagnostics.plots",),
+    "faster_coco_eval": (
+        "fdscale.data.dense.masks",
+        "fdscale.downstream.detection.average_precision",
+        "fdscale.downstream.detection.masks",
+    ),
     "fairscale": ("fdscale.training.sharding", "fdscale.students.offload"),
 }
 

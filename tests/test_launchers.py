@@ -24,8 +24,15 @@ RECIPES = {
     "fd_vit_b.sh": "vit_b_clip_b",
     "fd_vit_l.sh": "vit_l_clip_l",
     "finetune_imagenet.sh": "finetune_vit_b_clip_b",
+    "finetune_ade20k.sh": "ade20k_vit_b",
+    "finetune_coco.sh": "coco_vit_b",
 }
-PROGRAMS = {name: "finetune" if name.startswith("finetune_") else "distill" for name in RECIPES}
+PROGRAMS = {name: load_recipe(recipe).program for name, recipe in RECIPES.items()}
+OTHERS = {
+    "finetune_imagenet.sh": "finetune_vit_l_clip_l_in1k_336",
+    "finetune_ade20k.sh": "ade20k_swinv2_g",
+    "finetune_coco.sh": "objects365_swinv2_g",
+}
 AWKWARD = ["x=$(id)", "a b", 'it\'s "so"', "list=[2,2,6,2]", "*", "back\\slash", "", "`id`"]
 PRINT_ARGV = f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([os.getcwd(), *sys.argv[1:]]))\n"
 
@@ -196,20 +203,17 @@ def test_the_python_half_hands_everything_to_the_cli(launcher: Path, tmp_path: P
     assert json.loads(answer.stdout) == [program, RECIPES[launcher.name], "--local_rank=1", *AWKWARD]
 
 
-def test_the_fine_tuning_launcher_takes_another_recipe_first(tmp_path: Path, fake_python: Path) -> None:
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_fine_tuning_launcher_takes_another_recipe_first(name: str, tmp_path: Path, fake_python: Path) -> None:
     """Under bash and under Python; what is no recipe's name is left where it stands."""
-    launcher, other = LAUNCHERS / "finetune_imagenet.sh", "finetune_vit_l_clip_l_in1k_336"
+    launcher, other, program, default = LAUNCHERS / name, OTHERS[name], PROGRAMS[name], RECIPES[name]
     (tmp_path / "fdscale").mkdir()
     (tmp_path / "fdscale" / "__init__.py").touch()
     (tmp_path / "fdscale" / "cli.py").write_text("import json\ndef main(argv):\n    print(json.dumps(argv))\n")
     env = {**os.environ, "FDSCALE_PYTHON": str(fake_python), "PYTHONPATH": str(tmp_path)}
-    for words, recipe in (
-        ([other, "x=1"], other),
-        (["x=1", other], "finetune_vit_b_clip_b"),
-        ([], "finetune_vit_b_clip_b"),
-    ):
+    for words, recipe in (([other, "x=1"], other), (["x=1", other], default), ([], default)):
         rest = words[1:] if words[:1] == [other] else words
         for start in ["bash", str(launcher)], [sys.executable, str(launcher), "--local_rank=1"]:
             answer = subprocess.run([*start, *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
             told = json.loads(answer.stdout)
-            assert told[told.index("finetune") + 1 :] == [recipe, *start[2:], *rest]
+            assert told[told.index(program) + 1 :] == [recipe, *start[2:], *rest]

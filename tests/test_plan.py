@@ -118,6 +118,31 @@ def test_fine_tuning_has_a_plan_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert "teacher's weights" not in told
 
 
+@pytest.mark.parametrize(
+    ("recipe", "overrides"),
+    [
+        ("ade20k_vit_b", ["student.geometry.depth=4", "backbone.indices=[0,1,2,3]"]),
+        ("coco_swinv2_g", ["student.geometry.depths=[1,1,1,1]"]),
+    ],
+)
+def test_dense_tasks_have_a_plan_without_their_data(
+    recipe: str, overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", recipe, *overrides, "--nodes", "4", "--gpus-per-node", "8", "--gpu", "H100-80GB"]
+    small = ["data.global_batch=64", "student.activation_checkpointing=blocks"]
+    assert main([*arguments, *small, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"]
+    crop = load_recipe(recipe).data.crop  # type: ignore[union-attr]
+    pixels = told["micro_batch"] * crop**2
+    added = told["rank_bytes"]["forward_and_backward"]
+    assert added["batch"] > 4 * 3 * pixels  # fp32 pixels, and labels or masks
+    if recipe.startswith("ade20k"):
+        assert added["batch"] == pytest.approx((4 * 3 + 1) * pixels, rel=0.01)
+    else:
+        assert added["batch"] >= (4 * 3 + 8) * pixels  # the masks of eight objects
+
+
 def test_a_network_given_in_python_has_no_plan(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"teacher\.name=own: a network given in Python is not known here"):
         outlook("teacher.name=own", "teacher.geometry={}")

@@ -22,6 +22,7 @@ from fdscale.config.shipped import shipped
 from fdscale.data.pack import pack_digits
 from fdscale.downstream.classify import finetune
 from fdscale.planning.check import Plan, check
+from fdscale.planning.dense_check import SCENE_CLASSES
 from fdscale.planning.networks import teacher_parameters
 from fdscale.planning.smoke import smoke_patch
 from fdscale.students.files import save_student
@@ -64,6 +65,8 @@ SIZES: dict[str, tuple[int, int, int | None]] = {
     "digits_teacher": (2, 743_076, None),
 }
 OF_ITS_USER = "digits_finetune"  # its network is the file that the user names
+PROGRAM_OF = {name: load_recipe(name).program for name in recipe_names()}
+ON_SHARDS = [name for name, program in PROGRAM_OF.items() if program not in SCENE_CLASSES]
 
 
 def student_file(folder: Path, geometry: Geometry) -> Path:
@@ -136,7 +139,7 @@ def two_steps(connection: Connection, name: str, run_dir: str, overrides: list[s
     return distill(settings) if isinstance(settings, DistillSettings) else finetune(settings)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", ON_SHARDS)
 def test_it_checks_builds_at_full_size_and_takes_two_steps_in_miniature(
     name: str, files: dict[str, list[str]], digits: Path, tmp_path: Path, two_ranks: Any
 ) -> None:
@@ -179,7 +182,7 @@ def parameters_of(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", ON_SHARDS)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_it_shrinks_to_a_laptop(name: str, ranks: int, files: dict[str, list[str]]) -> None:
     settings = load_recipe(name, files[name][:1] if name == OF_ITS_USER else [], smoke=smoke_patch)

@@ -55,9 +55,9 @@ def _outline(settings: DistillSettings) -> Outline:
 
     def inputs(micro_batch: int) -> tuple[Tensor, list[Tensor], Tensor | None]:
         target = torch.empty(micro_batch, lesson.targets.tokens, lesson.width)
-        return pixels_for(student, micro_batch), [target], draws_for(student, micro_batch)
+        return pixels_for(student.image_size, micro_batch), [target], draws_for(student, micro_batch)
 
-    return Outline(distiller, student, inputs, {FIRST_TEACHER: teacher})
+    return Outline(distiller, student, inputs, student.image_size, {FIRST_TEACHER: teacher})
 
 
 def first_micro_batch(part: TrainingStep, device_bytes: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fdscale.config.settings import DistillSettings, FinetuneSettings
+from fdscale.config.programs import AnySettings, DenseSettings
 from fdscale.data.images import OPEN_SHARDS
 from fdscale.planning.check import Plan
 from fdscale.planning.cost import BATCHES_A_WORKER, checkpoint_bytes
@@ -13,16 +13,14 @@ from fdscale.planning.engine_rules import FP32, engine_rules
 from fdscale.training.preflight import Demand
 
 
-def demand_of(
-    settings: DistillSettings | FinetuneSettings, plan: Plan, deepspeed_json: Mapping[str, Any], local_ranks: int
-) -> Demand:
+def demand_of(settings: AnySettings, plan: Plan, deepspeed_json: Mapping[str, Any], local_ranks: int) -> Demand:
     """Of a node with `local_ranks` ranks, and of the one folder of the run."""
-    size = plan.student.image_size or 0
+    size = settings.data.crop if isinstance(settings, DenseSettings) else plan.student.image_size or 0
     batches = local_ranks * settings.data.workers * BATCHES_A_WORKER * plan.micro_batch
     return Demand(_disk(settings, plan, deepspeed_json), batches * 3 * size**2, OPEN_SHARDS)
 
 
-def _disk(settings: DistillSettings | FinetuneSettings, plan: Plan, deepspeed_json: Mapping[str, Any]) -> int | None:
+def _disk(settings: AnySettings, plan: Plan, deepspeed_json: Mapping[str, Any]) -> int | None:
     """Bytes: the checkpoints that stay and one that is being written, and the student's files; None: size unknown."""
     parameters, width = plan.student.parameters(), plan.student.width
     if parameters is None or width is None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fdscale.build.outline import AnySettings, Outline, Traces, traces_of
+from fdscale.build.outline import Outline, Traces, traces_of
 from fdscale.build.run import Run
+from fdscale.config.programs import AnySettings
 from fdscale.data.order import accumulation_steps
 from fdscale.planning.cost import Flops, flops_per_image
 from fdscale.planning.forecast import IMAGE_CHANNELS, Forecast, forecast

@@ -11,7 +11,8 @@ from torch import nn
 
 from fdscale.build.networks import prepare_student
 from fdscale.build.training import optimizer_groups
-from fdscale.config.settings import DistillSettings, FinetuneSettings, StudentSettings
+from fdscale.config.programs import AnySettings
+from fdscale.config.settings import StudentSettings
 from fdscale.planning.activations import trace_step, trace_teacher
 from fdscale.planning.engine_rules import engine_rules
 from fdscale.planning.trace import Trace
@@ -19,20 +20,30 @@ from fdscale.students.student import Student
 from fdscale.teachers.teacher import Teacher
 from fdscale.training.engine import compute_dtype
 
-AnySettings = DistillSettings | FinetuneSettings
-
 
 @dataclass(frozen=True)
 class Outline:
     """A module with its student, and the teachers by the settings that name them, all on the meta device.
 
-    `inputs(B)` makes what the module is called with for B images, pixels first.
+    `inputs(B)` makes what the module is called with for B images, pixels first, `image_size` pixels a side.
     """
 
     module: nn.Module
     student: Student
     inputs: Callable[[int], tuple[Any, ...]]
+    image_size: int
     teachers: Mapping[str, Teacher] = field(default_factory=dict)
+
+
+class Sketch(nn.Module):
+    """A network whose training forward no trace can follow: what is called is its `sketch`, of the same shapes."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Any) -> dict[str, torch.Tensor]:
+        return self.network.sketch(*inputs)
 
 
 @dataclass(frozen=True)
@@ -56,9 +67,9 @@ def draws_for(student: Student, micro_batch: int) -> torch.Tensor | None:
     return torch.empty(student.drop_path_sites, micro_batch) if student.drop_path_sites else None
 
 
-def pixels_for(student: Student, micro_batch: int) -> torch.Tensor:
+def pixels_for(image_size: int, micro_batch: int) -> torch.Tensor:
     """Pixels of the right shape, as `as_pixels` makes them."""
-    return torch.empty(micro_batch, 3, student.image_size, student.image_size)
+    return torch.empty(micro_batch, 3, image_size, image_size)
 
 
 def traces_of(
@@ -80,7 +91,7 @@ def traces_of(
         settings.student.activation_checkpointing == "offload" and cuda,
     )
     teachers = {
-        where: trace_teacher(teacher, dtype, lambda: pixels_for(outline.student, micro_batch), cuda)
+        where: trace_teacher(teacher, dtype, lambda: pixels_for(outline.image_size, micro_batch), cuda)
         for where, teacher in outline.teachers.items()
     }
-    return Traces(outline.student.image_size, student, teachers)
+    return Traces(outline.image_size, student, teachers)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
 from fdscale.build.demand import demand_of
 from fdscale.build.exports import exports_of
@@ -28,12 +24,11 @@ from fdscale.build.weights import (
 )
 from fdscale.cluster.orphans import watch_launchers
 from fdscale.cluster.ranks import StopSignals, rank_from_environment
+from fdscale.config.dense_settings import DetectSettings
+from fdscale.config.programs import AnySettings
 from fdscale.config.settings import DistillSettings, FinetuneSettings
-from fdscale.data.index import INDEX_FILE, Index, load_index
-from fdscale.data.order import GlobalOrder
-from fdscale.data.pack import pack_digits
+from fdscale.data.order import GlobalOrder, Samples
 from fdscale.planning.check import load_and_check
-from fdscale.planning.data_check import DIGITS
 from fdscale.planning.placement import Choice, Placement
 from fdscale.training.attempts import Attempt, claim, note_current
 from fdscale.training.engine import Connection, connect, gather_lists
@@ -44,19 +39,23 @@ from fdscale.training.writer import this_process
 
 logger = logging.getLogger(__name__)
 
+D = TypeVar("D", bound=Samples)
+OpenData = Callable[[RunDirectory, Connection], tuple[D, D | None]]
+"""Opens training and held-out data, made in the run directory where embedded ones are named; all ranks call it."""
+
 
 @dataclass(frozen=True)
-class Run:
+class Run(Generic[D]):
     """One attempt at a run: who we are, where it is kept, what it reads."""
 
-    settings: DistillSettings | FinetuneSettings
+    settings: AnySettings
     deepspeed_json: dict[str, Any]
     connection: Connection
     directory: RunDirectory
     attempt: Attempt
     stop: StopSignals
-    index: Index
-    held_out: Index | None
+    samples: D
+    held_out: D | None
     weights: dict[str, WeightsRecord]
     placements: Mapping[str, Placement]
 
@@ -70,12 +69,12 @@ class Run:
 
     @property
     def order(self) -> GlobalOrder:
-        return GlobalOrder(len(self.index), self.settings.data.global_batch, self.settings.seed)
+        return GlobalOrder(len(self.samples), self.settings.data.global_batch, self.settings.seed)
 
     @property
     def total_steps(self) -> int:
         """Steps of the schedule."""
-        return math.ceil(self.settings.epochs * self.order.steps_per_epoch)
+        return self.settings.total_steps(self.order.steps_per_epoch)
 
     @property
     def last_step(self) -> int:
@@ -83,28 +82,25 @@ class Run:
         return min(self.total_steps, self.settings.max_steps or self.total_steps)
 
     def fingerprints(self) -> dict[str, str]:
-        """What tells the shards of this run from others: the SHA-256 of each index, which holds every shard's."""
-        indices = {"data.shards": self.index, "eval.shards": self.held_out}
-        return {
-            name: hashlib.sha256((index.folder / INDEX_FILE).read_bytes()).hexdigest()
-            for name, index in indices.items()
-            if index is not None
-        }
+        """What tells the data of this run from others, by the settings that name them."""
+        tables = {"data": self.samples, "eval": self.held_out}
+        there = {table: samples for table, samples in tables.items() if samples is not None}
+        return {f"{table}.{samples.setting}": samples.fingerprint() for table, samples in there.items()}
 
     def is_complete(self) -> bool:
         """Whether an earlier attempt finished this run (said in the log)."""
         done = self.directory.completed_steps()
         if done is None or done < self.last_step:
             return False
-        logger.info("already complete at step %d: %s", done, self.directory.student)
+        logger.info("already complete at step %d: %s", done, self.directory.folder)
         exports_of(self, Live()).forget_older()
         self.attempt.end(0, "already complete")
         self.stop.restore()
         return True
 
 
-def open_run(settings: DistillSettings | FinetuneSettings, samples: int | None = None) -> Run:
-    """Check everything, join the other ranks and open the run directory; `samples` trains on that many only.
+def open_run(settings: AnySettings, open_data: OpenData[D]) -> Run[D]:
+    """Check everything, join the other ranks, and open the run directory and the data.
 
     Raises UserError before anything is written or a GPU is touched. From here on a stop signal is heeded by the loop.
     """
@@ -124,13 +120,11 @@ def open_run(settings: DistillSettings | FinetuneSettings, samples: int | None =
     for note in checked.notes if rank.is_main else ():
         logger.info("note: %s", note)
     hold_weights(directory, connection, weights)
-    index = _open_shards(settings.data.shards, "train", directory, connection)
-    held_out = settings.eval.shards and _open_shards(settings.eval.shards, "test", directory, connection)
+    samples, held_out = open_data(directory, connection)
     placements = _agreed_placements(checked.placements, connection)
-    held_out = held_out or None
-    run = Run(settings, deepspeed_json, connection, directory, attempt, stop, index, held_out, weights, placements)
+    run = Run(settings, deepspeed_json, connection, directory, attempt, stop, samples, held_out, weights, placements)
     directory.check_data(run.fingerprints())
-    return run if samples is None else replace(run, index=_first(index, samples, settings.seed))
+    return run
 
 
 def _claim(directory: RunDirectory, most_without_progress: int, connection: Connection) -> Attempt:
@@ -155,29 +149,11 @@ def _agreed_placements(mine: Mapping[str, Choice], connection: Connection) -> di
     return {where: "zero3" if any(theirs[where] == "zero3" for theirs in told) else told[0][where] for where in told[0]}
 
 
-def _weights(settings: DistillSettings | FinetuneSettings, connection: Connection) -> dict[str, WeightsRecord]:
+def _weights(settings: AnySettings, connection: Connection) -> dict[str, WeightsRecord]:
     """What each network starts from, agreed on by all ranks."""
     found = {STUDENT: student_weights(settings.student, connection)}
     for where, (table, _) in settings.teachers.items() if isinstance(settings, DistillSettings) else ():
         found[where] = teacher_weights(where, table, connection)
-    if isinstance(settings, FinetuneSettings) and (head := head_weights(settings.head, connection)):
+    if isinstance(settings, FinetuneSettings | DetectSettings) and (head := head_weights(settings.head, connection)):
         found[HEAD] = head
     return found
-
-
-def _open_shards(
-    shards: str, split: Literal["train", "test"], directory: RunDirectory, connection: Connection
-) -> Index:
-    if shards != DIGITS:
-        return load_index(shards)
-    folder = directory.folder / "digits" / split
-    if connection.rank.is_main and not folder.exists():
-        pack_digits(folder, split)
-    dist.barrier(group=connection.control)
-    return load_index(folder)
-
-
-def _first(index: Index, samples: int, seed: int) -> Index:
-    """A subset of `samples` samples, drawn by `seed`: few labels, the same ones for every network compared."""
-    chosen = np.random.Generator(np.random.Philox(seed)).permutation(len(index))[:samples]
-    return replace(index, samples=index.samples[np.sort(chosen)])

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fdscale.build.exports import exports_of, monitor_of
-from fdscale.build.result import BACKBONE, Save, save_backbone, save_result
+from fdscale.build.result import Save, save_backbone, save_result
 from fdscale.build.run import Run
 from fdscale.build.run_info import open_live
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
 from fdscale.config.errors import UserError
-from fdscale.config.settings import DistillSettings, FinetuneSettings, OptimSettings
-from fdscale.data.augment import FILTERS, Augmentation
-from fdscale.data.loader import EvalLoader, TrainLoader
+from fdscale.config.settings import OptimSettings
 from fdscale.data.order import accumulation_steps
-from fdscale.data.randaugment import RandAugment
 from fdscale.students.files import describe_student
 from fdscale.students.student import Student
 from fdscale.teachers.teacher import Teacher
@@ -29,10 +27,9 @@ from fdscale.training.average import keep_average
 from fdscale.training.canary import Canary, chip_of
 from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import parameter_dtype, start_engine
-from fdscale.training.evaluate import SampleTerms, evaluate, evaluate_average
 from fdscale.training.guards import Guards
 from fdscale.training.live import Live
-from fdscale.training.loop import UNWATCHED, BatchTerms, Plan, Watch, fit
+from fdscale.training.loop import UNWATCHED, BatchTerms, Loader, Plan, Watch, fit
 from fdscale.training.optim import Schedule, adamw, layer_scales, parameter_groups
 from fdscale.training.partition import divide, is_divided
 from fdscale.training.progress import Progress
@@ -46,14 +43,17 @@ logger = logging.getLogger(__name__)
 
 
 WatchOf = Callable[["DeepSpeedEngine", Sinks, int], Watch]
+Measured = Callable[["DeepSpeedEngine", Guards], dict[str, float]]
+"""What is measured on held-out data, on all ranks together; the engine is left in evaluation mode."""
 
 
 def train(
-    run: Run,
+    run: Run[Any],
     module: nn.Module,
     student: Student,
+    loader: Loader,
     batch_terms: BatchTerms,
-    sample_terms: SampleTerms,
+    measured: Measured | None,
     save: Save = save_backbone,
     watch_of: WatchOf | None = None,
     teachers: Mapping[str, Teacher] | None = None,
@@ -69,7 +69,7 @@ def train(
             exports_of(run, live := open_live(run)) as exports,
             Guards(run.connection, run.attempt.folder, chosen.hang_seconds, chosen.skipped_in_a_row, live) as guards,
         ):
-            done = _fit(run, module, student, batch_terms, sample_terms, save, watch_of, teachers or {}, guards)
+            done = _fit(run, module, student, loader, batch_terms, measured, save, watch_of, teachers or {}, guards)
             exports.done = done
             stopped_by = run.stop.received.name if run.stop.received else "a peer, or as its launcher died"
             run.attempt.end(0 if done else REQUEUE_EXIT_CODE, "complete" if done else f"stopped by {stopped_by}")
@@ -79,18 +79,18 @@ def train(
 
 
 def _fit(
-    run: Run,
+    run: Run[Any],
     module: nn.Module,
     student: Student,
+    loader: Loader,
     batch_terms: BatchTerms,
-    sample_terms: SampleTerms,
+    measured: Measured | None,
     save: Save,
     watch_of: WatchOf | None,
     teachers: Mapping[str, Teacher],
     guards: Guards,
 ) -> bool:
     settings = run.settings
-    loader = _train_loader(run, student)
     schedule = schedule_of(settings.optim, settings.data.global_batch, run.order.steps_per_epoch, run.total_steps)
     torch.manual_seed(settings.seed + run.connection.rank.rank)  # a network's own dropout; nothing of ours draws
     guards.mark("starting", None, PATIENCE, "starting the engine")
@@ -102,7 +102,6 @@ def _fit(
     try:
         guards.amplitudes = Amplitudes(student.backbone)
         _set_out_canary(run, teachers, guards)
-        held_out = _held_out(run, engine, student.image_size, sample_terms, guards)
         done = fit(
             engine,
             batch_terms,
@@ -114,21 +113,21 @@ def _fit(
             sinks,
             progress,
             run.stop,
-            held_out,
+            None if measured is None else partial(measured, engine, guards),
             guards,
             watch_of(engine, sinks, progress.step) if watch_of else UNWATCHED,
         )
         if done:
             guards.mark("writing the result", progress.step, PATIENCE)
             save_result(run, engine, module, student, save, progress.step)
-            sinks.say(f"complete: {run.directory.student}")
+            sinks.say(f"complete: {run.directory.folder}")
     finally:
         sinks.close()
     return done
 
 
 def _resumed(
-    run: Run, student: Student, checkpoints: Checkpoints, engine: DeepSpeedEngine, guards: Guards
+    run: Run[Any], student: Student, checkpoints: Checkpoints, engine: DeepSpeedEngine, guards: Guards
 ) -> tuple[Progress, bool]:
     """Where this run goes on from, in the engine, too; and whether nothing was there."""
     guards.mark("starting", None, PATIENCE, "loading the checkpoint")
@@ -139,7 +138,7 @@ def _resumed(
     return progress, state is None
 
 
-def _set_out_canary(run: Run, teachers: Mapping[str, Teacher], guards: Guards) -> None:
+def _set_out_canary(run: Run[Any], teachers: Mapping[str, Teacher], guards: Guards) -> None:
     chosen = run.settings.guards
     if chosen.canary and teachers:
         guards.mark("looking at the teachers", None, PATIENCE)
@@ -148,12 +147,12 @@ def _set_out_canary(run: Run, teachers: Mapping[str, Teacher], guards: Guards) -
         guards.canary_every = chosen.canary_every
 
 
-def _sinks(run: Run, engine: DeepSpeedEngine, resumed_step: int | None, live: Live) -> Sinks:
+def _sinks(run: Run[Any], engine: DeepSpeedEngine, resumed_step: int | None, live: Live) -> Sinks:
     folder, program, monitor = run.directory.folder, run.settings.program, monitor_of(run, engine, live)
     return open_sinks(run.connection.rank, folder, program, run.last_step, resumed_step, terminal(), live, monitor)
 
 
-def _record(run: Run, student: Student, progress: Progress, fresh: bool) -> None:
+def _record(run: Run[Any], student: Student, progress: Progress, fresh: bool) -> None:
     """Write down what runs from here; raises UserError when the end asked for lies behind."""
     if progress.step > run.last_step:
         raise UserError(
@@ -163,7 +162,7 @@ def _record(run: Run, student: Student, progress: Progress, fresh: bool) -> None
     run.connection.on_main(lambda: _write_down(run, student, fresh))
 
 
-def _write_down(run: Run, student: Student, fresh: bool) -> None:
+def _write_down(run: Run[Any], student: Student, fresh: bool) -> None:
     if fresh:
         logger.info("a fresh run: the student starts from %s", run.settings.student.weights or "scratch")
     elif changed := run.directory.changed_versions():
@@ -172,7 +171,7 @@ def _write_down(run: Run, student: Student, fresh: bool) -> None:
     describe_student(student, run.directory.student)
 
 
-def _engine(run: Run, module: nn.Module, student: Student, schedule: Schedule) -> DeepSpeedEngine:
+def _engine(run: Run[Any], module: nn.Module, student: Student, schedule: Schedule) -> DeepSpeedEngine:
     optim = run.settings.optim
     module.to(run.device)
     if any(is_divided(parameter) for parameter in module.parameters()):  # what stands beside a divided student, too
@@ -190,8 +189,14 @@ def optimizer_groups(module: nn.Module, student: Student, optim: OptimSettings) 
     if not optim.decay_position_bias:
         undecayed |= student.position_bias_parameters()
     scales = {} if optim.layer_decay == 1 else layer_scales(_layers(student, optim), student.layers, optim.layer_decay)
-    full = {BACKBONE + name: scale for name, scale in scales.items()}
-    return parameter_groups(module, optim.weight_decay, {BACKBONE + name for name in undecayed}, full)
+    place = place_of(student.backbone, module)
+    full = {place + name: scale for name, scale in scales.items()}
+    return parameter_groups(module, optim.weight_decay, {place + name for name in undecayed}, full)
+
+
+def place_of(part: nn.Module, module: nn.Module) -> str:
+    """What stands before the names of a part's parameters in a module."""
+    return next(name for name, each in module.named_modules() if each is part) + "."
 
 
 def _layers(student: Student, optim: OptimSettings) -> dict[str, int]:
@@ -206,12 +211,12 @@ def _layers(student: Student, optim: OptimSettings) -> dict[str, int]:
 def schedule_of(optim: OptimSettings, global_batch: int, steps_per_epoch: int, total_steps: int) -> Schedule:
     """The schedule of a run, its rates scaled from the recipe's reference batch to the global one."""
     scale = global_batch / optim.reference_batch if optim.reference_batch else 1.0
-    warmup_steps = round(optim.warmup_epochs * steps_per_epoch)
     rates = (optim.lr * scale, optim.warmup_lr * scale, optim.min_lr * scale)
-    return Schedule(total_steps, warmup_steps, *rates, scaled=optim.layer_decay_scales)
+    shape = (optim.layer_decay_scales, optim.decay, optim.milestones)
+    return Schedule(total_steps, optim.warmup(steps_per_epoch), *rates, *shape)
 
 
-def _plan(run: Run) -> Plan:
+def _plan(run: Run[Any]) -> Plan:
     settings = run.settings
     return Plan(
         last=run.last_step,
@@ -220,57 +225,6 @@ def _plan(run: Run) -> Plan:
         log_every=settings.log.every,
         eval_every=settings.eval.every,
         checkpoint_every=settings.checkpoint.every,
-        samples=len(run.index),
+        samples=len(run.samples),
         max_bad_ratio=settings.data.max_bad_ratio,
     )
-
-
-def _train_loader(run: Run, student: Student) -> TrainLoader:
-    data, rank = run.settings.data, run.connection.rank
-    return TrainLoader(
-        run.index,
-        run.order,
-        rank.rank,
-        rank.world_size,
-        run.micro_batch,
-        student.image_size,
-        augmentation(run.settings, student),
-        run.settings.seed,
-        data.workers,
-        run.device,
-    )
-
-
-def augmentation(settings: DistillSettings | FinetuneSettings, student: Student) -> Augmentation:
-    """How one view of an image is made for this student; RandAugment is fine-tuning's."""
-    data = settings.data
-    policy = settings.augment.randaugment if isinstance(settings, FinetuneSettings) else None
-    mean = tuple(student.mean.flatten().tolist())
-    distorted = RandAugment(policy, student.image_size, mean, FILTERS[data.interpolation]) if policy else None
-    return Augmentation(data.crop_scale, data.crop_ratio, data.interpolation, data.flip, distorted)
-
-
-def _held_out(
-    run: Run, engine: DeepSpeedEngine, image_size: int, sample_terms: SampleTerms, guards: Guards
-) -> Callable[[], dict[str, float]] | None:
-    if run.held_out is None:
-        return None
-    data, rank = run.settings.data, run.connection.rank
-    loader = EvalLoader(
-        run.held_out,
-        rank.rank,
-        rank.world_size,
-        run.micro_batch,
-        image_size,
-        data.interpolation,
-        data.workers,
-        run.device,
-    )
-
-    def measured() -> dict[str, float]:
-        found = evaluate(engine, sample_terms, guards.marking(loader), run.settings.eval.knn)
-        if run.settings.optim.ema_decay:
-            found |= evaluate_average(engine, sample_terms, guards.marking(loader))
-        return found
-
-    return measured

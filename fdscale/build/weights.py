@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from fdscale.config.dense_settings import DetectHeadSettings
 from fdscale.config.errors import UserError, told_as
 from fdscale.config.settings import HeadSettings, StudentSettings, TeacherSettings
 from fdscale.students.geometry import file_description
@@ -55,10 +56,10 @@ def student_weights(settings: StudentSettings, connection: Connection) -> Weight
     return _agreed(partial(_student_record, settings), connection)
 
 
-def head_weights(settings: HeadSettings, connection: Connection) -> WeightsRecord | None:
-    """What a classifier's head starts from, likewise; None for a new one."""
+def head_weights(settings: HeadSettings | DetectHeadSettings, connection: Connection) -> WeightsRecord | None:
+    """What a classifier's or detector's head starts from, likewise; None for a new one."""
     path = settings.weights
-    return None if path is None else _agreed(lambda: _file_record(HEAD, HEAD, path), connection)
+    return None if path is None else _agreed(lambda: _head_record(path), connection)
 
 
 def hold_weights(directory: RunDirectory, connection: Connection, records: Mapping[str, WeightsRecord]) -> None:
@@ -88,6 +89,13 @@ def _student_record(settings: StudentSettings) -> WeightsRecord:
     if settings.weights is None:
         return WeightsRecord(settings.name, RANDOM)
     return _file_record("student", settings.name, settings.weights)
+
+
+def _head_record(path: str) -> WeightsRecord:
+    try:
+        return WeightsRecord(HEAD, path, sha256_of(Path(path)))
+    except UserError as error:
+        raise UserError(f"head.weights: {error}") from error
 
 
 def _file_record(network: str, name: str, path: str) -> WeightsRecord:

@@ -106,5 +106,6 @@ def completed(run_dir: Path, settings: RunSettings) -> int | None:
     if step is None:
         return None
     before = tomllib.loads(directory.recipe.read_text())
-    longer = settings.epochs > before["epochs"] or (settings.max_steps or math.inf) > before.get("max_steps", math.inf)
+    lengths = {length: getattr(settings, length) or math.inf for length in ("epochs", "steps", "max_steps")}
+    longer = any(now > before.get(length, math.inf) for length, now in lengths.items())
     return None if longer else step

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from fdscale.config.errors import UserError
+from fdscale.config.programs import AnySettings
 from fdscale.config.recipe import load_recipe, site_words
-from fdscale.config.settings import DistillSettings, FinetuneSettings
 
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe's name, or a path to one.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, e.g. optim.lr=1e-3.")]
@@ -18,9 +18,7 @@ RunDirectory = Annotated[Path, typer.Argument(help="A run directory.")]
 Smoke = Annotated[bool, typer.Option("--smoke", help="The same path, shrunk to fit a laptop.")]
 
 
-def settings_of(
-    program: str | None, recipe: str, overrides: list[str] | None, smoke: bool
-) -> DistillSettings | FinetuneSettings:
+def settings_of(program: str | None, recipe: str, overrides: list[str] | None, smoke: bool) -> AnySettings:
     """The settings of a recipe, for the program that wants it, with a run directory named.
 
     However a run is started, its command line ends here: what a site sets for all of them is read here alone.

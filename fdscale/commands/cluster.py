@@ -15,8 +15,8 @@ from fdscale.cluster.ranks import USER_ERROR_EXIT_CODE
 from fdscale.commands.arguments import Overrides, Recipe, Smoke, settings_of
 from fdscale.commands.training import outlook_of
 from fdscale.config.errors import UserError
+from fdscale.config.programs import AnySettings
 from fdscale.config.recipe import site_words
-from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.terminal import terminal
 
 SMOKE_RANKS = 2  # --smoke's global batch of 32 is two ranks' micro batch of 16
@@ -24,7 +24,7 @@ SMOKE_RANKS = 2  # --smoke's global batch of 32 is two ranks' micro batch of 16
 
 def launch(
     context: typer.Context,
-    program: Annotated[str, typer.Argument(help="distill or finetune")],
+    program: Annotated[str, typer.Argument(help="distill, finetune, segment or detect")],
     recipe: Recipe,
     overrides: Overrides = None,
     smoke: Smoke = False,
@@ -102,9 +102,7 @@ def _ranks_per_node(gpus_per_node: int | None, gpu: str | None) -> int:
     return gpus_per_node or here
 
 
-def _refuse_what_does_not_fit(
-    settings: DistillSettings | FinetuneSettings, recipe: str, nodes: int, ranks: int, gpu: str | None
-) -> None:
+def _refuse_what_does_not_fit(settings: AnySettings, recipe: str, nodes: int, ranks: int, gpu: str | None) -> None:
     """Ask the planner; what does not fit is told in full, with what would, and never reaches the queue."""
     from fdscale.planning.outlook_report import outlook_tables
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE, USER_ERROR_EXIT_CODE, hold_stop_signals
 from fdscale.commands.arguments import Overrides, Recipe, Smoke, settings_of
+from fdscale.config.dense_settings import DetectSettings, SegmentSettings
+from fdscale.config.programs import AnySettings
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.planning.cost import EFFICIENCY
 from fdscale.terminal import terminal
@@ -60,7 +62,7 @@ def plan(
 
 
 def outlook_of(
-    settings: DistillSettings | FinetuneSettings,
+    settings: AnySettings,
     recipe: str,
     nodes: int,
     gpus_per_node: int | None,
@@ -70,11 +72,21 @@ def outlook_of(
     """What the planner foresees of a recipe on a cluster."""
     from fdscale.plan import plan as foresee
 
-    if isinstance(settings, DistillSettings):
-        from fdscale.train import outline
-    else:
-        from fdscale.downstream.classify import outline  # type: ignore[assignment]
-    return foresee(settings, outline, Path(recipe).stem, nodes, gpus_per_node, gpu, efficiency)
+    return foresee(settings, _outliner(settings.program), Path(recipe).stem, nodes, gpus_per_node, gpu, efficiency)
+
+
+def _outliner(program: str) -> Any:
+    """What builds a program's networks in shapes alone."""
+    match program:
+        case "distill":
+            from fdscale.train import outline
+        case "finetune":
+            from fdscale.downstream.classify import outline  # type: ignore[assignment]
+        case "segment":
+            from fdscale.downstream.segment import outline  # type: ignore[assignment]
+        case _:
+            from fdscale.downstream.detect import outline  # type: ignore[assignment]
+    return outline
 
 
 def distill(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -> None:
@@ -97,46 +109,24 @@ def finetune(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) 
     _leave(run(settings))
 
 
-Shards = Annotated[Path, typer.Option(help="A shard folder with labels.")]
+def segment(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -> None:
+    """Fine-tune a student for semantic segmentation on this rank (a launcher starts the ranks)."""
+    hold_stop_signals(os.environ)
+    settings = settings_of("segment", recipe, overrides, smoke)
+    assert isinstance(settings, SegmentSettings)
+    from fdscale.downstream.segment import segment as run
+
+    _leave(run(settings))
 
 
-def probe(
-    student: Annotated[Path, typer.Argument(help="A student file, or a run's folder.")],
-    train: Shards,
-    held_out: Shards,
-    neighbours: Annotated[int, typer.Option(min=1, help="Of the k-NN.")] = 20,
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time on a rank.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes of a rank that decode.")] = 2,
-    output: Annotated[Path | None, typer.Option(help="A JSON file for the result.")] = None,
-    ranks: Annotated[int | None, typer.Option(help="Ranks; default: as `fdscale launch`.")] = None,
-) -> None:
-    """Measure a frozen student's features: a linear classifier and a k-NN among labelled images."""
-    from fdscale.cluster.launch import launch as start
+def detect(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -> None:
+    """Fine-tune a student for object detection on this rank (a launcher starts the ranks)."""
+    hold_stop_signals(os.environ)
+    settings = settings_of("detect", recipe, overrides, smoke)
+    assert isinstance(settings, DetectSettings)
+    from fdscale.downstream.detect import detect as run
 
-    given = {"--train": train, "--held-out": held_out, "--neighbours": neighbours, "--batch": batch}
-    given |= {"--workers": workers, **({} if output is None else {"--output": output})}
-    arguments = ["probe-rank", str(student), *(str(word) for pair in given.items() for word in pair)]
-    raise typer.Exit(start(arguments, None, ranks))
-
-
-def probe_rank(
-    student: Path,
-    train: Shards,
-    held_out: Shards,
-    neighbours: int = 20,
-    batch: int = 64,
-    workers: int = 2,
-    output: Path | None = None,
-) -> None:
-    """What `fdscale probe` starts on every rank."""
-    from fdscale.downstream.probe import probe as run
-    from fdscale.downstream.probe import table_of
-    from fdscale.training.engine import part
-
-    found = run(student, train, held_out, neighbours, batch, workers, output)
-    if os.environ.get("RANK", "0") == "0":
-        terminal().print(table_of(found))
-    part()
+    _leave(run(settings))
 
 
 def _leave(complete: bool) -> None:

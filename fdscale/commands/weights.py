@@ -72,6 +72,9 @@ def export(
         raise UserError(f"--format {format}: allowed: timm, transformers, weights")
     if dtype not in ("fp32", "bf16"):
         raise UserError(f"--dtype {dtype}: allowed: fp32, bf16")
+    from fdscale.export.finished import refuse_dense
+
+    refuse_dense(run)
     if format == "weights":
         from fdscale.export.weights_format import export_weights
 

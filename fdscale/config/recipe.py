@@ -17,14 +17,11 @@ import tomli_w
 from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.config.errors import SettingsError, UserError, attempt, nearest
 from fdscale.config.problems import setting_problems
-from fdscale.config.settings import DistillSettings, FinetuneSettings, RunSettings
+from fdscale.config.programs import PROGRAMS, AnySettings
+from fdscale.config.settings import RunSettings
 from fdscale.config.shipped import find, shipped_names
 
 Tree = dict[str, Any]
-PROGRAMS: dict[str, type[DistillSettings] | type[FinetuneSettings]] = {
-    "distill": DistillSettings,
-    "finetune": FinetuneSettings,
-}
 SITE = "FDSCALE_SETTINGS"  # the environment variable of what a site sets for all its runs
 KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
@@ -39,7 +36,7 @@ def load_recipe(
     overrides: Sequence[str] = (),
     smoke: Callable[[Tree], Tree] | None = None,
     site: Sequence[str] = (),
-) -> DistillSettings | FinetuneSettings:
+) -> AnySettings:
     """The settings of a recipe with overrides, the `site`'s before the user's.
 
     `smoke` returns the patch that shrinks the recipe it is given. Raises UserError when the file cannot be read,
@@ -169,5 +166,5 @@ def _problems(tree: Tree) -> list[str]:
     return setting_problems(tree, PROGRAMS[program], siblings)
 
 
-def _settings(tree: Tree) -> DistillSettings | FinetuneSettings:
+def _settings(tree: Tree) -> AnySettings:
     return PROGRAMS[tree["program"]].model_validate(tree)

@@ -6,31 +6,30 @@ home, so batch per rank, precision and ranks are absent here. Modules take plain
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationInfo,
-    field_validator,
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+
+from fdscale.config.keeping import CheckpointSettings, GuardSettings, LogSettings
+from fdscale.config.kinds import (
+    Betas,
+    Count,
+    Fraction,
+    Fractions,
+    Geometry,
+    Keywords,
+    Label,
+    Milestones,
+    Name,
+    NonNegative,
+    Positive,
+    Rate,
+    Ratios,
+    Settings,
 )
 
 FIRST_TEACHER = "teacher"
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(ge=0, lt=1)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-Name = Annotated[str, StringConstraints(min_length=1)]
-Label = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]  # given by the user; part of names
-Geometry = dict[str, int | float | list[int]]
-Keywords = dict[str, int | float | bool | str | list[int]]  # of timm's, beside our own students' numbers
 
 
 def _without_first(further: dict[str, Any]) -> dict[str, Any]:
@@ -39,43 +38,8 @@ def _without_first(further: dict[str, Any]) -> dict[str, Any]:
     return further
 
 
-def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < pair[0] <= pair[1]:
-        raise ValueError("two ascending positive numbers")
-    return pair
-
-
-def _ascending_fractions(pair: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < pair[0] <= pair[1] <= 1:
-        raise ValueError("two ascending fractions above 0 and up to 1")
-    return pair
-
-
 def _zero_is_none(value: object) -> object:
     return None if value == 0 and type(value) is int else value  # TOML cannot write None
-
-
-def _gateway(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and "@" not in parts.netloc
-    except ValueError:  # of a port that is no number
-        whole = False
-    if not whole or parts.query or parts.fragment or any(one.isspace() or not one.isprintable() for one in url):
-        raise ValueError("http://HOST:PORT or https://HOST:PORT, without a password, which recipes would keep")
-    return url
-
-
-# strict=False on pairs only: TOML has arrays, no tuples
-Ratios = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ascending)]
-Fractions = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ascending_fractions)]
-Betas = Annotated[tuple[Rate, Rate], Field(strict=False)]
-
-
-class Settings(BaseModel):
-    """Frozen, refuses unknown keys, wrong types (an int is a float, nothing else is coerced), inf and nan."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StudentSettings(Settings):
@@ -140,27 +104,34 @@ class LossSettings(Settings):
     beta: Annotated[float, Field(gt=0)] = 2.0
 
 
-class DataSettings(Settings):
-    """Training shards, the images of one step over all ranks, and the augmentation."""
+class BatchSettings(Settings):
+    """The images of one step over all ranks, and how they are read; what every program's data has."""
 
-    shards: Name
     global_batch: Positive
-    crop_scale: Fractions = (0.08, 1.0)
-    crop_ratio: Ratios = (3 / 4, 4 / 3)
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     flip: Fraction = 0.5
     workers: Count = 2
     max_bad_ratio: Fraction = 0.01
 
 
-class OptimSettings(Settings):
-    """AdamW under a linear warm-up and a cosine; the three rates are for `reference_batch` images.
+class DataSettings(BatchSettings):
+    """Training shards, and the augmentation."""
 
-    They scale linearly with the global batch (official implementation); `reference_batch = 0` or, in Python,
-    None takes them as they stand. `clip = 0` switches clipping off. `ema_decay` keeps an exponential moving average
-    of the trained weights (0: none). `layer_decay` multiplies the rate once for
-    each layer below the head: its peak alone, officially, or `all` of the schedule. The official implementation
-    decays the ViT's position bias tables, and counts a shared one to the head's layer, not the stem's.
+    shards: Name
+    crop_scale: Fractions = (0.08, 1.0)
+    crop_ratio: Ratios = (3 / 4, 4 / 3)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+
+class OptimSettings(Settings):
+    """AdamW under a linear warm-up and a decay; the three rates are for `reference_batch` images.
+
+    The warm-up is so many epochs or steps long. The rate then falls as a cosine, as a line, or in `milestones`: after
+    each of these shares of the run it is a tenth (the last two counted from the first step, as in mmseg and
+    detectron2). The rates scale linearly with the global batch (official implementation); `reference_batch = 0` or, in
+    Python, None takes them as they stand. `clip = 0` switches clipping off. `ema_decay` keeps an exponential moving
+    average of the trained weights (0: none). `layer_decay` multiplies the rate once for each layer below the head: its
+    peak alone, officially, or `all` of the schedule. The official implementation decays the ViT's position bias tables,
+    and counts a shared one to the head's layer, not the stem's.
     """
 
     lr: Annotated[float, Field(gt=0)]
@@ -168,6 +139,9 @@ class OptimSettings(Settings):
     min_lr: NonNegative = 0.0
     reference_batch: Annotated[Positive | None, BeforeValidator(_zero_is_none)] = 512
     warmup_epochs: NonNegative = 0.0
+    warmup_steps: Count = 0
+    decay: Literal["cosine", "linear", "milestones"] = "cosine"
+    milestones: Annotated[Milestones, Field(validate_default=True)] = ()
     weight_decay: NonNegative = 0.05
     betas: Betas = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -178,106 +152,85 @@ class OptimSettings(Settings):
     decay_position_bias: bool = True
     shared_position_bias_layer: Literal["head", "stem"] = "head"
 
+    @field_validator("warmup_steps")
+    @classmethod
+    def _one_warmup(cls, steps: int, others: ValidationInfo) -> int:
+        if steps and others.data.get("warmup_epochs"):
+            raise ValueError("0 beside optim.warmup_epochs; leave one of them out")
+        return steps
 
-class EvalSettings(Settings):
-    """Held-out shards, steps between evaluations (0: only at the end), neighbours of the k-NN (0: off).
+    @field_validator("milestones")
+    @classmethod
+    def _of_their_decay(cls, milestones: tuple[float, ...], others: ValidationInfo) -> tuple[float, ...]:
+        if bool(milestones) != (others.data.get("decay", "milestones") == "milestones"):
+            raise ValueError('rising shares of the run with optim.decay="milestones", none with another decay')
+        return milestones
+
+    def warmup(self, steps_per_epoch: int) -> int:
+        """Steps of the warm-up."""
+        return self.warmup_steps or round(self.warmup_epochs * steps_per_epoch)
+
+
+class CadenceSettings(Settings):
+    """Steps between evaluations (0: only at the end)."""
+
+    every: Count = 0
+
+
+class EvalSettings(CadenceSettings):
+    """Held-out shards, neighbours of the k-NN (0: off).
 
     `normalisation = "clip"` evaluates every fine-tuned network with CLIP's mean and std, as the official numbers were.
     """
 
     shards: Name | None = None
-    every: Count = 0
     knn: Count = 20
     normalisation: Literal["training", "clip"] = "training"
 
 
-class CheckpointSettings(Settings):
-    """Steps between checkpoints; the newest `keep` stay, and for ever those every `keep_every` steps (0: none).
-
-    Every `verify_every`-th is read back from the disk before it counts (0: none).
-    """
-
-    every: Positive = 1000
-    keep: Positive = 2
-    keep_every: Count = 0
-    verify_every: Count = 10
-
-
-class GuardSettings(Settings):
-    """What ends a step or a run before harm is done.
-
-    Without progress for `hang_seconds` (0: for ever) every rank writes down where it is, and the run starts again.
-    After `skipped_in_a_row` steps whose loss or gradient is not finite it goes back to its last checkpoint. The
-    `canary` looks for changed teacher weights and faulty arithmetic before each checkpoint, and every `canary_every`
-    steps (0: not in between). After so many `attempts` of one submission without a new checkpoint the next is refused.
-    """
-
-    hang_seconds: NonNegative = 900.0
-    skipped_in_a_row: Positive = 3
-    canary: bool = True
-    canary_every: Count = 0
-    attempts: Positive = 3
-
-
-class LogSettings(Settings):
-    """Steps between log lines, and the ways out for what is measured.
-
-    Each node serves it on `prometheus_port` (0: any free one): on loopback where all ranks share a machine, else on the
-    address by which it reaches the main rank, unless `prometheus_host` says another. In `prometheus_targets`, a folder
-    that Prometheus watches, each node says where. It is pushed to a `pushgateway`, too, where one is named.
-    """
-
-    every: Positive = 10
-    prometheus_host: Name | None = None
-    prometheus_certificate: Name | None = None
-    prometheus_key: Name | None = None
-    prometheus_password_file: Name | None = None
-    prometheus_targets: Name | None = None
-    prometheus_port: Annotated[Port | None, Field(validate_default=True)] = None
-    pushgateway: Annotated[Name, AfterValidator(_gateway)] | None = None
-
-    @field_validator("prometheus_key")
-    @classmethod
-    def _beside_a_certificate(cls, key: str | None, others: ValidationInfo) -> str | None:
-        if key is not None and others.data.get("prometheus_certificate", key) is None:
-            raise ValueError("beside log.prometheus_certificate only")
-        return key
-
-    @field_validator("prometheus_port")
-    @classmethod
-    def _to_be_found(cls, port: int | None, others: ValidationInfo) -> int | None:
-        needing = ("prometheus_targets", "prometheus_certificate", "prometheus_password_file")
-        given = [f"log.{name}" for name in needing if others.data.get(name) is not None]
-        if port is None and given:
-            raise ValueError(f"a port, since {given[0]} is set; 0 takes any free one, with log.prometheus_targets")
-        if port == 0 and others.data.get("prometheus_targets", "") is None:
-            raise ValueError("1 to 65535, or 0 (any free one) with log.prometheus_targets, which says where it is")
-        return port
-
-
 class RunSettings(Settings):
-    """What every program needs. `max_steps` stops earlier and leaves the schedule as it is.
+    """What every program needs; a run is so many `epochs` or `steps` long.
 
-    `recipe` is the name of the recipe they come from, for whoever looks at many runs.
+    `max_steps` stops earlier and leaves the schedule as it is. `recipe` is the name of the recipe they come from, for
+    whoever looks at many runs.
     """
 
     program: str
     recipe: Name | None = None
     run_dir: Name | None = None
     deepspeed: Name
-    epochs: Annotated[float, Field(gt=0)]
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Annotated[Positive | None, Field(validate_default=True)] = None
     max_steps: Positive | None = None
     seed: Count = 0
     student: StudentSettings
-    data: DataSettings
+    data: BatchSettings
     optim: OptimSettings
-    eval: EvalSettings = EvalSettings()
+    eval: CadenceSettings = CadenceSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     guards: GuardSettings = GuardSettings()
     log: LogSettings = LogSettings()
 
+    @field_validator("steps")
+    @classmethod
+    def _one_length(cls, steps: int | None, others: ValidationInfo) -> int | None:
+        if "epochs" in others.data and (steps is None) == (others.data["epochs"] is None):
+            raise ValueError("the length of the run, either epochs or steps")
+        return steps
 
-class DistillSettings(RunSettings):
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Steps of the schedule."""
+        return self.steps or math.ceil((self.epochs or 0) * steps_per_epoch)
+
+
+class ShardRunSettings(RunSettings):
+    """What the programs need that read shards."""
+
+    data: DataSettings
+    eval: EvalSettings = EvalSettings()
+
+
+class DistillSettings(ShardRunSettings):
     """Feature distillation: a teacher, how its tokens become the target, and the loss.
 
     Any number of `further_teachers`, named by the user, teach at the same time.
@@ -326,7 +279,7 @@ class HeadSettings(Settings):
     keep: Literal["all", "norm"] = "all"
 
 
-class FinetuneSettings(RunSettings):
+class FinetuneSettings(ShardRunSettings):
     """Supervised fine-tuning; `labelled` trains on so many samples only, drawn by the seed."""
 
     program: Literal["finetune"]

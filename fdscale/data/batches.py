@@ -79,6 +79,10 @@ class TrainBatches(Dataset[Batch]):
         bad = [image.bad for image in decoded if image.bad]
         return _batch(np.stack(views), rows["label"], rows["key"], request.rows, bad)
 
+    def close(self) -> None:
+        """Let go of the open shards."""
+        self.reader.close()
+
 
 class EvalBatches(Dataset[Batch]):
     """Request -> centre-cropped micro batch; padding and undecodable rows are zero images with label -2."""
@@ -101,6 +105,10 @@ class EvalBatches(Dataset[Batch]):
             except BadImage as error:
                 bad.append(str(error))
         return _batch(images, labels, keys, request.rows, bad)
+
+    def close(self) -> None:
+        """Let go of the open shards."""
+        self.reader.close()
 
 
 def _batch(

@@ -19,6 +19,9 @@ class Purpose(IntEnum):
     RANDAUGMENT = 1
     ERASING = 2
     MIXING = 3
+    CROP = 4
+    COLOURS = 5
+    JITTER = 6
 
 
 def generator(seed: int, item: int, time: int, purpose: Purpose) -> np.random.Generator:

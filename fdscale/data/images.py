@@ -1,10 +1,11 @@
-"""Image bytes out of the shards by (offset, size), decoded to RGB; a bad image is replaced and named."""
+"""Image bytes to RGB, a bad image replaced and named; and the bytes out of the shards, by (offset, size)."""
 
 from __future__ import annotations
 
 import io
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 from PIL import Image
 
@@ -21,12 +22,39 @@ class BadImage(Exception):
     """The bytes of one sample are no image: truncated, of no known format, or a decompression bomb."""
 
 
-class Decoded(NamedTuple):
-    """An RGB image, the number of the sample it came from, and the name of the bad sample it replaces."""
+Found = TypeVar("Found")
 
-    image: Image.Image
+
+class Decoded(NamedTuple, Generic[Found]):
+    """An RGB image (and what belongs to it), the number of its sample, and the name of the bad sample it replaces."""
+
+    image: Found
     sample: int
     bad: str | None
+
+
+def decode_rgb(file: BinaryIO, name: str) -> Image.Image:
+    """The RGB image that a file holds, as its pixels are stored; raises BadImage where it cannot be decoded."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return image.convert("RGB")
+    except Exception as error:  # PIL's plugins raise anything on garbage; the caller counts and names it
+        raise BadImage(f"{name} ({type(error).__name__}: {error})") from error
+
+
+def decode_or_next(decode: Callable[[int], Found], sample: int, samples: int, where: str, again: str) -> Decoded[Found]:
+    """What `decode` gives for a sample of `samples`, or for the next decodable one (cyclic).
+
+    Raises UserError after a long run of bad images `where` they lie; `again` says what to do then.
+    """
+    bad = None
+    for step in range(min(LONGEST_BAD_RUN, samples)):
+        candidate = (sample + step) % samples
+        try:
+            return Decoded(decode(candidate), candidate, bad)
+        except BadImage as error:
+            bad = bad or str(error)
+    raise UserError(f"no image can be decoded in {where} from {bad} on (tried {step + 1}); {again}")
 
 
 class ImageReader:
@@ -42,26 +70,12 @@ class ImageReader:
 
     def decode(self, sample: int) -> Image.Image:
         """The sample's RGB image; raises BadImage where it cannot be decoded."""
-        data = self._read(sample)
-        try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return image.convert("RGB")
-        except Exception as error:  # PIL's plugins raise anything on garbage; the caller counts and names it
-            raise BadImage(f"{self.index.name(sample)} ({type(error).__name__}: {error})") from error
+        return decode_rgb(io.BytesIO(self._read(sample)), self.index.name(sample))
 
-    def decode_or_next(self, sample: int) -> Decoded:
+    def decode_or_next(self, sample: int) -> Decoded[Image.Image]:
         """The sample's image, or that of the next decodable sample of the data set (cyclic)."""
-        bad = None
-        for step in range(min(LONGEST_BAD_RUN, len(self.index))):
-            candidate = (sample + step) % len(self.index)
-            try:
-                return Decoded(self.decode(candidate), candidate, bad)
-            except BadImage as error:
-                bad = bad or str(error)
-        raise UserError(
-            f"no image can be decoded in {self.index.folder} from {bad} on (tried {step + 1}); "
-            "the shards are damaged: copy or pack them again, then run 'fdscale shards index'"
-        )
+        again = "the shards are damaged: copy or pack them again, then run 'fdscale shards index'"
+        return decode_or_next(self.decode, sample, len(self.index), str(self.index.folder), again)
 
     def close(self) -> None:
         """Close this process's file descriptors; a later read opens them again."""

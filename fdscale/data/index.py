@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,8 @@ class Shard:
 class Index:
     """Every sample of a shard folder; `samples` (N,) are `scan.SAMPLE` rows (label -1: none)."""
 
+    setting: ClassVar[str] = "shards"
+
     folder: Path
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] | None
@@ -46,6 +48,10 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of the index, which holds every shard's."""
+        return hashlib.sha256((self.folder / INDEX_FILE).read_bytes()).hexdigest()
 
     def shard_path(self, shard: int) -> Path:
         """Path of the shard with this number."""

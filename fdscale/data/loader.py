@@ -11,24 +11,28 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from fdscale.config.errors import UserError
-from fdscale.data.augment import Augmentation
-from fdscale.data.batches import PADDING, Batch, EvalBatches, Request, TrainBatches
-from fdscale.data.index import Index
+from fdscale.data.batches import PADDING, Request
 from fdscale.data.order import GlobalOrder, accumulation_steps
-
-__all__ = ["Batch", "EvalLoader", "TrainLoader", "check_bad_ratio"]
 
 # Forking starts a worker at once and shares the index and the parent's pages; spawn and forkserver import
 # torch again in each (seconds and 300 MB). It is safe here: a worker decodes with PIL and NumPy and touches
 # neither CUDA nor OpenMP, the two things that do not survive a fork beside torch's threads.
 START_METHOD = "fork"
+
+
+class MicroBatches(Protocol):
+    """A data set whose items are micro batches, which `to(device)` and `pin_memory()` copy."""
+
+    def __getitem__(self, request: Request) -> Any: ...
+
+    def close(self) -> None: ...
 
 
 class TrainLoader:
@@ -40,27 +44,22 @@ class TrainLoader:
 
     def __init__(
         self,
-        index: Index,
+        batches: MicroBatches,
         order: GlobalOrder,
         rank: int,
         world_size: int,
         micro_batch: int,
-        image_size: int,
-        augmentation: Augmentation,
-        seed: int,
         workers: int,
         device: torch.device,
     ) -> None:
-        assert order.n_samples == len(index), "the order belongs to another index"
         self.accumulation = accumulation_steps(order.global_batch, world_size, micro_batch)
         self.data_wait_seconds = 0.0
         self._order = order
         self._rank = rank
         self._micro_batch = micro_batch
-        batches = TrainBatches(index, image_size, augmentation, seed)
         self._feed = _Feed(batches, workers, device, rank, world_size)
 
-    def steps(self, first_step: int, last_step: int) -> Generator[list[Batch], None, None]:
+    def steps(self, first_step: int, last_step: int) -> Generator[list[Any], None, None]:
         """For each step of [first_step, last_step): this rank's `accumulation` micro batches, in order."""
         batches = self._feed.batches(self._requests(first_step, last_step))
         for _ in range(first_step, last_step):
@@ -80,7 +79,7 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Every sample of an index once, centre-cropped, in equally many equally large batches on every rank.
+    """Each of so many samples once, in equally many equally large batches on every rank.
 
     Rank r of W takes rows r*B .. (r+1)*B of each run of W*B samples; the last run is padded (`Batch.valid`).
     An undecodable sample becomes a padding row and is named in `Batch.bad`.
@@ -88,25 +87,24 @@ class EvalLoader:
 
     def __init__(
         self,
-        index: Index,
+        batches: MicroBatches,
+        samples: int,
         rank: int,
         world_size: int,
         batch_size: int,
-        image_size: int,
-        interpolation: Literal["bilinear", "bicubic"],
         workers: int,
         device: torch.device,
     ) -> None:
-        self._samples = len(index)
+        self._samples = samples
         self._rows = slice(rank * batch_size, (rank + 1) * batch_size)
         self._together = world_size * batch_size
-        self._feed = _Feed(EvalBatches(index, image_size, interpolation), workers, device, rank, world_size)
+        self._feed = _Feed(batches, workers, device, rank, world_size)
 
     def __len__(self) -> int:
         """Batches of each rank."""
         return -(-self._samples // self._together)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         return self._feed.batches(self._requests())
 
     def _requests(self) -> Iterator[Request]:
@@ -121,7 +119,7 @@ class _Feed:
 
     def __init__(
         self,
-        dataset: TrainBatches | EvalBatches,
+        dataset: MicroBatches,
         workers: int,
         device: torch.device,
         rank: int,
@@ -135,7 +133,7 @@ class _Feed:
         # Registered after multiprocessing's exit handler, hence run before that one stops and joins workers.
         atexit.register(setattr, self._exiting, "value", True)
 
-    def batches(self, requests: Iterator[Request]) -> Iterator[Batch]:
+    def batches(self, requests: Iterator[Request]) -> Iterator[Any]:
         try:
             for batch in _quiet_iterator(self._loader(requests)):
                 yield batch.to(self._device)
@@ -149,11 +147,11 @@ class _Feed:
                 "little memory or /dev/shm: lower data.workers or the micro batch and start again"
             ) from error
         finally:
-            self._dataset.reader.close()
+            self._dataset.close()
 
-    def _loader(self, requests: Iterator[Request]) -> DataLoader[Batch]:
+    def _loader(self, requests: Iterator[Request]) -> DataLoader[Any]:
         return DataLoader(
-            self._dataset,
+            self._dataset,  # type: ignore[arg-type]  # it asks for no more than this protocol
             batch_size=None,  # one item is one micro batch already
             sampler=requests,
             num_workers=self._workers,
@@ -176,7 +174,7 @@ def check_bad_ratio(bad: int, samples: int, max_ratio: float, names: Sequence[st
     )
 
 
-def _quiet_iterator(loader: DataLoader[Batch]) -> Iterator[Batch]:
+def _quiet_iterator(loader: DataLoader[Any]) -> Iterator[Any]:
     """A dead worker is told by the next batch only.
 
     torch's SIGCHLD handler would raise wherever the rank is by then: within a checkpoint, or a collective.

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import ClassVar, Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
 from fdscale.config.errors import UserError
+
+
+class Samples(Protocol):
+    """A data set as a run sees it: so many samples, and what tells them from others.
+
+    `setting` is the name, in its table of the recipe, of what says where it lies.
+    """
+
+    setting: ClassVar[str]
+
+    def __len__(self) -> int: ...
+
+    def fingerprint(self) -> str: ...
 
 
 class GlobalOrder:
@@ -18,7 +33,7 @@ class GlobalOrder:
     def __init__(self, n_samples: int, global_batch: int, seed: int) -> None:
         if n_samples < global_batch:
             raise UserError(
-                f"data.global_batch is {global_batch}, but data.shards holds {n_samples} samples; "
+                f"data.global_batch is {global_batch}, but the training data holds {n_samples} samples; "
                 f"allowed: 1 to {n_samples}; use a smaller global batch or more data"
             )
         self.n_samples = n_samples

@@ -15,6 +15,8 @@ first.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdscale.config.errors import UserError
-from fdscale.downstream.image_size import accept_any_size
+from fdscale.downstream.image_size import Windows, accept_any_size
 from fdscale.downstream.pyramid import STRIDES, RescaledLayers, SimplePyramid, StageNorms, official_layers
 from fdscale.students.student import Student
 
@@ -64,6 +66,7 @@ class Backbone(nn.Module):
         self.channels, self.strides = self.neck.channels, self.neck.strides  # type: ignore[assignment]
         _give_maps(network, taken)
         self._resize = accept_any_size(network, trained, window_size)
+        self._window_size = window_size
 
     def forward(self, pixels: Tensor, drop_path: Tensor | None = None) -> tuple[Tensor, ...]:
         """Pixels (B, 3, H, W) in [0, 1] and drop path draws (sites, B) -> one map per stride, finest first."""
@@ -75,6 +78,21 @@ class Backbone(nn.Module):
         maps = self.neck(student.backbone(images.to(dtype)))
         sizes = [[math.ceil(side / stride) for side in pixels.shape[-2:]] for stride in self.strides]
         return tuple(found[..., :h, :w].contiguous() for found, (h, w) in zip(maps, sizes, strict=True))
+
+    @contextmanager
+    def windows(self, window_size: int | None) -> Iterator[None]:
+        """Inside, SwinV2 has other windows (None: the same); raises UserError where there are none."""
+        if window_size is not None:
+            self._windows_of(window_size).use(window_size)
+        yield
+        if window_size is not None:
+            self._windows_of(window_size).use(self._window_size)
+
+    def _windows_of(self, window_size: int) -> Windows:
+        if isinstance(self._resize, Windows):
+            return self._resize
+        network = type(self.student.backbone).__name__
+        raise UserError(f"window_size={window_size}: windows are SwinV2's; the student is a {network}")
 
     def layer_ids(self) -> dict[str, int]:
         """All parameter names to layers, from 0 (the stem) to `layers`, that of the neck as of every head."""

@@ -14,6 +14,7 @@ from fdscale.build.foreseen import StepWatch
 from fdscale.build.networks import as_pixels, seeded, student_of
 from fdscale.build.outline import Outline, draws_for, pixels_for, student_outline
 from fdscale.build.run import open_run
+from fdscale.build.shards import first_of, held_out_means, shard_loader, shards_of
 from fdscale.build.training import train
 from fdscale.config.errors import UserError
 from fdscale.config.settings import FinetuneSettings
@@ -33,11 +34,12 @@ logger = logging.getLogger(__name__)
 
 def finetune(settings: FinetuneSettings) -> bool:
     """Fine-tune a student with labels; True when the run is complete, False when a signal stopped it."""
-    run = open_run(settings, settings.labelled)
+    run = open_run(settings, shards_of(settings))
     if run.is_complete():
         return True
-    for name, index in (("data.shards", run.index), ("eval.shards", run.held_out)):
+    for name, index in (("data.shards", run.samples), ("eval.shards", run.held_out)):
         _check_labels(name, index, settings.classes)
+    run = run if settings.labelled is None else first_of(run, settings.labelled)
     mix = mixing(settings)
     student = student_of(run)
     head = settings.head
@@ -64,8 +66,9 @@ def finetune(settings: FinetuneSettings) -> bool:
         pixels = as_pixels(batch.images)
         return engine(seen_as_clip(pixels, mean, std) if as_clip else pixels, batch.labels)
 
+    loader, measured = shard_loader(run, settings, student), held_out_means(run, settings, student, held_out_batch)
     watch_of = partial(StepWatch, run, {}, partial(outline, settings))
-    return train(run, classifier, student, labelled_batch, held_out_batch, save_classifier, watch_of)
+    return train(run, classifier, student, loader, labelled_batch, measured, save_classifier, watch_of)
 
 
 def outline(settings: FinetuneSettings) -> Outline:
@@ -77,9 +80,9 @@ def outline(settings: FinetuneSettings) -> Outline:
 
     def inputs(micro_batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
         labels = torch.empty(micro_batch, settings.classes)  # as shares; whole ones take less
-        return pixels_for(student, micro_batch), labels, draws_for(student, micro_batch)
+        return pixels_for(student.image_size, micro_batch), labels, draws_for(student, micro_batch)
 
-    return Outline(classifier, student, inputs)
+    return Outline(classifier, student, inputs, student.image_size)
 
 
 def mixing(settings: FinetuneSettings) -> Mixing:

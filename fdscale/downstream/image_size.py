@@ -2,8 +2,9 @@
 
 SwinV2: each block's window and shift follow from its map's size, as if the network had been built for it; the window
 is the trained one, smaller only where the map is, and the continuous position bias stays normalised by the trained
-one (log-CPB transfer). A map that the windows do not divide is padded with zeros inside the block, and masks are made
-for each forward: kept ones would be of another size, and large.
+one (log-CPB transfer). A map that the windows do not divide is padded with zeros inside the block, before it is shifted
+(our own blocks: timm's `swinv2_*` shift first), and masks are made for each forward: kept ones would be of another
+size, and large.
 
 ViT with relative position biases: the table of the trained grid is resampled as timm does for checkpoints of another
 size, in each forward and with its gradient; its parameter keeps its shape. The CLS token's three rows are kept.
@@ -69,19 +70,35 @@ def _any_windows(backbone: Any, window_size: int | None) -> Callable[[Size], Non
     trained = tuple(stage.blocks[0].window_size for stage in stages)
     backbone.patch_embed.strict_img_size = False
     for block in (block for stage in stages for block in stage.blocks):
-        block.dynamic_mask, block.attn_mask = True, None
+        block.dynamic_mask, block.attn_mask, block.pads_first = True, None, True
         if getattr(block.attn, "pretrained_window_size", (1, 1))[0] == 0:  # timm's word for the window itself
             block.attn.pretrained_window_size = block.window_size
-    resize = partial(_set_windows, backbone, trained if window_size is None else (window_size,) * len(stages))
-    if window_size is not None:
-        resize(tuple(backbone.patch_embed.img_size), changed=True)
-    return resize
+    windows = Windows(backbone, trained)
+    windows.use(window_size)
+    return windows
 
 
-def _set_windows(backbone: Any, windows: tuple[Any, ...], size: Size, changed: bool = False) -> None:
-    """Windows and shifts for images of this size; no parameter changes."""
-    if changed or size != tuple(backbone.patch_embed.img_size):
-        backbone.set_input_size(size, window_size=windows)
+class Windows:
+    """A SwinV2's windows and shifts for images of the size that it is called with; no parameter changes."""
+
+    def __init__(self, backbone: Any, trained: tuple[Any, ...]) -> None:
+        self._backbone, self._trained = backbone, trained
+        self._size: Size = tuple(backbone.patch_embed.img_size)
+        self._windows = trained
+
+    def __call__(self, size: Size) -> None:
+        if size != self._size:
+            self._set(size, self._windows)
+
+    def use(self, window_size: int | None) -> None:
+        """Other windows from here on; None: the trained ones."""
+        windows = self._trained if window_size is None else (window_size,) * len(self._trained)
+        if windows != self._windows:
+            self._set(self._size, windows)
+
+    def _set(self, size: Size, windows: tuple[Any, ...]) -> None:
+        self._backbone.set_input_size(size, window_size=windows)
+        self._size, self._windows = size, windows
 
 
 class Grid:

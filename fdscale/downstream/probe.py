@@ -16,6 +16,7 @@ from torch import Tensor
 from fdscale.build.networks import as_pixels
 from fdscale.cluster.ranks import rank_from_environment
 from fdscale.config.errors import UserError
+from fdscale.data.batches import EvalBatches
 from fdscale.data.index import Index, load_index
 from fdscale.data.loader import EvalLoader
 from fdscale.downstream.linear import Features, accuracy_of, best_linear
@@ -114,9 +115,9 @@ def _classes(train: Index, held_out: Index) -> int:
 def features_of(student: Student, index: Index, connection: Connection, batch: int, workers: int) -> Features:
     """This rank's share of the features of all images, on its device."""
     rank = connection.rank
-    where = (rank.rank, rank.world_size, batch, student.image_size, "bicubic", workers, connection.device)
+    batches = EvalBatches(index, student.image_size, "bicubic")
     rows, labels, keys = [], [], []
-    for images in EvalLoader(index, *where):  # type: ignore[arg-type]
+    for images in EvalLoader(batches, len(index), rank.rank, rank.world_size, batch, workers, connection.device):
         tokens = student(as_pixels(images.images))[:, student.prefix_tokens :]
         rows.append(tokens.float().mean(dim=1)[images.valid])
         labels.append(images.labels[images.valid])

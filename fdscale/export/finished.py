@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 CROP_PCT = 0.875  # evaluation resizes the shorter side to size * 256 / 224
 NEW_NORM, HEAD = "fc_norm.", "head."  # names in a classifier's file
+WHOLE = {  # what programs leave that export nothing further
+    "segment": "segmenter, a folder for transformers once fdscale.downstream.segmentation.networks is imported",
+    "detect": "detector.safetensors, for fdscale.downstream.detection.files.load_detector",
+}
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,14 @@ def stored_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{weights}: not a readable student file: {error}") from error
+
+
+def refuse_dense(run: Path) -> None:
+    """Raise UserError for the run of a dense task: what it trained is more than a student, and lies there whole."""
+    recipe = RunDirectory(run).recipe
+    program = tomllib.loads(recipe.read_text()).get("program") if recipe.is_file() else None
+    if (left := WHOLE.get(str(program))) is not None:
+        raise UserError(f"{run}: `fdscale {program}` leaves its network whole, {run}/{left} (docs/dense.md); use that")
 
 
 def _weights_file(source: Path) -> Path:

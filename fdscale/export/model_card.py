@@ -181,7 +181,8 @@ def _origin(recipe: Mapping[str, Any]) -> str:
     if not recipe:
         return "Its recipe was not found beside the student file."
     batch, seed = recipe["data"]["global_batch"], recipe.get("seed", 0)
-    length = f"{recipe['epochs']:g} epochs, global batch {batch}, seed {seed}"
+    length = f"{recipe['epochs']:g} epochs" if "epochs" in recipe else f"{recipe['steps']:,} steps"
+    length += f", global batch {batch}, seed {seed}"
     if recipe["program"] == "finetune":
         return f"`{recipe['student']['name']}`, fine-tuned with labels of {recipe['classes']} classes: {length}."
     teachers = [recipe["teacher"], *recipe.get("further_teachers", {}).values()]

@@ -109,6 +109,7 @@ def trace_step(
     group_of = tuple(number[id(weight)] for weight in module.parameters() if weight.requires_grad)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(module, dtype)
+        _let_outputs_be(module)
         with Ledger(_state(module)) as ledger:
             recorder = Recorder(ledger)
             weights = [weight for weight in module.parameters() if weight.requires_grad]
@@ -154,12 +155,13 @@ def _pass(module: nn.Module, inputs: Inputs, autocast: torch.dtype | None, ledge
     region: AbstractContextManager[object] = nullcontext()
     if autocast is not None:
         region = torch.autocast("cpu", autocast)
-    with region:
-        result = module(*given)
-    del given  # the caller's frame ends here, too
-    forward_flops = ledger.flops
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="For backward hooks to be called")  # of modules that return lists
         warnings.filterwarnings("ignore", message="Full backward hook is firing")  # of modules fed with buffers alone
+        with region:
+            result = module(*given)
+        del given  # the caller's frame ends here, too
+        forward_flops = ledger.flops
         result["loss"].backward()
     return batch, forward_flops
 
@@ -194,6 +196,16 @@ def _make_fake(module: nn.Module, dtype: torch.dtype | None) -> None:
                 continue
             fake_buffer = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
             part._buffers[name] = made.setdefault(id(buffer), fake_buffer)
+
+
+def _let_outputs_be(module: nn.Module) -> None:
+    """Activation functions out of place: torch forbids others on what a module with hooks returns.
+
+    They save their result either way; for a moment it is beside their input.
+    """
+    for part in module.modules():
+        if getattr(part, "inplace", False):
+            part.inplace = False  # type: ignore[assignment]
 
 
 def _record(module: nn.Module, weights: list[nn.Parameter], recorder: Recorder) -> list[nn.Module]:

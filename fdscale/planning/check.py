@@ -9,9 +9,11 @@ from typing import Any
 
 from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.config.errors import SettingsError, attempt
+from fdscale.config.programs import AnySettings, DenseSettings
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.data.order import accumulation_steps
-from fdscale.planning.data_check import AnySettings, DataFacts, augment_problems, data_facts, data_problems
+from fdscale.planning.data_check import DataFacts, augment_problems, data_facts, data_problems, schedule_problems
+from fdscale.planning.dense_check import dense_facts, dense_problems, network_problems
 from fdscale.planning.engine_check import engine_problems
 from fdscale.planning.engine_rules import engine_rules
 from fdscale.planning.head_check import head_problems
@@ -88,11 +90,12 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
         attempt(lambda: refuse_if_it_cannot_fit(memory, ranks, local_ranks or 1, machine), problems)
     problems += engine_problems(settings, deepspeed_json, here=local_ranks is not None)
     problems += [] if local_ranks is None else telemetry_problems(settings.log, deepspeed_json)
-    problems += augment_problems(settings, micro_batch)
     if isinstance(settings, FinetuneSettings):
         problems += head_problems(settings, None if student is None else student.width)
-    facts = attempt(lambda: data_facts(settings), problems)
-    problems += data_problems(settings, facts)
+    if isinstance(settings, DenseSettings):
+        problems += network_problems(settings, student, deepspeed_json)
+    facts = _facts(settings, micro_batch, problems)
+    problems += schedule_problems(settings, facts)
     if problems:
         raise SettingsError(problems)
     assert accumulation is not None, "what is missing here was told as a problem"
@@ -112,6 +115,18 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
         placements=placements,
         notes=tuple(_notes(settings, facts, ranks)),
     )
+
+
+def _facts(settings: AnySettings, micro_batch: int, problems: list[str]) -> DataFacts | None:
+    """What is known of the data; what is wrong with it joins the problems."""
+    if isinstance(settings, DenseSettings):
+        facts = attempt(lambda: dense_facts(settings), problems)
+        problems += dense_problems(settings, facts)
+        return facts
+    problems += augment_problems(settings, micro_batch)
+    facts = attempt(lambda: data_facts(settings), problems)
+    problems += data_problems(settings, facts)
+    return facts
 
 
 def _teachers(settings: AnySettings, student: Geometry | None, problems: list[str]) -> dict[str, TeacherGeometry]:
@@ -175,7 +190,8 @@ def _notes(settings: AnySettings, facts: DataFacts, ranks: int) -> Iterator[str]
             "correct, since samples are addressed and not shards, but several readers share a file"
         )
     if facts.steps is None:
-        yield f"data.shards={settings.data.shards} is packed on first use: its steps are counted then"
+        embedded = "scenes" if isinstance(settings, DenseSettings) else settings.data.shards
+        yield f"the embedded {embedded} are made on first use: the steps are counted then"
     else:
         if settings.max_steps is not None and settings.max_steps > facts.steps:
             yield f"max_steps {settings.max_steps} exceeds the {facts.steps} steps of the run"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fdscale.config.errors import UserError, attempt
-from fdscale.config.settings import DistillSettings, FinetuneSettings
+from fdscale.config.programs import ShardSettings
+from fdscale.config.settings import FinetuneSettings, RunSettings
 from fdscale.data.index import Index, load_index
 from fdscale.data.randaugment import refuse_unknown_policy
 
-AnySettings = DistillSettings | FinetuneSettings
 DIGITS = "digits"  # the embedded sample, packed on first use
 DIGITS_CLASSES = 10
 SPLITS = ("data.shards", "eval.shards")
@@ -28,7 +27,7 @@ class DataFacts:
     steps: int | None
 
 
-def data_facts(settings: AnySettings) -> DataFacts:
+def data_facts(settings: ShardSettings) -> DataFacts:
     """Read the training index; raises UserError as `load_index` does."""
     if settings.data.shards == DIGITS:
         return DataFacts(None, None, None, None, None)
@@ -36,20 +35,18 @@ def data_facts(settings: AnySettings) -> DataFacts:
     labelled = settings.labelled if isinstance(settings, FinetuneSettings) else None
     used = min(len(index), labelled or len(index))
     steps_per_epoch = used // settings.data.global_batch
-    steps = math.ceil(settings.epochs * steps_per_epoch)
-    return DataFacts(index, len(index.shards), len(index), steps_per_epoch, steps)
+    return DataFacts(index, len(index.shards), len(index), steps_per_epoch, settings.total_steps(steps_per_epoch))
 
 
-def data_problems(settings: AnySettings, facts: DataFacts | None) -> Iterator[str]:
-    """Every disagreement between the recipe and its data, one sentence each."""
-    yield from _schedule_problems(settings)
+def data_problems(settings: ShardSettings, facts: DataFacts | None) -> Iterator[str]:
+    """Every disagreement between the recipe and its shards, one sentence each."""
     yield from _held_out_problems(settings)
     yield from _size_problems(settings, facts)
     if isinstance(settings, FinetuneSettings):
         yield from _label_problems(settings, facts)
 
 
-def augment_problems(settings: AnySettings, micro_batch: int) -> list[str]:
+def augment_problems(settings: ShardSettings, micro_batch: int) -> list[str]:
     """What cannot be done to the images as the settings ask, one sentence each."""
     problems: list[str] = []
     if not isinstance(settings, FinetuneSettings):
@@ -75,19 +72,22 @@ def _named_index(where: str, folder: str) -> Index:
         raise UserError(f'{where}: {error} (allowed: a shard folder with its index, or "{DIGITS}")') from error
 
 
-def _schedule_problems(settings: AnySettings) -> Iterator[str]:
-    optim = settings.optim
-    if optim.warmup_epochs >= settings.epochs:
+def schedule_problems(settings: RunSettings, facts: DataFacts | None) -> Iterator[str]:
+    """What is wrong with rates and warm-up, one sentence each."""
+    optim, length = settings.optim, facts.steps if facts is not None and facts.steps else settings.steps
+    if settings.epochs is not None and optim.warmup_epochs >= settings.epochs:
         yield (
             f"optim.warmup_epochs: got {optim.warmup_epochs:g}, "
             f"allowed: less than the {settings.epochs:g} epochs of the run"
         )
+    if length is not None and optim.warmup_steps >= length:
+        yield f"optim.warmup_steps: got {optim.warmup_steps}, allowed: less than the {length} steps of the run"
     for name in ("warmup_lr", "min_lr"):
         if getattr(optim, name) > optim.lr:
             yield f"optim.{name}: got {getattr(optim, name):g}, allowed: at most optim.lr = {optim.lr:g}"
 
 
-def _held_out_problems(settings: AnySettings) -> Iterator[str]:
+def _held_out_problems(settings: ShardSettings) -> Iterator[str]:
     every = settings.eval.every
     if settings.eval.shards is None:
         if every:
@@ -99,7 +99,7 @@ def _held_out_problems(settings: AnySettings) -> Iterator[str]:
             yield str(error)
 
 
-def _size_problems(settings: AnySettings, facts: DataFacts | None) -> Iterator[str]:
+def _size_problems(settings: ShardSettings, facts: DataFacts | None) -> Iterator[str]:
     global_batch = settings.data.global_batch
     labelled = settings.labelled if isinstance(settings, FinetuneSettings) else None
     samples = facts.samples if facts is not None else None

@@ -7,12 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fdscale.cluster.gpus import visible_gpus
-from fdscale.config.settings import DistillSettings, FinetuneSettings
+from fdscale.config.settings import DistillSettings, RunSettings
 
 
-def engine_problems(
-    settings: DistillSettings | FinetuneSettings, deepspeed_json: Mapping[str, Any], here: bool
-) -> Iterator[str]:
+def engine_problems(settings: RunSettings, deepspeed_json: Mapping[str, Any], here: bool) -> Iterator[str]:
     """Every problem, in words; `here`: the ranks run on this machine, whose GPUs then count."""
     name, checkpointing = settings.student.name, settings.student.activation_checkpointing
     if name.startswith("timm:swinv2") and _enabled(deepspeed_json, "bf16"):

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from fdscale.config.errors import SettingsError, UserError, settings_renamed, told_as
-from fdscale.config.recipe import recipe_names
+from fdscale.config.recipe import load_recipe, recipe_names
 from fdscale.config.settings import StudentSettings, TargetSettings, TeacherSettings
 from fdscale.distill.layout import TokenLayout, layout_problems
 from fdscale.students.geometry import STUDENTS, Geometry, SwinV2Geometry, ViTGeometry, file_geometry, student_geometry
@@ -26,13 +26,13 @@ from fdscale.teachers.table import (
 TeacherGeometry = TeacherSpec | UnbuiltTeacher | Geometry  # the last: a network of the students' teaches
 FREE_LICENCES = ("MIT", "Apache-2.0", "your own")
 RESIZABLE = ("image_size", "window_size", "pretrained_window_sizes")
-RUN_OF_A_RECIPE = re.compile(r"runs/(\w+)/student\.safetensors")
+RUN_OF_A_RECIPE = re.compile(r"runs/(\w+)/(student|detector)\.safetensors")
 
 
 def planned_student(table: StudentSettings) -> Geometry:
     """The student's geometry; raises UserError where its weights are missing or those of another network."""
     if table.weights is not None:
-        _refuse_no_file("student.weights", table.weights)
+        refuse_no_file("student.weights", table.weights)
     elif table.resize:
         raise UserError("student.resize: it is student.weights that are resized; name them, or leave it out")
     geometry = geometry_of(table)
@@ -64,7 +64,7 @@ def planned_teacher(table: TeacherSettings) -> TeacherGeometry:
         return up_to_layer(_student_as_teacher(table), table.layer)
     teacher = teacher_geometry(table.name, table.weights, table.image_size, table.geometry, table.layer)
     if table.weights not in (None, "random"):
-        _refuse_no_file("teacher.weights", str(table.weights))
+        refuse_no_file("teacher.weights", str(table.weights))
     elif table.weights is None and isinstance(teacher, TeacherSpec) and not teacher.pretrained:
         raise UserError(f'teacher.weights: no hub carries {table.name}: give the path of its file, or "random"')
     return teacher
@@ -97,7 +97,7 @@ def _student_as_teacher(table: TeacherSettings) -> Geometry:
             '(`fdscale import FILE --output DIR` makes one of a published checkpoint), or "random"'
         )
     if table.weights != "random":
-        _refuse_no_file("teacher.weights", table.weights)
+        refuse_no_file("teacher.weights", table.weights)
         _refuse_another_geometry("teacher", table.weights, geometry)
     return geometry
 
@@ -144,18 +144,18 @@ def _refuse_another_geometry(who: str, weights: str, wanted: Geometry, resize: b
 
 
 def _file_geometry(where: str, weights: str) -> Geometry:
-    _refuse_no_file(where, weights)
+    refuse_no_file(where, weights)
     return file_geometry(Path(weights))
 
 
-def _refuse_no_file(where: str, weights: str) -> None:
+def refuse_no_file(where: str, weights: str) -> None:
+    """Raise UserError, naming the setting, where there is no file; what a recipe would leave there is told."""
     if Path(weights).is_file():
         return
     recipe = RUN_OF_A_RECIPE.fullmatch(weights)
     hint = ""
     if recipe and recipe[1] in recipe_names():
-        program = "finetune" if recipe[1].startswith("finetune_") else "distill"
-        hint = f"; `fdscale launch {program} {recipe[1]}` leaves it there"
+        hint = f"; `fdscale launch {load_recipe(recipe[1]).program} {recipe[1]}` leaves it there"
     raise UserError(f"{where}: no such file: {weights}; allowed: the path of a weights file{hint}")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from fdscale.config.settings import DistillSettings, FinetuneSettings
+from fdscale.config.settings import DistillSettings, RunSettings
 
 Placement = Literal["replicated", "zero3", "fairscale"]
 PLACEMENTS: tuple[Placement, ...] = ("replicated", "zero3", "fairscale")
@@ -22,7 +22,7 @@ class Choice:
 
 
 def chosen_placements(
-    settings: DistillSettings | FinetuneSettings,
+    settings: RunSettings,
     teachers: Mapping[str, int] | None = None,
     states: int = 0,
     memory: int | None = None,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from fdscale.config.settings import DistillSettings, FinetuneSettings
+from fdscale.config.settings import DistillSettings, RunSettings
 from fdscale.planning.check import Plan
 from fdscale.planning.memory import GIB
 from fdscale.planning.networks import TeacherGeometry, teacher_parameters
 
 
-def plan_table(settings: DistillSettings | FinetuneSettings, plan: Plan) -> Table:
+def plan_table(settings: RunSettings, plan: Plan) -> Table:
     """What was checked and derived, one row each."""
     table = Table(box=None, show_header=False, title="valid", title_style="bold green", title_justify="left")
     table.add_column(style="bold")

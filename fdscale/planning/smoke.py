@@ -2,13 +2,17 @@
 
 Student: channels, heads and windows in proportion, depths 2/2/6/2, extra norms where the original has them.
 Teacher: two small blocks with random weights, its grid in the original's proportion to the student's.
+Dense tasks: rendered scenes, narrow heads, crops of 128 px; windows and evaluated sizes in proportion to the crop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fdscale.config.dense_settings import SegmentSettings
+from fdscale.config.programs import PROGRAMS, DenseSettings
+from fdscale.planning.dense_check import SCENE_CLASSES, SCENES
 from fdscale.students.geometry import (
     OWN,
     STUDENT_FILE,
@@ -40,15 +44,22 @@ TEACHER_SWIN = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 
 EPOCHS = 5
 # the official rate for 32 images would be 2e-5, too small to learn anything in some 200 steps
 OPTIM = {"lr": 1e-3, "warmup_lr": 1e-6, "min_lr": 1e-5, "reference_batch": 0, "warmup_epochs": 0.2}
+BATCH: Tree = {"global_batch": 32, "workers": 0}
 RUN: Tree = {
     "deepspeed": "laptop",
     "epochs": EPOCHS,
-    "data": {"shards": "digits", "global_batch": 32, "workers": 0},
+    "data": {"shards": "digits", **BATCH},
     "eval": {"shards": None, "every": 0},
     "checkpoint": {"every": 50},
     "log": {"every": 10},
 }
 DIGITS_CLASSES = 10
+CROP = 128
+DENSE_RUN: Tree = {"deepspeed": "laptop", "steps": None, "epochs": EPOCHS, "checkpoint": {"every": 50}}
+DENSE_VIT = {**VIT, "depth": 4}  # whose four layers a head may take
+PYRAMID = 64  # channels
+SEGMENT_HEAD = {"channels": 64, "queries": 16, "decoder_layers": 2}
+DETECT_HEAD = {"channels": PYRAMID, "box_width": 128, "weights": None}
 FROM_SCRATCH: Tree = {"weights": None, "resize": None}
 
 
@@ -60,6 +71,8 @@ def smoke_patch(recipe: Mapping[str, Any]) -> Tree:
     original = _student(recipe["student"])
     keeps_its_size = recipe["student"]["name"] in (STUDENT_FILE, OWN)
     student = {"image_size": None, "geometry": None} if keeps_its_size else _small_student(original)
+    if recipe["program"] in SCENE_CLASSES:
+        return _dense_patch(_dense_settings(recipe), original, student)
     patch = {**RUN, "optim": OPTIM, "student": student}
     if recipe["program"] == "finetune":
         return {**patch, "classes": DIGITS_CLASSES, "head": {"weights": None, "keep": None}}
@@ -68,6 +81,41 @@ def smoke_patch(recipe: Mapping[str, Any]) -> Tree:
         name: _small_teacher(table, original, small) for name, table in recipe.get("further_teachers", {}).items()
     }
     return {**patch, "teacher": _small_teacher(recipe["teacher"], original, small), "further_teachers": further}
+
+
+def _dense_settings(recipe: Mapping[str, Any]) -> DenseSettings:
+    settings = PROGRAMS[recipe["program"]].model_validate(recipe)
+    assert isinstance(settings, DenseSettings)
+    return settings
+
+
+def _dense_patch(settings: DenseSettings, original: Geometry, student: Tree) -> Tree:
+    """What a dense recipe changes, the student's patch included."""
+    smaller = CROP / settings.data.crop
+    segments = isinstance(settings, SegmentSettings)
+    scenes = {"folder": SCENES} if segments else {"images": SCENES, "annotations": SCENES}
+    sizes = ("short_side", "long_side", "stride", "window_size")
+    seen = {**_shrunk(settings.eval, (*sizes, "crop"), smaller), **scenes, "every": 0}
+    backbone = {**_shrunk(settings.backbone, ("window_size",), smaller), "pyramid_channels": PYRAMID}
+    if isinstance(original, ViTGeometry):
+        student = {**student, "geometry": DENSE_VIT}
+        backbone["indices"] = list(range(DENSE_VIT["depth"]))
+    return {
+        **DENSE_RUN,
+        "classes": SCENE_CLASSES[settings.program],
+        "student": student,
+        "data": {**_shrunk(settings.data, ("short_side", "long_side"), smaller), **scenes, **BATCH, "crop": CROP},
+        "backbone": backbone,
+        "head": SEGMENT_HEAD if segments else DETECT_HEAD,
+        "optim": {**OPTIM, "warmup_steps": None},
+        "eval": seen,
+    }
+
+
+def _shrunk(table: Any, names: Sequence[str], smaller: float) -> Tree:
+    """These numbers of a table, as far as it has them, times `smaller`."""
+    given = {name: getattr(table, name, None) for name in names}
+    return {name: max(round(number * smaller), 2) for name, number in given.items() if number}
 
 
 def _student(table: Mapping[str, Any]) -> Geometry:

@@ -9,7 +9,7 @@ from typing import Any
 from fdscale.config.deepspeed_json import MONITORS
 from fdscale.config.endpoint_files import basic_credentials, tls_context
 from fdscale.config.errors import attempt
-from fdscale.config.settings import LogSettings
+from fdscale.config.keeping import LogSettings
 
 
 def telemetry_problems(log: LogSettings, deepspeed_json: Mapping[str, Any]) -> list[str]:

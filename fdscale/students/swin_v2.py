@@ -80,6 +80,8 @@ class CosineWindowAttention(WindowAttention):
 class SwinV2Block(SwinTransformerV2Block):
     """timm's residual post-norm block, with an optional norm on the main branch after both residual sums."""
 
+    pads_first = False  # as timm, which exports are read with; at the size that it is built for nothing is padded
+
     def __init__(self, like: SwinTransformerV2Block, extra_norm: bool) -> None:
         super().__init__(
             like.dim,
@@ -98,6 +100,17 @@ class SwinV2Block(SwinTransformerV2Block):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, h, w, C) -> the same shape."""
         return self.enorm(super().forward(x))
+
+    def _attn(self, x: Tensor) -> Tensor:
+        """timm's; with `pads_first` a map that the windows do not divide is padded before it is shifted, not after.
+
+        So do the official dense networks: after the shift, opposite edges of a padded map see each other.
+        """
+        height, width = x.shape[1:3]
+        below, right = -height % self.window_size[0], -width % self.window_size[1]
+        if not (self.pads_first and (below or right)):
+            return super()._attn(x)
+        return super()._attn(F.pad(x, (0, 0, 0, right, 0, below)))[:, :height, :width]
 
 
 class SwinV2(SwinTransformerV2):

@@ -10,7 +10,12 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-HELD_OUT = ("eval_loss", "eval_accuracy", "eval_ema_loss", "eval_ema_accuracy", "eval_knn_accuracy")
+AP = ("ap/box/all", "ap/box/50", "ap/mask/all", "ap/mask/50")  # of what COCO has names for, those that are watched
+HELD_OUT = (
+    *("eval_loss", "eval_accuracy", "eval_ema_loss", "eval_ema_accuracy", "eval_knn_accuracy"),
+    *("eval_miou", "eval_pixel_accuracy", "eval_ema_miou"),
+    *(f"{whose}_{name}" for whose in ("eval", "eval_ema") for name in AP),
+)
 EVENT_NAMES = (*HELD_OUT, "checkpoint_seconds")
 
 
@@ -75,6 +80,7 @@ def _cells(row: Mapping[str, float]) -> dict[str, str]:
         "eta_seconds": lambda v: f"ETA {duration(v)}",
         "loss": lambda v: f"loss {v:.4f}",
         "accuracy": lambda v: f"acc {v:.1%}",
+        "pixel_accuracy": lambda v: f"acc {v:.1%}",
         "lr": lambda v: f"lr {_short(v)}",
         "grad_norm": lambda v: f"grad {v:.3g}",
         "images_per_second": lambda v: f"{v:.4g} img/s",
@@ -90,9 +96,18 @@ def _events(values: Mapping[str, float]) -> list[str]:
         "eval_ema_loss": lambda v: f"loss of the average {v:.4f}",
         "eval_ema_accuracy": lambda v: f"accuracy of the average {v:.1%}",
         "eval_knn_accuracy": lambda v: f"held-out k-NN accuracy {v:.1%}",
+        "eval_miou": lambda v: f"held-out mIoU {v:.1%}",
+        "eval_pixel_accuracy": lambda v: f"pixels {v:.1%}",
+        "eval_ema_miou": lambda v: f"mIoU of the average {v:.1%}",
+        "eval_ap/box/all": lambda v: f"held-out box AP {v:.1%}",
+        "eval_ap/box/50": lambda v: f"box AP50 {v:.1%}",
+        "eval_ap/mask/all": lambda v: f"mask AP {v:.1%}",
+        "eval_ap/mask/50": lambda v: f"mask AP50 {v:.1%}",
+        "eval_ema_ap/box/all": lambda v: f"box AP of the average {v:.1%}",
+        "eval_ema_ap/mask/all": lambda v: f"mask AP of the average {v:.1%}",
         "checkpoint_seconds": lambda v: f"checkpoint committed in {v:.1f} s",
     }
-    return [texts[name](values[name]) for name in EVENT_NAMES if name in values]
+    return [texts[name](values[name]) for name in texts if name in values]
 
 
 def _short(value: float) -> str:

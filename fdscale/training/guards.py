@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from fdscale.config.errors import UserError
-from fdscale.data.batches import Batch
 from fdscale.training.amplitudes import Amplitudes
 from fdscale.training.canary import Canary
 from fdscale.training.checkpoint import Checkpoints
@@ -110,7 +109,7 @@ class Guards:
         checkpoints: Checkpoints,
         progress: Progress,
         loss: Tensor,
-        batches: Sequence[Batch],
+        batches: Sequence[Any],
         sinks: Sinks,
     ) -> bool:
         """Count a step whose update was left out; True when `progress` is that of the last commit again.
@@ -131,7 +130,7 @@ class Guards:
         self._go_back(engine, checkpoints, progress, sinks)
         return True
 
-    def _note(self, step: int, loss: float, batches: Sequence[Batch]) -> list[float]:
+    def _note(self, step: int, loss: float, batches: Sequence[Any]) -> list[float]:
         """Keep what the step was made of and say whose loss it was; returns the ranks' losses."""
         keys = [key & (2**64 - 1) for batch in batches for key in batch.keys.tolist()]  # the bits of an unsigned one
         everyone: list[Any] = gather_lists([{"loss": loss, "keys": keys}], self.connection)

@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fdscale.cluster.ranks import StopSignals
-from fdscale.data.batches import Batch
 from fdscale.data.loader import check_bad_ratio
 from fdscale.training.checkpoint import Checkpoints
 from fdscale.training.engine import Connection, balanced_module_stack, gather_lists, set_learning_rate
@@ -32,15 +31,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BatchTerms = Callable[["DeepSpeedEngine", Batch, int], dict[str, Tensor]]
+BatchTerms = Callable[["DeepSpeedEngine", Any, int], dict[str, Tensor]]
 
 
 class Loader(Protocol):
-    """Batches of this rank: one list of micro batches a step."""
+    """Batches of this rank: one list of micro batches a step, each with `rows`, `keys` and `bad` as data's `Batch`."""
 
     data_wait_seconds: float
 
-    def steps(self, first: int, last: int) -> Generator[list[Batch], None, None]: ...
+    def steps(self, first: int, last: int) -> Generator[list[Any], None, None]: ...
 
 
 class Watch(Protocol):
@@ -137,7 +136,7 @@ def fit(
     return True
 
 
-def _steps(loader: Loader, progress: Progress, plan: Plan, guards: Guards, meter: Meter) -> Iterator[list[Batch]]:
+def _steps(loader: Loader, progress: Progress, plan: Plan, guards: Guards, meter: Meter) -> Iterator[list[Any]]:
     """The micro batches of each step from `progress` on, which the loop moves: by one, or back to a checkpoint."""
     while (begun_at := progress.step) < plan.last:
         meter.restart(begun_at, loader.data_wait_seconds)
@@ -154,7 +153,7 @@ def _steps(loader: Loader, progress: Progress, plan: Plan, guards: Guards, meter
 def train_step(
     engine: DeepSpeedEngine,
     batch_terms: BatchTerms,
-    micro_batches: Iterable[Batch],
+    micro_batches: Iterable[Any],
     step: int,
     phase: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, Tensor]:
@@ -177,9 +176,7 @@ def train_step(
     return {name: torch.stack([of_batch[name] for of_batch in terms]).mean() for name in terms[0]}
 
 
-def _agree(
-    connection: Connection, stop: bool, batches: list[Batch], progress: Progress, plan: Plan, live: Live
-) -> bool:
+def _agree(connection: Connection, stop: bool, batches: list[Any], progress: Progress, plan: Plan, live: Live) -> bool:
     """Whether any rank was asked to stop; counts bad samples of all ranks and raises when there are too many."""
     names = [name for batch in batches for name in batch.bad]
     flags = torch.tensor([int(stop), len(names)])

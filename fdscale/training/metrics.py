@@ -89,6 +89,8 @@ _ROWS = (
     _gauge("teacher_loss", "1", "Distillation loss of one of several teachers, not weighted", "teacher"),
     _gauge("teacher_cosine", "1", "Mean cosine between projected tokens and one teacher's", "teacher"),
     _gauge("accuracy", "ratio", "Correctly classified share of the global batch"),
+    _gauge("pixel_accuracy", "ratio", "Correctly classified share of the global batch's labelled pixels"),
+    _gauge("loss_part", "1", "One part of a dense head's loss", "part"),
     _gauge("grad_norm", "1", "Total gradient norm before clipping"),
     _gauge("lr", "1", "Learning rate of the head's or projector's group, which layer decay leaves whole"),
     _gauge(
@@ -101,6 +103,14 @@ _ROWS = (
     _gauge("eval_accuracy", "ratio", "Correctly classified share of the held-out images"),
     _gauge("eval_ema_loss", "1", "Loss on the held-out shards of the weights' moving average"),
     _gauge("eval_ema_accuracy", "ratio", "Correctly classified share of the held-out images by the moving average"),
+    _gauge("eval_miou", "ratio", "Mean over the classes of the held-out pixels' intersection over union"),
+    _gauge("eval_ema_miou", "ratio", "The same of the weights' moving average"),
+    _gauge("eval_pixel_accuracy", "ratio", "Correctly classified share of the held-out pixels"),
+    _gauge("eval_mean_accuracy", "ratio", "Mean over the classes of their correctly classified held-out pixels"),
+    _gauge(
+        "eval_ap", "ratio", "COCO's average precision on the held-out images: of boxes or masks, at what", "of", "at"
+    ),
+    _gauge("eval_ema_ap", "ratio", "The same of the weights' moving average", "of", "at"),
     _gauge("eval_knn_accuracy", "ratio", "k-NN accuracy of student features on the held-out shards"),
     # how fast
     _gauge("images_per_second", "images/second", "Training throughput of all ranks together"),

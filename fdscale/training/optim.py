@@ -13,10 +13,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up, then a cosine, per optimizer step (method, section 3; timm's cosine with warm-up prefix).
+    """Linear warm-up, then a decay, per optimizer step.
 
-    `scaled` is what a parameter group's `lr_scale` multiplies: the peak alone (official: all groups start at the same
-    `start` and end at the same `end`), or all three rates.
+    The cosine begins after the warm-up (method, section 3; timm's cosine with warm-up prefix). The line, and the
+    `milestones`, after each of which the peak is a tenth, are counted from the first step, and the warm-up leads up to
+    them (mmseg's poly of power 1, detectron2's multi-step). `scaled` is what a parameter group's `lr_scale` multiplies:
+    the peak alone (official: all groups start at the same `start` and end at the same `end`), or all three rates.
     """
 
     total_steps: int
@@ -25,6 +27,8 @@ class Schedule:
     start: float = 0.0
     end: float = 0.0
     scaled: Literal["peak", "all"] = "peak"
+    decay: Literal["cosine", "linear", "milestones"] = "cosine"
+    milestones: tuple[float, ...] = ()  # shares of all steps
 
     def of_group(self, lr_scale: float) -> Schedule:
         """The schedule of a parameter group with this `lr_scale`."""
@@ -34,7 +38,16 @@ class Schedule:
     def at(self, index: int) -> float:
         """The rate at schedule index 0 .. total_steps."""
         if index < self.warmup_steps:
-            return self.start + index * (self.peak - self.start) / self.warmup_steps
+            top = self.peak if self.decay == "cosine" else self._decayed(index)
+            return self.start + index * (top - self.start) / self.warmup_steps
+        return self._decayed(index)
+
+    def _decayed(self, index: int) -> float:
+        progress = min(index / max(self.total_steps, 1), 1.0)
+        if self.decay == "linear":
+            return self.peak + progress * (self.end - self.peak)
+        if self.decay == "milestones":
+            return max(self.peak * 0.1 ** sum(progress >= each for each in self.milestones), self.end)
         progress = (index - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1)
         return self.end + 0.5 * (self.peak - self.end) * (1 + math.cos(math.pi * min(progress, 1.0)))
 

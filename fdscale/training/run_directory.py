@@ -23,7 +23,11 @@ MAY_CHANGE = {
     "deepspeed": "another file, whose contents are compared",
     "data.shards": "another place for the same shards, whose index is compared",
     "eval.shards": "likewise",
+    **dict.fromkeys(("data.folder", "eval.folder", "data.annotations", "eval.annotations"), "likewise"),
+    **dict.fromkeys(("data.images", "eval.images"), "another place for the same images"),
+    "eval.overlays": "pictures",
     "epochs": "upward: more of the same",
+    "steps": "likewise",
     "max_steps": "where to stop this time",
     "student.activation_checkpointing": "the same gradients, recomputed or kept",
     "teacher.placement": "the same tokens, wherever the frozen weights lie",
@@ -94,8 +98,7 @@ class RunDirectory:
         problems = differences(before, now, {*MAY_CHANGE, *self._held_by_hash()})
         json_before = json.loads(self.deepspeed.read_text()) if self.deepspeed.exists() else deepspeed_json
         problems += differences(json_before, deepspeed_json, MAY_CHANGE_IN_JSON)
-        if now["epochs"] < before["epochs"] and self._has_trained():
-            problems.append(f"epochs: {before['epochs']} there, {now['epochs']} now; it may only grow")
+        problems += _shorter(before, now) if self._has_trained() else []
         if problems:
             listed = "\n  ".join(problems)
             raise UserError(
@@ -129,12 +132,12 @@ class RunDirectory:
             write_text(self.recipe, to_toml(settings))
 
     def check_data(self, fingerprints: Mapping[str, str]) -> None:
-        """Raise UserError when the shards are not those that this run began with; `fingerprints` by setting."""
+        """Raise UserError when the data are not those that this run began with; `fingerprints` by setting."""
         before = json.loads(self.data.read_text()) if self.data.exists() else fingerprints
         changed = [name for name in fingerprints if before.get(name, fingerprints[name]) != fingerprints[name]]
         if changed:
             raise UserError(
-                f"run_dir: {self.folder} began with other shards than {' and '.join(changed)} now holds: "
+                f"run_dir: {self.folder} began with other data than {' and '.join(changed)} now holds: "
                 "its order of samples would change in the middle; bring the old ones back, or name a new run_dir=…"
             )
 
@@ -180,6 +183,15 @@ class RunDirectory:
     def mark_complete(self, step: int) -> None:
         """Say that the run is done and its student file is whole."""
         write_text(self.complete_marker, json.dumps({"step": step}) + "\n")
+
+
+def _shorter(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a run's new length; epochs and steps cannot be told from each other without the data."""
+    lengths = [name for name in ("epochs", "steps") if name in before]
+    if lengths != [name for name in ("epochs", "steps") if name in now]:
+        return [f"{lengths[0]}: the run's length was given in these, {before[lengths[0]]}; give it in them again"]
+    shrunk = [name for name in lengths if now[name] < before[name]]
+    return [f"{name}: {before[name]} there, {now[name]} now; it may only grow" for name in shrunk]
 
 
 def _names(folder: Path) -> set[str]:

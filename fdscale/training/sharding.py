@@ -40,14 +40,14 @@ def place(
     inside = set(teacher.backbone.modules())
     share((module for module in teacher.modules() if module not in inside), connection)
     if placement == "zero3":
-        _start_frozen_engine(teacher.backbone, deepspeed_json, connection)
+        divide_frozen(teacher.backbone, deepspeed_json, connection)
     else:
         teacher.backbone = _fully_sharded(teacher.backbone, connection)
     return teacher
 
 
-def _start_frozen_engine(backbone: nn.Module, deepspeed_json: Mapping[str, Any], connection: Connection) -> None:
-    """Divide a backbone by a ZeRO-3 engine without an optimizer; the backbone's hooks gather its weights from here on.
+def divide_frozen(backbone: nn.Module, deepspeed_json: Mapping[str, Any], connection: Connection) -> None:
+    """Divide a network by a ZeRO-3 engine without an optimizer; its own hooks gather its weights from here on.
 
     Divided beforehand, each parameter keeps its own type, and none gets hpZ's second copy.
     """

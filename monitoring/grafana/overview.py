@@ -153,6 +153,17 @@ LEARNED = Row(
             Query(of("accuracy"), "{{run}} accuracy while training", "labels"),
             width=12,
         ),
+        panel("Parts of a dense head's loss", "loss_part", needs="detection", width=8),
+        panel(
+            "Segmentation of held-out images",
+            Query(of("eval_miou"), "{{run}} mIoU", "segmentation"),
+            Query(of("eval_ema_miou"), "{{run}} mIoU of the average", "segmentation"),
+            Query(of("eval_mean_accuracy"), "{{run}} mean accuracy", "segmentation"),
+            Query(of("eval_pixel_accuracy"), "{{run}} pixel accuracy", "segmentation"),
+            Query(of("pixel_accuracy"), "{{run}} pixel accuracy while training", "segmentation"),
+            width=8,
+        ),
+        panel("Average precision on held-out images", "eval_ap", "eval_ema_ap", needs="detection", width=8),
     ),
 )
 

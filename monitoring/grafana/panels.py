@@ -37,6 +37,8 @@ NEEDS = {
     "teachers": "several teachers",
     "labels": "fine-tuning with labels",
     "held-out": "held-out shards and a step at which they were looked at",
+    "segmentation": "segmentation, and held-out images",
+    "detection": "detection, and held-out images",
     "plan": "a measured step",
     "restart": "a second attempt",
 }

@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fdscale.build.training import augmentation, optimizer_groups, schedule_of
+from fdscale.build.shards import augmentation
+from fdscale.build.training import optimizer_groups, schedule_of
 from fdscale.config.recipe import load_recipe
 from fdscale.config.settings import DistillSettings, FinetuneSettings, OptimSettings
 from fdscale.distill.distiller import Distiller, Lesson
 from fdscale.distill.layout import TokenLayout
 from fdscale.distill.targets import TargetMaker
+from fdscale.downstream.backbone import Backbone
 from fdscale.downstream.classifier import Classifier
 from fdscale.students.geometry import TimmGeometry, student_geometry
 from fdscale.students.student import Student, build_student
@@ -22,6 +24,7 @@ from fdscale.training.optim import Schedule
 
 SHARED_TABLE = "student.backbone.rel_pos_bias.relative_position_bias_table"
 Groups = list[dict[str, Any]]
+LAYERED = OptimSettings(lr=1e-4, layer_decay=0.8)
 
 
 def meta_student(name: str, position_bias: str | None = None) -> Student:
@@ -72,6 +75,28 @@ def test_vit_b_is_grouped_as_officially(vit: Classifier) -> None:
     assert {scales[name] for name in ("head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias")} == {1.0}
     counts = [len(group["params"]) for group in groups]
     assert counts == [1, 2, *[5, 11] * 12, 1, 3]  # a block decays four matrices and its table
+
+
+def test_a_student_deep_inside_a_dense_network_is_grouped_as_on_top() -> None:
+    """By its place in the module, whatever stands around it; all else learns at the head's rate."""
+    with torch.device("meta"):
+        dense = nn.ModuleDict({"model": Backbone(meta_student("swinv2_b")), "head": nn.Conv2d(8, 8, 1)})
+    student = dense["model"].student
+    assert isinstance(student, Student)
+    scales = {name: group[0] for name, group in group_of(dense, optimizer_groups(dense, student, LAYERED)).items()}
+    inside = "model.student.backbone."
+    assert scales[f"{inside}patch_embed.proj.weight"] == pytest.approx(0.8**25)
+    assert scales[f"{inside}layers.3.blocks.1.mlp.fc2.weight"] == pytest.approx(0.8)
+    assert {scales[name] for name in scales if not name.startswith(inside)} == {1.0}
+
+
+def test_a_run_is_so_many_epochs_or_steps_long() -> None:
+    recipe = load_recipe("digits_finetune", ["epochs=3"])
+    assert recipe.total_steps(7) == 21
+    in_steps = recipe.model_copy(update={"epochs": None, "steps": 160_000})
+    assert in_steps.total_steps(7) == 160_000
+    schedule = schedule_of(optim(warmup_steps=1500), 512, 7, 160_000)
+    assert (schedule.warmup_steps, schedule.total_steps) == (1500, 160_000)
 
 
 def test_swin_v2_b_is_grouped_as_officially(swin: Classifier) -> None:

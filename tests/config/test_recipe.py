@@ -218,7 +218,7 @@ def test_a_site_is_split_into_words_as_a_shell_would() -> None:
 
 def test_unknown_program_and_unknown_recipe_suggest(distill: str) -> None:
     assert problems(distill, "program=distil") == [
-        "program: got 'distil', allowed: \"distill\" or \"finetune\"; did you mean 'distill'?"
+        'program: got \'distil\', allowed: "distill" or "finetune" or "segment" or "detect"; did you mean \'distill\'?'
     ]
     expected = r"unknown recipe 'swinv2g'; did you mean 'swinv2_g'\?; known: .*vit_b_dino"
     with pytest.raises(UserError, match=expected):

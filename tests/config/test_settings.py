@@ -8,7 +8,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from fdscale.config.settings import CheckpointSettings, DataSettings, LogSettings, OptimSettings, StudentSettings
+from fdscale.config.keeping import CheckpointSettings, LogSettings
+from fdscale.config.settings import DataSettings, OptimSettings, StudentSettings
 
 
 def test_settings_are_frozen() -> None:

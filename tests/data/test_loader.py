@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from fdscale.config.errors import UserError
 from fdscale.data.augment import Augmentation
+from fdscale.data.batches import Batch, EvalBatches, TrainBatches
 from fdscale.data.index import Index, build_index, load_index
-from fdscale.data.loader import Batch, EvalLoader, TrainLoader, check_bad_ratio
+from fdscale.data.loader import EvalLoader, TrainLoader, check_bad_ratio
 from fdscale.data.order import GlobalOrder
 
 CPU = torch.device("cpu")
@@ -33,7 +34,7 @@ def index(plain_folder: Path) -> Index:
 
 def train_loader(index: Index, rank=0, world_size=1, micro_batch=2, workers=0, batch=GLOBAL_BATCH) -> TrainLoader:
     order = GlobalOrder(len(index), batch, seed=5)
-    return TrainLoader(index, order, rank, world_size, micro_batch, 6, VIEWS, 5, workers, CPU)
+    return TrainLoader(TrainBatches(index, 6, VIEWS, 5), order, rank, world_size, micro_batch, workers, CPU)
 
 
 def rows_of(batches: list[Batch]) -> list[tuple[int, int, bytes]]:
@@ -116,7 +117,7 @@ def test_the_ranks_own_generators_are_left_alone(index):
     np.random.seed(3)
     before = torch.get_rng_state(), np.random.get_state()[1]
     list(train_loader(index, workers=1).steps(0, 2))
-    list(EvalLoader(index, 0, 1, 4, 6, "bilinear", 1, CPU))
+    list(EvalLoader(EvalBatches(index, 6, "bilinear"), len(index), 0, 1, 4, 1, CPU))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
 
@@ -143,7 +144,10 @@ def test_an_error_in_a_worker_reads_like_any_other(write_shards, png, workers):
 
 
 def test_no_shard_stays_open(index):
-    training, evaluation = train_loader(index), EvalLoader(index, 0, 1, 26, 6, "bilinear", 0, CPU)
+    training, evaluation = (
+        train_loader(index),
+        EvalLoader(EvalBatches(index, 6, "bilinear"), len(index), 0, 1, 26, 0, CPU),
+    )
     run = training.steps(0, 9)
     next(run)
     run.close()
@@ -185,12 +189,14 @@ import sys, torch, signal
 sys.path[:] = {path!r}
 from fdscale.data.augment import Augmentation
 from fdscale.data.index import load_index
+from fdscale.data.batches import TrainBatches
 from fdscale.data.loader import TrainLoader
 from fdscale.data.order import GlobalOrder
 signal.signal(signal.SIGTERM, lambda *_: None)  # as a rank that only notes the wish to stop
 index = load_index({folder!r})
 augmentation = Augmentation((1.0, 1.0), (1.0, 1.0), "bilinear", 0.5)
-loader = TrainLoader(index, GlobalOrder(26, 8, 0), 0, 1, 2, 6, augmentation, 0, 2, torch.device("cpu"))
+batches = TrainBatches(index, 6, augmentation, 0)
+loader = TrainLoader(batches, GlobalOrder(26, 8, 0), 0, 1, 2, 2, torch.device("cpu"))
 run = loader.steps(0, 100)  # still alive, as in the frames of a traceback, when Python exits
 next(run)
 raise ValueError("the training step failed")
@@ -209,7 +215,7 @@ def test_a_crash_of_the_rank_ends_its_workers(index, plain_folder):
 def test_evaluation_sees_every_sample_once_in_equally_many_batches(index, world_size, batch_size, workers):
     keys = []
     for rank in range(world_size):
-        loader = EvalLoader(index, rank, world_size, batch_size, 6, "bicubic", workers, CPU)
+        loader = EvalLoader(EvalBatches(index, 6, "bicubic"), len(index), rank, world_size, batch_size, workers, CPU)
         batches = list(loader)
         assert len(batches) == len(loader) == -(-26 // (world_size * batch_size))
         for batch in batches:
@@ -221,7 +227,7 @@ def test_evaluation_sees_every_sample_once_in_equally_many_batches(index, world_
 
 def test_evaluation_leaves_bad_images_out(write_shards, png):
     index = build_index(write_shards([{"a.png": png(0), "b.png": b"bad", "c.png": png(2)}]))
-    (batch,) = EvalLoader(index, 0, 1, 4, 6, "bicubic", 0, CPU)
+    (batch,) = EvalLoader(EvalBatches(index, 6, "bicubic"), len(index), 0, 1, 4, 0, CPU)
     assert batch.valid.tolist() == [True, False, True, False]
     assert batch.labels.tolist() == [-1, -2, -1, -2]
     assert not batch.images[1].any()

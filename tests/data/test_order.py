@@ -44,7 +44,7 @@ def test_nobody_can_write_into_the_order():
 
 
 def test_fewer_samples_than_a_global_batch():
-    with pytest.raises(UserError, match=r"data\.global_batch is 8, but data\.shards holds 7.*1 to 7"):
+    with pytest.raises(UserError, match=r"data\.global_batch is 8, but the training data holds 7.*1 to 7"):
         GlobalOrder(7, 8, seed=0)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from fdscale.config.errors import UserError
 from fdscale.config.recipe import load_recipe
 from fdscale.config.settings import FinetuneSettings
+from fdscale.data.batches import EvalBatches
 from fdscale.data.index import load_index
 from fdscale.data.loader import EvalLoader
 from fdscale.data.pack import pack_folder
@@ -165,7 +166,7 @@ def test_the_files_of_a_run_evaluate_as_the_run_did(
     classifier = Classifier(student, 10, 0.0, norm).eval()  # type: ignore[arg-type]
     classifier.load_state_dict(load_file(run_dir / "classifier.safetensors"), strict=False)
     index = load_index(digits)
-    (batch,) = EvalLoader(index, 0, 1, len(index), 32, "bicubic", 0, torch.device("cpu"))
+    (batch,) = EvalLoader(EvalBatches(index, 32, "bicubic"), len(index), 0, 1, len(index), 0, torch.device("cpu"))
     if normalisation == "clip":
         student.mean, student.std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     logits = classifier.logits(batch.images.float() / 255).detach()
@@ -233,7 +234,7 @@ def test_it_goes_on_from_a_fine_tuned_run_at_another_size(
     classifier = Classifier(student, 10, 0.0, "after_pooling").eval()
     classifier.load_state_dict(load_file(earlier / "classifier.safetensors"), strict=False)
     index = load_index(digits)
-    (batch,) = EvalLoader(index, 0, 1, len(index), 48, "bicubic", 0, torch.device("cpu"))
+    (batch,) = EvalLoader(EvalBatches(index, 48, "bicubic"), len(index), 0, 1, len(index), 0, torch.device("cpu"))
     loss = float(F.cross_entropy(classifier.logits(batch.images.float() / 255).detach(), batch.labels))
     assert rows_of(tmp_path / "run", "eval_loss") == [pytest.approx(loss, abs=1e-5)]
     assert loss > 2.4  # far from that of a new head

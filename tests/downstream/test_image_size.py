@@ -52,6 +52,8 @@ def other_swin(student: Student, size: tuple[int, int], windows: tuple[int, ...]
         pretrained_window_sizes=SWIN_WINDOWS,
     ).eval()
     built.load_state_dict(swin_transformer_v2.checkpoint_filter_fn(student.backbone.state_dict(), built))
+    for block in (block for stage in built.layers for block in stage.blocks):
+        block.pads_first = True
     return built
 
 
@@ -78,6 +80,19 @@ def test_a_swin_of_another_size_keeps_its_windows(size: tuple[int, int], perturb
     student = perturbed(SWIN)
     built = other_swin(student, size, SWIN_WINDOWS)
     check(Backbone(student), built, images(*size))
+
+
+def test_edges_of_a_padded_map_do_not_see_each_other(perturbed: Perturbed) -> None:
+    """Windows of 8 shifted by 4 over 9 rows: the first four are the last window's, apart from the rows above them."""
+    backbone = Backbone(perturbed(SWIN))
+    backbone._resize((72, 72))
+    block = backbone.student.backbone.layers[1].blocks[1]
+    assert (block.window_size, block.shift_size) == ((8, 8), (4, 4))
+    tokens = torch.randn(1, 9, 9, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    seen = torch.autograd.grad(block(tokens)[0, 0, 0].sum(), tokens)[0].abs().sum(dim=-1)[0] > 0
+    assert seen[:4, :4].all()
+    assert not seen[4:].any()
+    assert not seen[:, 4:].any()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 72)])

@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from fdscale.config.errors import UserError
+from fdscale.data.batches import EvalBatches
 from fdscale.data.index import load_index
 from fdscale.data.loader import EvalLoader
 from fdscale.data.pack import pack_digits, pack_folder
@@ -54,7 +55,7 @@ def features(path: Path, shards: Path) -> tuple[torch.Tensor, torch.Tensor]:
     network = build_student(file_geometry(path)).eval()
     load_weights(network, path)
     index = load_index(shards)
-    (batch,) = EvalLoader(index, 0, 1, len(index), 32, "bicubic", 0, torch.device("cpu"))
+    (batch,) = EvalLoader(EvalBatches(index, 32, "bicubic"), len(index), 0, 1, len(index), 0, torch.device("cpu"))
     with torch.no_grad():
         return network(batch.images.float() / 255)[:, 1:].mean(dim=1), batch.labels
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fdscale.data.batches import EvalBatches
 from fdscale.data.index import load_index
 from fdscale.data.loader import EvalLoader
 from fdscale.downstream.classifier import Classifier
@@ -127,7 +128,7 @@ def evaluated_alone(run: Path, ending: str, digits: Path) -> tuple[float, float]
     classifier = Classifier(student, 10, 0.0).eval()
     classifier.load_state_dict(load_file(run / f"classifier{ending}.safetensors"), strict=False)
     index = load_index(digits)
-    (batch,) = EvalLoader(index, 0, 1, len(index), 32, "bicubic", 0, torch.device("cpu"))
+    (batch,) = EvalLoader(EvalBatches(index, 32, "bicubic"), len(index), 0, 1, len(index), 0, torch.device("cpu"))
     logits = classifier.logits(batch.images.float() / 255).detach()
     accuracy = float((logits.argmax(dim=1) == batch.labels).double().mean())
     return float(F.cross_entropy(logits, batch.labels)), accuracy

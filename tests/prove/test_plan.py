@@ -155,7 +155,7 @@ def steps_of(connection: Connection, plain: dict[str, Any]) -> int:
 
 
 def one_forward(engine: Any, student: Student, teacher: Any, targets: Any, micro_batch: int) -> torch.Tensor:
-    pixels = torch.rand_like(pixels_for(student, micro_batch))
+    pixels = torch.rand_like(pixels_for(student.image_size, micro_batch))
     draws = draws_for(student, micro_batch)
     return engine(pixels, [targets(teacher(pixels))], None if draws is None else torch.rand_like(draws))["loss"]
 

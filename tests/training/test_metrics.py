@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fdscale.downstream.detection.average_precision import KINDS, NAMES
 from fdscale.training.json_lines import JsonLines, read_rows
 from fdscale.training.metrics import ENDS, METRICS, STATES, WAYS_OUT, counters, row_of
 from fdscale.training.phases import PHASES
@@ -204,6 +205,9 @@ def test_the_series_of_a_thousand_ranks_are_bounded():
         "state": STATES,
         "reason": ENDS,
         "way": WAYS_OUT,
+        "part": ("objectness", "rpn_box", "class", "box", "mask"),  # Mask2Former has three
+        "of": KINDS,
+        "at": NAMES,
     }
     series = {"run": 0, "node": 0, "rank": 0}
     for metric in METRICS.values():

@@ -47,6 +47,21 @@ def test_it_is_timms_cosine_with_a_warmup_prefix(warmup: int, cosine: int, data:
     assert ours.at(index) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
 
 
+def test_a_line_is_mmsegs_poly_under_its_warmup() -> None:
+    """PolyLR of power 1 from the first step; LinearLR leads up to where it is by then."""
+    line = Schedule(total_steps=1000, warmup_steps=100, peak=1.0, start=0.0, end=0.0, decay="linear")
+    assert [line.at(index) for index in (100, 500, 1000)] == pytest.approx([0.9, 0.5, 0.0])
+    assert line.at(50) == pytest.approx(0.5 * 0.95)
+    assert Schedule(1000, 0, peak=1.0, end=0.2, decay="linear").at(500) == pytest.approx(0.6)
+
+
+def test_milestones_are_detectron2s_multi_step() -> None:
+    steps = Schedule(1000, 100, peak=1.0, decay="milestones", milestones=(0.8, 0.9))
+    assert [steps.at(index) for index in (50, 100, 799, 800, 899, 900, 999)] == pytest.approx(
+        [0.5, 1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
+    )
+
+
 def test_an_update_runs_one_behind_so_the_first_two_agree() -> None:
     assert CLIP_B.for_step(0) == CLIP_B.for_step(1) == 2e-6
     assert [CLIP_B.for_step(step) for step in (2, 6_251, 96_876)] == [CLIP_B.at(i) for i in (1, 6_250, 96_875)]

@@ -13,6 +13,8 @@ import tomli_w
 
 from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.config.errors import UserError
+from fdscale.config.problems import dotted_names
+from fdscale.config.programs import PROGRAMS
 from fdscale.config.recipe import load_recipe, to_toml
 from fdscale.config.settings import RunSettings
 from fdscale.training.run_directory import MAY_CHANGE, RunDirectory, differences, flatten, versions
@@ -87,8 +89,9 @@ def refusal(run: RunDirectory, settings: RunSettings = SETTINGS, deepspeed_json:
 
 def test_every_setting_is_among_the_paths() -> None:
     assert len(PATHS) > 40
+    everywhere = {name for program in PROGRAMS.values() for name in dotted_names(program)}
     for known in (*MAY_CHANGE, *BY_HASH):
-        assert any(fnmatchcase(path, known) for path in PATHS), known
+        assert any(fnmatchcase(path, known) for path in {*PATHS, *everywhere}), known
     assert not set(MAY_CHANGE) & set(BY_HASH)
 
 
@@ -173,7 +176,7 @@ def test_what_is_logged_may_change(run: RunDirectory) -> None:
 
 def test_other_shards_are_refused_and_moved_ones_are_not(run: RunDirectory) -> None:
     run.check_data(DATA)
-    with pytest.raises(UserError, match=r"began with other shards than data\.shards now holds"):
+    with pytest.raises(UserError, match=r"began with other data than data\.shards now holds"):
         run.check_data({**DATA, "data.shards": "2" * 64})
 
 

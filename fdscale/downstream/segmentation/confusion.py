@@ -43,12 +43,12 @@ def iou_of(counts: Tensor) -> Tensor:
 def metrics_of(counts: Tensor) -> dict[str, float]:
     """mmseg's mIoU, mAcc and aAcc, in [0, 1]; nan where nothing was labelled.
 
-    `eval_miou` is the mean over the classes that are labelled or predicted, `eval_mean_accuracy` that of the share of
-    each labelled class's pixels that were found, `eval_pixel_accuracy` the share of all labelled pixels.
+    `miou` is the mean over the classes that are labelled or predicted, `mean_accuracy` that of the share of
+    each labelled class's pixels that were found, `pixel_accuracy` the share of all labelled pixels.
     """
     right = counts.diagonal().double()
     return {
-        "eval_miou": float(iou_of(counts).nanmean()),
-        "eval_mean_accuracy": float((right / counts.sum(dim=1)).nanmean()),
-        "eval_pixel_accuracy": float(right.sum() / counts.sum()),
+        "miou": float(iou_of(counts).nanmean()),
+        "mean_accuracy": float((right / counts.sum(dim=1)).nanmean()),
+        "pixel_accuracy": float(right.sum() / counts.sum()),
     }

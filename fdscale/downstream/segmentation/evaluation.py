@@ -40,7 +40,7 @@ def evaluate_segmentation(
     overlays: Overlays | None = None,
     fill: Sequence[float] = IMAGENET_MEAN,
 ) -> tuple[dict[str, float], Tensor]:
-    """`eval_miou`, `eval_mean_accuracy`, `eval_pixel_accuracy` in [0, 1], and each class's IoU (K,), nan if absent.
+    """`miou`, `mean_accuracy`, `pixel_accuracy` in [0, 1], and each class's IoU (K,), nan if absent.
 
     `segment` is an engine in evaluation mode. `images` are this rank's, with `image` uint8 (3, h, w), `labels` uint8
     (h, w) and `number`, -1 for padding; every rank must have as many. They are resized as mmseg's, `scales` times

@@ -44,12 +44,12 @@ def test_it_is_torchmetrics_on_a_thousand_cases() -> None:
         theirs = multiclass_jaccard_index(predicted, target, classes, "none", ignore_index=255, zero_division=math.nan)
         torch.testing.assert_close(iou_of(counts).float(), theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
         macro = multiclass_jaccard_index(predicted, target, classes, "macro", ignore_index=255)
-        assert found["eval_miou"] == pytest.approx(float(macro), abs=1e-6)
+        assert found["miou"] == pytest.approx(float(macro), abs=1e-6)
         pixels = multiclass_accuracy(predicted, target, classes, "micro", ignore_index=255)
-        assert found["eval_pixel_accuracy"] == pytest.approx(float(pixels), abs=1e-6)
+        assert found["pixel_accuracy"] == pytest.approx(float(pixels), abs=1e-6)
         of_classes = multiclass_accuracy(predicted, target, classes, "none", ignore_index=255)
         labelled = counts.sum(dim=1) > 0
-        assert found["eval_mean_accuracy"] == pytest.approx(float(of_classes[labelled].mean()), abs=1e-6)
+        assert found["mean_accuracy"] == pytest.approx(float(of_classes[labelled].mean()), abs=1e-6)
 
 
 def test_labels_that_are_no_class_are_refused() -> None:

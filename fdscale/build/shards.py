@@ -1,0 +1,94 @@
+"""What the programs that read shards share: their indices, loaders, augmentation and held-out means."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from fdscale.build.run import OpenData, Run
+from fdscale.build.training import Measured
+from fdscale.config.programs import ShardSettings
+from fdscale.config.settings import FinetuneSettings
+from fdscale.data.augment import FILTERS, Augmentation
+from fdscale.data.batches import EvalBatches, TrainBatches
+from fdscale.data.index import Index, load_index
+from fdscale.data.loader import EvalLoader, TrainLoader
+from fdscale.data.pack import pack_digits
+from fdscale.data.randaugment import RandAugment
+from fdscale.planning.data_check import DIGITS
+from fdscale.students.student import Student
+from fdscale.training.engine import Connection
+from fdscale.training.evaluate import SampleTerms, evaluate, evaluate_average
+from fdscale.training.guards import Guards
+from fdscale.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+def shards_of(settings: ShardSettings) -> OpenData[Index]:
+    """Opens the shards that the settings name."""
+    return partial(_open, settings)
+
+
+def _open(settings: ShardSettings, directory: RunDirectory, connection: Connection) -> tuple[Index, Index | None]:
+    index = _index(settings.data.shards, "train", directory, connection)
+    held_out = settings.eval.shards and _index(settings.eval.shards, "test", directory, connection)
+    return index, held_out or None
+
+
+def _index(shards: str, split: Literal["train", "test"], directory: RunDirectory, connection: Connection) -> Index:
+    if shards != DIGITS:
+        return load_index(shards)
+    folder = directory.folder / "digits" / split
+    if connection.rank.is_main and not folder.exists():
+        pack_digits(folder, split)
+    connection.barrier()
+    return load_index(folder)
+
+
+def first_of(run: Run[Index], samples: int) -> Run[Index]:
+    """The same run on a subset of so many samples, drawn by its seed: the same ones for every network compared."""
+    index = run.samples
+    chosen = np.random.Generator(np.random.Philox(run.settings.seed)).permutation(len(index))[:samples]
+    return replace(run, samples=replace(index, samples=index.samples[np.sort(chosen)]))
+
+
+def shard_loader(run: Run[Index], settings: ShardSettings, student: Student) -> TrainLoader:
+    """The training micro batches of this rank."""
+    rank, view = run.connection.rank, augmentation(settings, student)
+    batches = TrainBatches(run.samples, student.image_size, view, settings.seed)
+    workers = settings.data.workers
+    return TrainLoader(batches, run.order, rank.rank, rank.world_size, run.micro_batch, workers, run.device)
+
+
+def augmentation(settings: ShardSettings, student: Student) -> Augmentation:
+    """How one view of an image is made for this student; RandAugment is fine-tuning's."""
+    data = settings.data
+    policy = settings.augment.randaugment if isinstance(settings, FinetuneSettings) else None
+    mean = tuple(student.mean.flatten().tolist())
+    distorted = RandAugment(policy, student.image_size, mean, FILTERS[data.interpolation]) if policy else None
+    return Augmentation(data.crop_scale, data.crop_ratio, data.interpolation, data.flip, distorted)
+
+
+def held_out_means(
+    run: Run[Index], settings: ShardSettings, student: Student, sample_terms: SampleTerms
+) -> Measured | None:
+    """Measures the means of `sample_terms` over the held-out images, and those of the moving average's."""
+    if run.held_out is None:
+        return None
+    rank, data = run.connection.rank, settings.data
+    batches = EvalBatches(run.held_out, student.image_size, data.interpolation)
+    together = (rank.rank, rank.world_size, run.micro_batch)
+    loader = EvalLoader(batches, len(run.held_out), *together, data.workers, run.device)
+
+    def measured(engine: DeepSpeedEngine, guards: Guards) -> dict[str, float]:
+        found = evaluate(engine, sample_terms, guards.marking(loader), settings.eval.knn)
+        if settings.optim.ema_decay:
+            found |= evaluate_average(engine, sample_terms, guards.marking(loader))
+        return found
+
+    return measured

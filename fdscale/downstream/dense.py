@@ -1,0 +1,90 @@
+"""What segmentation and detection share: micro batches, held-out images one by one, draws, the moving average."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fdscale.build.run import Run
+from fdscale.build.training import Measured
+from fdscale.config.programs import DenseSettings
+from fdscale.data.loader import EvalLoader, MicroBatches, TrainLoader
+from fdscale.students.student import Student
+from fdscale.training.engine import Connection, averaged_weights, has_average
+from fdscale.training.guards import Guards
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+logger = logging.getLogger(__name__)
+
+SCENES_MADE = (480, 48)  # embedded scenes: to train on, held out
+
+Look = Callable[[Any, Iterator[Any]], dict[str, float]]
+"""Measures a network in evaluation mode, or the engine around it, on this rank's held-out images; all ranks call it."""
+
+
+def dense_loader(run: Run[Any], batches: MicroBatches) -> TrainLoader:
+    """The training micro batches of this rank."""
+    rank, workers = run.connection.rank, run.settings.data.workers
+    return TrainLoader(batches, run.order, rank.rank, rank.world_size, run.micro_batch, workers, run.device)
+
+
+def image_loader(batches: MicroBatches, images: int, workers: int, connection: Connection) -> EvalLoader:
+    """Held-out images one by one, equally many on every rank: some may be padding."""
+    rank = connection.rank
+    return EvalLoader(batches, images, rank.rank, rank.world_size, 1, workers, connection.device)
+
+
+def by_parts(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A network's terms as the table of metrics has them: `loss_class` is `loss_part/class` there."""
+    return {f"loss_part/{name[5:]}" if name.startswith("loss_") else name: value for name, value in terms.items()}
+
+
+def mean_of(student: Student) -> tuple[float, float, float]:
+    """The colour, from 0 to 1, that a student normalises to zero."""
+    red, green, blue = student.mean.flatten().tolist()
+    return red, green, blue
+
+
+def as_bytes(colour: tuple[float, float, float]) -> tuple[float, float, float]:
+    """The same colour from 0 to 255."""
+    red, green, blue = (255 * part for part in colour)
+    return red, green, blue
+
+
+def seed_network(seed: int, step: int, rows: slice) -> None:
+    """Let what a network draws itself (sampled boxes and points, dropout) come from this micro batch alone.
+
+    So it computes the same on any number of ranks, and after a resume.
+    """
+    state = np.random.SeedSequence((seed, step, rows.start)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> 1))
+
+
+def measured_by(look: Look, loader: EvalLoader, settings: DenseSettings) -> Measured:
+    """What `look` measures, as `eval_` metrics, and again as `eval_ema_` ones where a moving average is kept."""
+
+    def measured(engine: DeepSpeedEngine, guards: Guards) -> dict[str, float]:
+        engine.eval()
+        found = {f"eval_{name}": value for name, value in look(engine, told(guards.marking(loader))).items()}
+        if settings.optim.ema_decay and has_average(engine):
+            with averaged_weights(engine):
+                averaged = look(engine, told(guards.marking(loader)))
+            found |= {f"eval_ema_{name}": averaged[name] for name in averaged if name.startswith(("miou", "ap/"))}
+        return found
+
+    return measured
+
+
+def told(images: Iterator[Any]) -> Iterator[Any]:
+    """The images; what cannot be decoded is said."""
+    for image in images:
+        for bad in image.bad:
+            logger.warning("held-out image left out, it cannot be decoded: %s", bad)
+        yield image
