@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,6 +81,15 @@ def measured_by(look: Look, loader: EvalLoader, settings: DenseSettings) -> Meas
         return found
 
     return measured
+
+
+def keep(path: Path, write: Callable[[Path], object]) -> None:
+    """Write what only helps people to see; where that fails it is said, and training goes on."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write(path)
+    except OSError as error:
+        logger.warning("%s could not be written: %s", path, error)
 
 
 def told(images: Iterator[Any]) -> Iterator[Any]:

@@ -28,6 +28,7 @@ from fdscale.downstream.dense import (
     by_parts,
     dense_loader,
     image_loader,
+    keep,
     mean_of,
     measured_by,
     seed_network,
@@ -180,9 +181,7 @@ def look_with(
             masks = None if found.masks is None else [found.masks[row] for row in shown.nonzero()[:, 0].tolist()]
             of_shown = (found.boxes[shown], found.labels[shown], found.scores[shown], masks)
             picture = detection_overlay(image.image, *of_shown, scenes.class_names)
-            path = folder / "overlays" / f"{scenes.path(image.number).stem}.png"
-            path.parent.mkdir(exist_ok=True)
-            picture.save(path)
+            keep(folder / "overlays" / f"{scenes.path(image.number).stem}.png", picture.save)
 
     return look
 

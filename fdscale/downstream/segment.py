@@ -29,6 +29,7 @@ from fdscale.downstream.dense import (
     by_parts,
     dense_loader,
     image_loader,
+    keep,
     mean_of,
     measured_by,
     seed_network,
@@ -170,16 +171,15 @@ def look_with(
                 overlays=overlay,
                 fill=mean_of(segmenter.backbone.student),
             )
-        connection.on_main(lambda: _write_by_class(by_class, scenes, folder / "iou.json"))
+        if connection.rank.is_main:
+            keep(folder / "iou.json", partial(_write_by_class, by_class, scenes))
         return found
 
     def overlay(image: SegmentImage, predicted: Tensor) -> None:
         if image.number < seen.overlays:
             names = scenes.class_names or [str(label) for label in range(settings.classes)]
             picture = segmentation_overlay(image.image, predicted, image.labels, names)
-            path = folder / "overlays" / f"{scenes.names[image.number]}.png"
-            path.parent.mkdir(exist_ok=True)
-            picture.save(path)
+            keep(folder / "overlays" / f"{scenes.names[image.number]}.png", picture.save)
 
     return look
 

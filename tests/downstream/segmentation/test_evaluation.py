@@ -92,13 +92,13 @@ def as_by_one_process(head: str, kind: str, how: dict[str, Any], ranks: Any, fol
     expected, per_class = evaluated(load_segmenter(folder), items(), ALONE, how)
     assert float(per_class.min()) > 0.02
     for (found, found_per_class), (alone, alone_per_class), _ in answers:
-        assert found == alone == pytest.approx(expected, abs=2e-4)
+        assert found == alone == pytest.approx(expected, abs=1e-3)
         assert torch.equal(found_per_class, alone_per_class)
 
 
-@pytest.mark.parametrize(("head", "kind", "how"), [("upernet", "swin_v2", SLIDING), ("mask2former", "vit", WHOLE)])
-def test_two_ranks_evaluate_as_one(head: str, kind: str, how: dict[str, Any], two_ranks: Any, tmp_path: Path) -> None:
-    as_by_one_process(head, kind, how, two_ranks, tmp_path)
+def test_two_ranks_evaluate_as_one(two_ranks: Any, tmp_path: Path) -> None:
+    """Windows, and UperNet, on ranks: `tests/downstream/test_dense.py`; three ranks: `tests/prove`."""
+    as_by_one_process("mask2former", "vit", WHOLE, two_ranks, tmp_path)
 
 
 def by_colour(pixels: Tensor) -> Tensor:
