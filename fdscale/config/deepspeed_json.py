@@ -37,7 +37,7 @@ HOMES = {
     "managed_gradient_accumulation": "accumulation belongs to fdscale's loop",
     "gradient_clipping": f"{RECIPE} 'optim.clip' (0 = off)",
     "optimizer": f"{RECIPE} [optim]; it is AdamW",
-    "scheduler": f"{RECIPE} [optim]; it is a cosine after a linear warm-up",
+    "scheduler": f"{RECIPE} [optim]; it is a linear warm-up and optim.decay",
     "seed": f"{RECIPE} 'seed'",
     "activation_checkpointing": f"{RECIPE} 'student.activation_checkpointing'",
     "zero_allow_untested_optimizer": "fdscale hands DeepSpeed its own AdamW and sets this itself",
