@@ -13,7 +13,7 @@ import pytest
 
 from fdscale.bench.__main__ import parser as bench_parser
 from fdscale.cli import app
-from fdscale.config.recipe import SITE, load_recipe
+from fdscale.config.recipe import SITE, load_recipe, recipe_names
 from fdscale.config.shipped import shipped_files
 from fdscale.planning.smoke import smoke_patch
 
@@ -75,12 +75,17 @@ def test_every_other_command_exists_and_its_settings_are_valid(words: list[str])
     if words[:3] == ["python", "-m", "fdscale.bench"]:
         assert bench_parser().parse_args(words[3:]).what == "gpu"
         return
-    if words[1] in ("models", "import", "checkpoint", "export", "probe") or words[1:3] == ["doctor", "runs/swinv2_g"]:
+    if words[1] in ("models", "import", "checkpoint", "export", "probe", "evaluate") or words[1:3] == [
+        "doctor",
+        "runs/swinv2_g",
+    ]:
         commands = {command.name or command.callback.__name__ for command in app.registered_commands}
         assert words[1] in commands | {group.name for group in app.registered_groups}
         return
-    before = next((word for word in words if word in ("fetch", "plan", "distill", "doctor", "submit")), "")
-    recipe = "swinv2_g" if launchers else words[words.index(before) + 1]
+    programs = ("fetch", "plan", "distill", "segment", "detect", "doctor", "submit")
+    before = next((word for word in words if word in programs), "")
+    named = [word for word in words if word in recipe_names()]  # a launcher's first argument may be one
+    recipe = (named or ["swinv2_g"])[0] if launchers else words[words.index(before) + 1]
     overrides = [word for word in words if re.fullmatch(r"[a-z_.]+=.+", word)]
     load_recipe(recipe, overrides, smoke_patch if "--smoke" in words else None)
 

@@ -59,7 +59,7 @@ DENSE_RUN: Tree = {"deepspeed": "laptop", "steps": None, "epochs": EPOCHS, "chec
 DENSE_VIT = {**VIT, "depth": 4}  # whose four layers a head may take
 PYRAMID = 64  # channels
 SEGMENT_HEAD = {"channels": 64, "queries": 16, "decoder_layers": 2}
-DETECT_HEAD = {"channels": PYRAMID, "box_width": 128, "weights": None}
+DETECT_HEAD = {"channels": PYRAMID, "box_width": 128, "proposals": 100, "box_samples": 64, "weights": None}
 FROM_SCRATCH: Tree = {"weights": None, "resize": None}
 
 
