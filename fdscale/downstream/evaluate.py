@@ -46,7 +46,7 @@ def evaluate(
     _place(network, deepspeed_json, connection)
     images = image_loader(program.images_of(held_out), len(held_out), settings.data.workers, connection)
     with _precision(deepspeed_json, connection):
-        found = look(network, told(iter(images)))
+        found = look(network, told(iter(images)), ending)
     if output is not None:
         connection.on_main(lambda: write_text(output, json.dumps(found, indent=2) + "\n"))
     return found
