@@ -18,6 +18,11 @@ from fdscale.training.run_directory import RunDirectory
 Rows = Sequence[Mapping[str, Any]]
 
 
+STUDENT = "its student as RUN/student.safetensors"
+LEFT = {
+    "segment": "its network as RUN/segmenter, for transformers",
+    "detect": "its network as RUN/detector.safetensors",
+}
 TRAINED = {"loss": "", "loss_zero": "zero ", "accuracy": "accuracy ", "pixel_accuracy": "pixels "}
 HELD_OUT = {
     "eval_loss": "loss ",
@@ -34,17 +39,18 @@ def summarise(run_dirs: Sequence[Path]) -> Table:
 
     Numbers with an arrow are the first and the last of the run. Raises UserError for a folder that is no run.
     """
-    table = Table(show_lines=True, caption="a finished run holds its student as RUN/student.safetensors")
+    runs = [(run_dir, *_read(run_dir)) for run_dir in run_dirs]
+    held = dict.fromkeys(LEFT.get(recipe["program"], STUDENT) for _, recipe, _ in runs)
+    table = Table(show_lines=True, caption=f"a finished run holds {', '.join(held)}")
     table.add_column("run", overflow="fold")
     for column in ("loss", "held out", "steps", "seconds"):
         table.add_column(column, no_wrap=True)
-    for run_dir in run_dirs:
-        table.add_row(*_cells(run_dir))
+    for run in runs:
+        table.add_row(*_cells(*run))
     return table
 
 
-def _cells(run_dir: Path) -> list[Text]:
-    recipe, rows = _read(run_dir)
+def _cells(run_dir: Path, recipe: Mapping[str, Any], rows: Rows) -> list[Text]:
     finished = RunDirectory(run_dir).completed_steps() is not None
     cells = [
         f"{run_dir}{'' if finished else ' (not finished)'}\n{_what(recipe)}",

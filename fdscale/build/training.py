@@ -184,14 +184,18 @@ def _engine(run: Run[Any], module: nn.Module, student: Student, schedule: Schedu
 
 
 def optimizer_groups(module: nn.Module, student: Student, optim: OptimSettings) -> list[dict[str, Any]]:
-    """The parameter groups of a module with a `student`: its rules by name, everything else as the head's layer."""
+    """The parameter groups of a module with a `student`: its rules by name, everything else as the head's layer.
+
+    Embeddings (Mask2Former's queries) are not decayed.
+    """
     undecayed = student.undecayed_parameters()
     if not optim.decay_position_bias:
         undecayed |= student.position_bias_parameters()
     scales = {} if optim.layer_decay == 1 else layer_scales(_layers(student, optim), student.layers, optim.layer_decay)
     place = place_of(student.backbone, module)
+    embeddings = {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, nn.Embedding)}
     full = {place + name: scale for name, scale in scales.items()}
-    return parameter_groups(module, optim.weight_decay, {place + name for name in undecayed}, full)
+    return parameter_groups(module, optim.weight_decay, embeddings | {place + name for name in undecayed}, full)
 
 
 def place_of(part: nn.Module, module: nn.Module) -> str:

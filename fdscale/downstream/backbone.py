@@ -82,11 +82,15 @@ class Backbone(nn.Module):
     @contextmanager
     def windows(self, window_size: int | None) -> Iterator[None]:
         """Inside, SwinV2 has other windows (None: the same); raises UserError where there are none."""
-        if window_size is not None:
-            self._windows_of(window_size).use(window_size)
-        yield
-        if window_size is not None:
-            self._windows_of(window_size).use(self._window_size)
+        if window_size is None:
+            yield
+            return
+        windows = self._windows_of(window_size)
+        windows.use(window_size)
+        try:
+            yield
+        finally:
+            windows.use(self._window_size)
 
     def _windows_of(self, window_size: int) -> Windows:
         if isinstance(self._resize, Windows):

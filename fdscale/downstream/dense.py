@@ -11,13 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fdscale.build.result import AVERAGED
 from fdscale.build.run import Run
 from fdscale.build.training import Measured
 from fdscale.config.programs import DenseSettings
 from fdscale.data.loader import EvalLoader, MicroBatches, TrainLoader
+from fdscale.planning.dense_check import SCENES
+from fdscale.students.files import new_folder
 from fdscale.students.student import Student
 from fdscale.training.engine import Connection, averaged_weights, has_average
 from fdscale.training.guards import Guards
+from fdscale.training.run_directory import RunDirectory
+from fdscale.training.watchdog import PATIENCE
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -26,8 +31,10 @@ logger = logging.getLogger(__name__)
 
 SCENES_MADE = (480, 48)  # embedded scenes: to train on, held out
 
-Look = Callable[[Any, Iterator[Any]], dict[str, float]]
-"""Measures a network in evaluation mode, or the engine around it, on this rank's held-out images; all ranks call it."""
+Look = Callable[[Any, Iterator[Any], str], dict[str, float]]
+"""Measures a network in evaluation mode, or the engine around it, on this rank's held-out images; all ranks call it.
+
+The text ends the names of what is written beside: "" or AVERAGED."""
 
 
 def dense_loader(run: Run[Any], batches: MicroBatches) -> TrainLoader:
@@ -71,16 +78,33 @@ def seed_network(seed: int, step: int, rows: slice) -> None:
 def measured_by(look: Look, loader: EvalLoader, settings: DenseSettings) -> Measured:
     """What `look` measures, as `eval_` metrics, and again as `eval_ema_` ones where a moving average is kept."""
 
+    def watched(guards: Guards) -> Iterator[Any]:
+        yield from told(guards.marking(loader))
+        guards.mark("evaluating", None, PATIENCE, "measuring what was found")
+
     def measured(engine: DeepSpeedEngine, guards: Guards) -> dict[str, float]:
         engine.eval()
-        found = {f"eval_{name}": value for name, value in look(engine, told(guards.marking(loader))).items()}
+        found = {f"eval_{name}": value for name, value in look(engine, watched(guards), "").items()}
         if settings.optim.ema_decay and has_average(engine):
             with averaged_weights(engine):
-                averaged = look(engine, told(guards.marking(loader)))
+                averaged = look(engine, watched(guards), AVERAGED)
             found |= {f"eval_ema_{name}": averaged[name] for name in averaged if name.startswith(("miou", "ap/"))}
         return found
 
     return measured
+
+
+def rendered(directory: RunDirectory, connection: Connection, write: Callable[[Path, int, int], object]) -> Path:
+    """The folder of the embedded scenes in the run directory, written whole by the main rank if it is not there."""
+    folder = directory.folder / SCENES
+
+    def render() -> None:
+        if not folder.exists():
+            with new_folder(folder) as making:
+                write(making, *SCENES_MADE)
+
+    connection.on_main(render)
+    return folder
 
 
 def keep(path: Path, write: Callable[[Path], object]) -> None:

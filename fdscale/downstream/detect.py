@@ -24,7 +24,6 @@ from fdscale.data.dense.coco import CocoScenes, load_coco
 from fdscale.data.dense.jitter import Jitter
 from fdscale.data.dense.scenes import write_coco
 from fdscale.downstream.dense import (
-    SCENES_MADE,
     Look,
     as_bytes,
     by_parts,
@@ -33,6 +32,7 @@ from fdscale.downstream.dense import (
     keep,
     mean_of,
     measured_by,
+    rendered,
     seed_network,
 )
 from fdscale.downstream.detection.design import Design
@@ -109,10 +109,7 @@ def _where(
     """Images and annotations, rendered first where these are the embedded ones."""
     if SCENES not in (images, annotations):
         return Path(images), Path(annotations)
-    folder = directory.folder / SCENES
-    if connection.rank.is_main and not folder.exists():
-        write_coco(folder, *SCENES_MADE)
-    connection.barrier()
+    folder = rendered(directory, connection, write_coco)
     return folder / f"{split}2017", folder / "annotations" / f"instances_{split}2017.json"
 
 
@@ -171,28 +168,29 @@ def categories_of(scenes: CocoScenes) -> tuple[Category, ...]:
 
 
 def look_with(
-    detector: Detector, settings: DetectSettings, scenes: CocoScenes, connection: Connection, folder: Path
+    detector: Detector, settings: DetectSettings, scenes: CocoScenes, connection: Connection, folder: Path | None
 ) -> Look:
-    """Measures detection as the settings say; overlays go to `folder`."""
+    """Measures detection as the settings say; overlays go to `folder`, if there is one."""
     seen, fill = settings.eval, as_bytes(mean_of(detector.backbone.student))
 
-    def look(network: Callable[[list[View]], Detections], images: Any) -> dict[str, float]:
+    def look(network: Callable[[list[View]], Detections], images: Any, ending: str) -> dict[str, float]:
+        pictures = None if folder is None else partial(overlay, folder / f"overlays{ending}")
         with detector.backbone.windows(seen.window_size):
             found = evaluate_detection(
-                network, images, scenes.annotations, scenes.category_ids, views, connection, overlay
+                network, images, scenes.annotations, scenes.category_ids, views, connection, pictures
             )
         return {_metric(name): value for name, value in found.items()}
 
     def views(image: Tensor) -> list[View]:
         return views_of(image, seen.short_side, seen.long_side, seen.scales, seen.flip, fill=fill)
 
-    def overlay(image: DetectImage, found: Detections) -> None:
+    def overlay(pictures: Path, image: DetectImage, found: Detections) -> None:
         if image.number < seen.overlays:
             shown = found.scores > OVERLAY_SCORE
             masks = None if found.masks is None else [found.masks[row] for row in shown.nonzero()[:, 0].tolist()]
             of_shown = (found.boxes[shown], found.labels[shown], found.scores[shown], masks)
             picture = detection_overlay(image.image, *of_shown, scenes.class_names)
-            keep(folder / "overlays" / f"{scenes.path(image.number).stem}.png", picture.save)
+            keep(pictures / f"{image.image_id}.png", picture.save)
 
     return look
 

@@ -48,7 +48,7 @@ def evaluate(
     look = program.look_with(network, settings, held_out, connection, beside)
     images = image_loader(program.images_of(held_out), len(held_out), settings.data.workers, connection)
     with _precision(deepspeed_json, connection):
-        found = look(network, told(iter(images)))
+        found = look(network, told(iter(images)), ending)
     if output is not None:
         connection.on_main(lambda: write_text(output, json.dumps(found, indent=2) + "\n"))
     return found

@@ -24,7 +24,6 @@ from fdscale.data.dense.batches import SegmentBatch, SegmentEval, SegmentImage, 
 from fdscale.data.dense.crops import Cropping
 from fdscale.data.dense.scenes import write_ade20k
 from fdscale.downstream.dense import (
-    SCENES_MADE,
     Look,
     as_bytes,
     by_parts,
@@ -33,6 +32,7 @@ from fdscale.downstream.dense import (
     keep,
     mean_of,
     measured_by,
+    rendered,
     seed_network,
 )
 from fdscale.downstream.overlays import segmentation_overlay
@@ -96,13 +96,7 @@ def open_held_out(settings: SegmentSettings, directory: RunDirectory, connection
 
 
 def _folder(named: str, directory: RunDirectory, connection: Connection) -> Path:
-    if named != SCENES:
-        return Path(named)
-    folder = directory.folder / SCENES
-    if connection.rank.is_main and not folder.exists():
-        write_ade20k(folder, *SCENES_MADE)
-    connection.barrier()
-    return folder
+    return Path(named) if named != SCENES else rendered(directory, connection, write_ade20k)
 
 
 def images_of(scenes: ScenePairs) -> SegmentEval:
@@ -158,12 +152,12 @@ def cropping_of(settings: SegmentSettings, fill: tuple[float, float, float]) -> 
 
 
 def look_with(
-    segmenter: Segmenter, settings: SegmentSettings, scenes: ScenePairs, connection: Connection, folder: Path
+    segmenter: Segmenter, settings: SegmentSettings, scenes: ScenePairs, connection: Connection, folder: Path | None
 ) -> Look:
-    """Measures segmentation as the settings say; overlays and the IoU of each class go to `folder`."""
+    """Measures segmentation as the settings say; overlays and the IoU of each class go to `folder`, if there is one."""
     seen = settings.eval
 
-    def look(network: Callable[[Tensor], Tensor], images: Any) -> dict[str, float]:
+    def look(network: Callable[[Tensor], Tensor], images: Any, ending: str) -> dict[str, float]:
         with segmenter.backbone.windows(seen.window_size):
             found, by_class = evaluate_segmentation(
                 network,
@@ -178,18 +172,18 @@ def look_with(
                 window_batch=seen.windows_at_once,
                 connection=connection,
                 device=connection.device,
-                overlays=overlay,
+                overlays=None if folder is None else partial(overlay, folder / f"overlays{ending}"),
                 fill=mean_of(segmenter.backbone.student),
             )
-        if connection.rank.is_main:
-            keep(folder / "iou.json", partial(_write_by_class, by_class, scenes))
+        if connection.rank.is_main and folder is not None:
+            keep(folder / f"iou{ending}.json", partial(_write_by_class, by_class, scenes))
         return found
 
-    def overlay(image: SegmentImage, predicted: Tensor) -> None:
+    def overlay(pictures: Path, image: SegmentImage, predicted: Tensor) -> None:
         if image.number < seen.overlays:
             names = scenes.class_names or [str(label) for label in range(settings.classes)]
             picture = segmentation_overlay(image.image, predicted, image.labels, names)
-            keep(folder / "overlays" / f"{scenes.names[image.number]}.png", picture.save)
+            keep(pictures / f"{scenes.names[image.number]}.png", picture.save)
 
     return look
 

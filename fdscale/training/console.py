@@ -104,7 +104,9 @@ def _events(values: Mapping[str, float]) -> list[str]:
         "eval_ap/mask/all": lambda v: f"mask AP {v:.1%}",
         "eval_ap/mask/50": lambda v: f"mask AP50 {v:.1%}",
         "eval_ema_ap/box/all": lambda v: f"box AP of the average {v:.1%}",
-        "eval_ema_ap/mask/all": lambda v: f"mask AP of the average {v:.1%}",
+        "eval_ema_ap/box/50": lambda v: f"its AP50 {v:.1%}",
+        "eval_ema_ap/mask/all": lambda v: f"its mask AP {v:.1%}",
+        "eval_ema_ap/mask/50": lambda v: f"AP50 {v:.1%}",
         "checkpoint_seconds": lambda v: f"checkpoint committed in {v:.1f} s",
     }
     return [texts[name](values[name]) for name in texts if name in values]

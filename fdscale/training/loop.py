@@ -107,6 +107,8 @@ def fit(
     inside `watch(step)`, and `watch.tell(step)` says what was seen. Raises what the guards raise: UserError, or
     StartAgain before anything is saved.
     """
+    if evaluate and progress.step == plan.last:  # stopped after its last commit, and perhaps not evaluated yet
+        sinks.write(progress.step, evaluate())
     meter = Meter(plan.global_batch, plan.last, guards.live, guards.phase)
     for micro_batches in _steps(loader, progress, plan, guards, meter):
         set_learning_rate(engine, schedule, progress.step)
@@ -198,7 +200,7 @@ def _agree(connection: Connection, stop: bool, batches: list[Any], progress: Pro
 def _row(
     engine: DeepSpeedEngine, terms: dict[str, Tensor], progress: Progress, plan: Plan, schedule: Schedule
 ) -> dict[str, float]:
-    """This step's values over all ranks. The only place of the loop that waits for the device."""
+    """This step's values over all ranks. The only place where the loop itself waits for the device."""
     values = torch.stack(list(terms.values()))
     dist.all_reduce(values)
     means = dict(zip(terms, (values / dist.get_world_size()).tolist(), strict=True))

@@ -52,8 +52,11 @@ class Schedule:
         return self.end + 0.5 * (self.peak - self.end) * (1 + math.cos(math.pi * min(progress, 1.0)))
 
     def for_step(self, step: int) -> float:
-        """The rate of update `step` (from 0): the official scheduler runs one behind, its first two updates agree."""
-        return self.at(max(step - 1, 0))
+        """The rate of update `step` (from 0).
+
+        The official scheduler of the cosine runs one behind, its first two updates agree; the others' do not.
+        """
+        return self.at(max(step - 1, 0) if self.decay == "cosine" else step)
 
 
 def layer_scales(layers: Mapping[str, int], last: int, layer_decay: float) -> dict[str, float]:

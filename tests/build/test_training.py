@@ -80,14 +80,17 @@ def test_vit_b_is_grouped_as_officially(vit: Classifier) -> None:
 def test_a_student_deep_inside_a_dense_network_is_grouped_as_on_top() -> None:
     """By its place in the module, whatever stands around it; all else learns at the head's rate."""
     with torch.device("meta"):
-        dense = nn.ModuleDict({"model": Backbone(meta_student("swinv2_b")), "head": nn.Conv2d(8, 8, 1)})
+        parts = {"model": Backbone(meta_student("swinv2_b")), "head": nn.Conv2d(8, 8, 1), "queries": nn.Embedding(5, 8)}
+        dense = nn.ModuleDict(parts)
     student = dense["model"].student
     assert isinstance(student, Student)
-    scales = {name: group[0] for name, group in group_of(dense, optimizer_groups(dense, student, LAYERED)).items()}
+    groups = group_of(dense, optimizer_groups(dense, student, LAYERED))
+    scales = {name: scale for name, (scale, _) in groups.items()}
     inside = "model.student.backbone."
     assert scales[f"{inside}patch_embed.proj.weight"] == pytest.approx(0.8**25)
     assert scales[f"{inside}layers.3.blocks.1.mlp.fc2.weight"] == pytest.approx(0.8)
     assert {scales[name] for name in scales if not name.startswith(inside)} == {1.0}
+    assert (groups["head.weight"][1], groups["queries.weight"][1]) == (0.05, 0.0)
 
 
 def test_a_run_is_so_many_epochs_or_steps_long() -> None:

@@ -276,6 +276,16 @@ def test_a_cadence_of_zero_means_only_at_the_end(tmp_path: Path, two_ranks: Any)
     assert outcome.steps_with("checkpoint_seconds") == [4]
 
 
+def test_a_run_that_was_stopped_amid_its_last_evaluation_makes_up_for_it(tmp_path: Path, two_ranks: Any) -> None:
+    """The commit of the last step came before it."""
+    plan = dataclasses.replace(PLAN, last=2)
+    fit_on(two_ranks, tmp_path, plan, evaluating=False)
+    for outcome in fit_on(two_ranks, tmp_path, plan, resume=True):
+        assert outcome.done is True
+        assert outcome.steps_with("eval_loss") == [2]
+        assert outcome.steps_with("loss") == []
+
+
 def test_without_held_out_data_nothing_is_evaluated(tmp_path: Path, two_ranks: Any) -> None:
     plan = dataclasses.replace(PLAN, last=2)
     assert fit_on(two_ranks, tmp_path, plan, evaluating=False)[0].steps_with("eval_loss") == []

@@ -53,6 +53,7 @@ def test_a_line_is_mmsegs_poly_under_its_warmup() -> None:
     assert [line.at(index) for index in (100, 500, 1000)] == pytest.approx([0.9, 0.5, 0.0])
     assert line.at(50) == pytest.approx(0.5 * 0.95)
     assert Schedule(1000, 0, peak=1.0, end=0.2, decay="linear").at(500) == pytest.approx(0.6)
+    assert [line.for_step(step) for step in (0, 1, 999)] == pytest.approx([0.0, 0.01 * 0.999, 0.001])  # not one behind
 
 
 def test_milestones_are_detectron2s_multi_step() -> None:
