@@ -33,16 +33,17 @@ def evaluate(
     """Measure what a run left (`ending` "_ema": its moving average) on its held-out images; every rank calls it.
 
     `overrides` are settings of `eval`: other scales, images, windows. `output` gets the result as JSON, and overlays go
-    beside it; without it nothing is written. Under a ZeRO-3 JSON the network is divided over the ranks: rank 0 alone
-    has the student whole before that, and a segmenter's heads, too; a detector's are small. Raises UserError for a
-    folder that is no finished run of a dense task, and for settings that are wrong.
+    beside it, but never into the run's folder: those there are training's. Under a ZeRO-3 JSON the network is divided
+    over the ranks. Before that rank 0 alone has the student whole, and a segmenter's heads; a detector's heads, which
+    are small, are whole on every rank. Raises UserError for a folder that is no finished run of a dense task, and for
+    settings that are wrong.
     """
     settings = dense_settings(folder, overrides, bool(ending))
     program, deepspeed_json = PROGRAMS[settings.program], load_deepspeed_json(settings.deepspeed)
     connection = connect(rank_from_environment(os.environ))
-    beside = None if output is None else output.parent
-    if beside is not None:
-        connection.on_main(lambda: beside.mkdir(parents=True, exist_ok=True))
+    beside = None if output is None or output.parent.resolve() == folder.resolve() else output.parent
+    if output is not None:
+        connection.on_main(lambda: output.parent.mkdir(parents=True, exist_ok=True))
     held_out = program.open_held_out(settings, RunDirectory(folder), connection)
     network = _placed(partial(program.left_by, settings, folder, ending, held_out), deepspeed_json, connection)
     look = program.look_with(network, settings, held_out, connection, beside)
