@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.config.programs import DenseSettings
@@ -98,9 +100,22 @@ def of_its_user(name: str, data: Path, folder: Path) -> list[str]:
         file.with_suffix(".json").write_text(json.dumps(described))
         given.append(f"student.weights={file}")
     if getattr(settings.head, "weights", None) is not None:
-        (folder / "detector.safetensors").touch()
+        write_earlier_stage(folder / "detector.safetensors")
         given.append(f"head.weights={folder / 'detector.safetensors'}")
     return given
+
+
+def write_earlier_stage(file: Path) -> None:
+    """What says that a detector is the one of objects365_swinv2_g, without its weights."""
+    first: Any = dense("objects365_swinv2_g")
+    head, student = first.head, first.student
+    save_file({"boxes.stages.0.classes.weight": np.zeros(1, np.float32)}, file)
+    design = {"cascade": head.kind == "cascade", "channels": head.channels, "box_width": head.box_width}
+    geometry = geometry_to_json(student_geometry(student.name, student.image_size, student.geometry))
+    described = {"geometry": geometry, "mean": [0.5] * 3, "std": [0.5] * 3}
+    file.with_suffix(".json").write_text(
+        json.dumps({**described, "design": {**design, "rpn_convolutions": head.rpn_convolutions}})
+    )
 
 
 def test_each_dense_recipe_is_here() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from fdscale.config.dense_settings import DetectSettings, SegmentDataSettings, SegmentSettings
@@ -12,6 +13,7 @@ from fdscale.config.programs import DenseSettings
 from fdscale.data.dense.ade20k import ScenePairs, load_ade20k
 from fdscale.data.dense.coco import CocoScenes, load_coco
 from fdscale.planning.data_check import DataFacts
+from fdscale.planning.detector_file import detector_file_problems
 from fdscale.planning.networks import refuse_no_file
 from fdscale.students.geometry import Geometry, ViTGeometry
 
@@ -65,14 +67,14 @@ def network_problems(
         if windows is not None and isinstance(student, ViTGeometry):
             yield f"{where}.window_size: got {windows}, but {settings.student.name} has no windows; leave it out"
     if isinstance(settings, DetectSettings):
-        yield from _detector_problems(settings)
+        yield from _detector_problems(settings, student)
     elif settings.head.kind == "mask2former":
         for key in ("bf16", "fp16"):
             if deepspeed_json.get(key, {}).get("enabled"):
                 yield f"head.kind: mask2former counts positions, too many for {key}.enabled; use torch_autocast"
 
 
-def _detector_problems(settings: DetectSettings) -> Iterator[str]:
+def _detector_problems(settings: DetectSettings, student: Geometry | None) -> Iterator[str]:
     weights, problems = settings.head.weights, []  # type: str | None, list[str]
     if weights is None:
         return
@@ -80,6 +82,8 @@ def _detector_problems(settings: DetectSettings) -> Iterator[str]:
     yield from problems
     if settings.student.weights is not None:
         yield f"student.weights: head.weights={weights} holds the whole network, the student too; leave one of them out"
+    elif not problems:
+        yield from detector_file_problems(Path(weights), student, settings.head)
 
 
 def _held_out_problems(settings: DenseSettings) -> Sequence[str]:

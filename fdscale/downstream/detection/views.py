@@ -70,7 +70,7 @@ def views_of(
         seen = image if size == whole else resize(image, list(size), antialias=True)
         canvas = [side + -side % divisible for side in size]
         for flipped in (False, True) if flip else (False,):
-            pixels = torch.tensor(fill).view(1, 3, 1, 1).repeat(1, 1, *canvas)
+            pixels = torch.tensor(fill, device=image.device).view(1, 3, 1, 1).repeat(1, 1, *canvas)
             pixels[..., : size[0], : size[1]] = seen.flip(-1) if flipped else seen
             views.append(View(pixels / 255, size, whole, flipped))
     return views

@@ -53,3 +53,9 @@ def test_pixels_are_the_images() -> None:
 def test_a_view_is_as_large_as_it_may_be(short: int, long: int, size: tuple[int, int]) -> None:
     (view,) = views_of(image_of(40, 60), short, long)
     assert view.size == size
+
+
+def test_views_are_made_where_the_image_is() -> None:
+    for size in ((40, 50), (64, 64)):
+        (view,) = views_of(torch.zeros(3, *size, dtype=torch.uint8, device="meta"), 64, 64)
+        assert view.pixels.is_meta
