@@ -19,10 +19,10 @@ from fdscale.planning.check import check
 from fdscale.planning.cost import Cost, HostMemory, checkpoint_bytes, flops_per_image, host_memory, pace
 from fdscale.planning.data_check import DIGITS
 from fdscale.planning.dense_check import SCENE_CLASSES, SCENES, count_of, training_data
-from fdscale.planning.dense_sizes import crop_bytes
+from fdscale.planning.dense_sizes import image_bytes
 from fdscale.planning.engine_rules import engine_rules
 from fdscale.planning.fit import Configuration, nearest_fit
-from fdscale.planning.forecast import IMAGE_CHANNELS, Forecast
+from fdscale.planning.forecast import Forecast
 from fdscale.planning.gpus import CPU, Gpu, gpu_named
 from fdscale.planning.memory import machine_memory, memory_per_rank
 from fdscale.planning.outlook import Machine, Nearest, Outlook
@@ -140,8 +140,7 @@ class Tracer:
 
 def _batch_bytes(settings: AnySettings, traces: Traces, configuration: Configuration) -> int:
     """Bytes of one micro batch as loader workers hand it over."""
-    dense = isinstance(settings, DenseSettings)
-    return configuration.micro_batch * (crop_bytes(settings) if dense else IMAGE_CHANNELS * traces.image_size**2)
+    return configuration.micro_batch * image_bytes(settings, traces.image_size)
 
 
 def _nearest(tracer: Tracer, start: Configuration, local_ranks: int, machine: Machine) -> Nearest | None:

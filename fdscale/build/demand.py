@@ -9,18 +9,16 @@ from fdscale.config.programs import AnySettings, DenseSettings
 from fdscale.data.images import OPEN_SHARDS
 from fdscale.planning.check import Plan
 from fdscale.planning.cost import BATCHES_A_WORKER, checkpoint_bytes
-from fdscale.planning.dense_sizes import crop_bytes, trained_parameters
+from fdscale.planning.dense_sizes import image_bytes, trained_parameters
 from fdscale.planning.engine_rules import FP32, engine_rules
-from fdscale.planning.forecast import IMAGE_CHANNELS
 from fdscale.training.preflight import Demand
 
 
 def demand_of(settings: AnySettings, plan: Plan, deepspeed_json: Mapping[str, Any], local_ranks: int) -> Demand:
     """Of a node with `local_ranks` ranks, and of the one folder of the run."""
-    dense, size = isinstance(settings, DenseSettings), plan.student.image_size or 0
-    an_image = crop_bytes(settings) if dense else IMAGE_CHANNELS * size**2
+    size = settings.data.crop if isinstance(settings, DenseSettings) else plan.student.image_size or 0
     images = local_ranks * settings.data.workers * BATCHES_A_WORKER * plan.micro_batch
-    return Demand(_disk(settings, plan, deepspeed_json), images * an_image, OPEN_SHARDS)
+    return Demand(_disk(settings, plan, deepspeed_json), images * image_bytes(settings, size), OPEN_SHARDS)
 
 
 def _disk(settings: AnySettings, plan: Plan, deepspeed_json: Mapping[str, Any]) -> int | None:

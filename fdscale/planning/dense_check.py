@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from math import log2
 from typing import Any
 
 from fdscale.config.dense_settings import (
@@ -28,7 +29,6 @@ SCENE_CLASSES = {"segment": 8, "detect": 5}
 NEEDED = {"segment": ("transformers", "scipy"), "detect": ("faster_coco_eval",)}  # beyond what fdscale always needs
 # timm's networks that are built for one size of images, unless `dynamic_img_size` is set; of some it is by default
 ONE_SIZE, SOME_TAKE_ANY = ("vit_", "deit", "flexivit_", "eva", "swin_"), ("dinov3", "intern")
-STEPS = (4, 8, 16, 32)  # what a patch is shown as, resized
 
 
 def dense_facts(settings: DenseSettings) -> DataFacts:
@@ -107,16 +107,17 @@ def _size_problems(settings: DenseSettings, student: Geometry | None) -> Iterato
     crops = {"data.crop": settings.data.crop} | ({"eval.crop": settings.eval.crop} if settings.eval.folder else {})
     for where, crop in crops.items() if size is not None else ():
         if _shown(crop, name) != size:
-            got = crop or "0, whole images"
-            yield f"{where}: got {got}, but timm:{name} takes images of {size} px alone: set student.image_size, or {remedy}"
+            got, alone = crop or "0, whole images", f"timm:{name} takes images of {size} px alone"
+            yield f"{where}: got {got}, but {alone}: set student.image_size to it, or {remedy}"
 
 
 def _shown(crop: int, name: str) -> int:
-    """The side that a network sees of a crop: whole patches, each of 14 px, say, made of 16."""
+    """The side that a network sees of a crop: whole patches, each of 14 px, say, made of 16 (`Backbone`)."""
     found = re.search(r"patch(\d+)", name)
-    patch = int(found[1]) if found else 0
-    cell = min(STEPS, key=lambda step: abs(step - patch))
-    return -(-crop // cell) * patch if found else crop
+    if found is None:
+        return crop
+    patch = int(found[1])
+    return -(-crop // 2 ** round(log2(patch))) * patch
 
 
 def _unused_problems(settings: SegmentSettings, hierarchical: bool) -> Iterator[str]:
@@ -180,16 +181,18 @@ def _categories(settings: DenseSettings, table: str) -> tuple[Any, ...]:
 
 
 def _other_classes(settings: DenseSettings, trained: Sequence[Any], evaluated: Sequence[Any]) -> str:
+    """Both are as long as the settings say."""
     setting = "annotations" if isinstance(settings, DetectSettings) else "folder"
     label = next(number for number, pair in enumerate(zip(trained, evaluated, strict=True)) if pair[0] != pair[1])
-    there, here = (
-        each[label] if isinstance(each[label], str) else "{} ({!r})".format(*each[label])
-        for each in (trained, evaluated)
-    )
+    there, here = (_class_told(classes[label]) for classes in (trained, evaluated))
     return (
-        f"eval.{setting}: its classes are not those of data.{setting} (label {label} is {here}, there {there}), so that "
-        "one number means two classes; give held-out images with the same classes in the same order"
+        f"eval.{setting}: its classes are not those of data.{setting} (label {label} is {here}, there {there}), "
+        "so that one number means two classes; give held-out images with the same classes in the same order"
     )
+
+
+def _class_told(named: Any) -> str:
+    return named if isinstance(named, str) else f"{named[1]} with id {named[0]}"
 
 
 def _ade20k(where: str, folder: str, split: str, classes: int) -> ScenePairs:

@@ -32,13 +32,15 @@ def trained_parameters(settings: AnySettings, student: Geometry) -> int | None:
     return student.parameters() + _neck(settings, student) + added
 
 
-def crop_bytes(settings: DenseSettings) -> int:
-    """Bytes of one crop and of its targets, as loader workers hand them over: uint8 pixels, and a label map or masks.
+def image_bytes(settings: AnySettings, size: int) -> int:
+    """Bytes of what loader workers hand over for one image: uint8 pixels, and the label map or masks of a dense task.
 
-    Every object has a mask as large as the crop; an image with more objects than the mean takes more.
+    `size` is the image's side. Every object has a mask as large as the crop: images with more than the mean take more.
     """
-    masks = 1 if isinstance(settings, SegmentSettings) else OBJECTS_OF_AN_IMAGE * settings.head.masks
-    return (IMAGE_CHANNELS + masks) * settings.data.crop**2
+    masks = 1 if isinstance(settings, SegmentSettings) else 0
+    if isinstance(settings, DetectSettings) and settings.head.masks:
+        masks = OBJECTS_OF_AN_IMAGE
+    return (IMAGE_CHANNELS + masks) * size**2
 
 
 def _widths(settings: SegmentSettings, student: ViTGeometry | SwinV2Geometry) -> tuple[int, ...]:
