@@ -21,16 +21,21 @@ from fdscale.config.settings import BatchSettings, CadenceSettings, RunSettings
 
 
 class BackboneSettings(Settings):
-    """How a student gives maps of strides 4 to 32.
+    """How a student gives maps of strides 4 to 32: `window_size` replaces SwinV2's trained windows."""
 
-    `plain` is for networks of one stride: a "pyramid" of the last layer, each map `pyramid_channels` wide, or four
-    "layers" rescaled, those with these `indices` (None: BEiT's). `window_size` replaces SwinV2's trained windows.
+    window_size: Positive | None = None
+
+
+class SegmentBackboneSettings(BackboneSettings):
+    """The same, and what networks of one stride give.
+
+    `plain` is for them alone: a "pyramid" of the last layer, each map `pyramid_channels` wide, or four "layers"
+    rescaled, those with these `indices` (None: BEiT's).
     """
 
     plain: Literal["pyramid", "layers"] = "pyramid"
     pyramid_channels: Positive = 256
     indices: Layers | None = None
-    window_size: Positive | None = None
 
 
 class ViewSettings(CadenceSettings):
@@ -111,7 +116,7 @@ class SegmentSettings(RunSettings):
     classes: Annotated[int, Field(ge=2, le=255)] = 150
     data: SegmentDataSettings
     eval: SegmentEvalSettings = SegmentEvalSettings()
-    backbone: BackboneSettings = BackboneSettings()
+    backbone: SegmentBackboneSettings = SegmentBackboneSettings()
     head: SegmentHeadSettings = SegmentHeadSettings()
 
 
