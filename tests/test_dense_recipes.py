@@ -167,7 +167,7 @@ def test_the_coco_stage_goes_on_with_the_network_of_the_objects365_stage() -> No
     assert second.student.weights is None
     assert (first.student.geometry, first.student.image_size) == (second.student.geometry, second.student.image_size)
     assert first.backbone == second.backbone
-    kept = ("kind", "channels", "box_width", "rpn_convolutions", "anchor_scale")
+    kept = ("kind", "channels", "box_width", "box_convolutions", "norms", "rpn_convolutions", "anchor_scale")
     assert [getattr(first.head, key) for key in kept] == [getattr(second.head, key) for key in kept]
 
 

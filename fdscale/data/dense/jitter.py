@@ -61,8 +61,8 @@ def jitter_scene(
         boxes = window.boxes(boxes)
         kept = (boxes[:, 2:] - boxes[:, :2] >= SMALLEST).all(axis=1)
         return Seen(pixels, boxes[kept], labels[kept], None)
-    kept, seen = _seen(window, masks)
-    return Seen(pixels, boxes_of(seen), labels[kept], seen)
+    shown, seen = _seen(window, masks)
+    return Seen(pixels, boxes_of(seen), labels[shown], seen)
 
 
 def _seen(window: Window, masks: NDArray[np.uint8]) -> tuple[list[int], NDArray[np.uint8]]:

@@ -10,11 +10,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from timm.layers import LayerNorm2dFp32
 from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import roi_align
 
 from fdscale.config.errors import UserError
+from fdscale.downstream.detection.design import Design
 from fdscale.downstream.detection.matching import Matched
 from fdscale.downstream.detection.pooling import pooled
 
@@ -29,11 +31,12 @@ RunLengths = dict[str, Any]  # COCO's: size (h, w), counts
 class MaskHead(nn.Module):
     """Pooled boxes (n, C, 14, 14) -> the logits of a mask for each class, fp32 (n, classes, 28, 28)."""
 
-    def __init__(self, channels: int, classes: int, strides: Sequence[int]) -> None:
+    def __init__(self, design: Design, strides: Sequence[int]) -> None:
         super().__init__()
-        self.strides = tuple(strides)
-        self.hidden = MaskRCNNHeads(channels, (channels,) * CONVOLUTIONS, dilation=1)
-        self.predictor = MaskRCNNPredictor(channels, channels, classes)
+        self.strides, channels = tuple(strides), design.channels
+        norm = LayerNorm2dFp32 if design.norms else None
+        self.hidden = MaskRCNNHeads(channels, (channels,) * CONVOLUTIONS, 1, norm)
+        self.predictor = MaskRCNNPredictor(channels, channels, design.classes)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.predictor(self.hidden(features.to(next(self.parameters()).dtype))).float()

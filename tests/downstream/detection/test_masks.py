@@ -18,7 +18,7 @@ from fdscale.config.errors import UserError
 from fdscale.data.dense.batches import Objects
 from fdscale.downstream.detection.masks import MaskHead, mask_targets, pasted, run_lengths
 from fdscale.downstream.detection.matching import match, with_area
-from tests.downstream.detection.small import CLASSES, ellipses, objects_of
+from tests.downstream.detection.small import CLASSES, design, ellipses, objects_of
 
 
 def whole_image(probability: Tensor, box: list[float], size: tuple[int, int]) -> Tensor:
@@ -140,7 +140,7 @@ def test_objects_that_all_have_an_area_are_not_copied() -> None:
 
 def test_each_box_learns_the_mask_of_its_own_class_alone() -> None:
     torch.manual_seed(1)
-    head = MaskHead(8, CLASSES, (4, 8))
+    head = MaskHead(design(), (4, 8))
     objects = objects_of((2, 0), 64)
     labels = objects[0].labels.tolist()
     positive = [match(own.boxes, own, 0.5, CLASSES) for own in objects]

@@ -24,7 +24,9 @@ def built(kind: str, cascade: bool, device: str) -> Detector:
     student = build_student(GEOMETRIES[kind], seed=1, device=device)
     set_activation_checkpointing(student, "blocks")
     with torch.device(device):
-        return Detector(student, design(cascade=cascade, channels=32, box_width=64))
+        # With ViTDet's heads, but in the one case that has detectron2's older ones.
+        new = {"box_convolutions": 2, "norms": True} if cascade or kind == "swin" else {}
+        return Detector(student, design(cascade=cascade, channels=32, box_width=64, **new))
 
 
 def inputs(number: int) -> tuple[Any, ...]:
