@@ -143,6 +143,8 @@ def design_of(settings: DetectSettings) -> Design:
         masks=head.masks,
         channels=head.channels,
         box_width=head.box_width,
+        box_convolutions=head.box_convolutions,
+        norms=head.norms,
         window_size=settings.backbone.window_size,
         anchor_scale=head.anchor_scale,
         rpn_convolutions=head.rpn_convolutions,
