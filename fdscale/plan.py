@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdscale.cluster.gpus import visible_gpus
@@ -18,9 +19,10 @@ from fdscale.planning.check import check
 from fdscale.planning.cost import Cost, HostMemory, checkpoint_bytes, flops_per_image, host_memory, pace
 from fdscale.planning.data_check import DIGITS
 from fdscale.planning.dense_check import SCENE_CLASSES, SCENES, count_of, training_data
+from fdscale.planning.dense_sizes import image_bytes
 from fdscale.planning.engine_rules import engine_rules
 from fdscale.planning.fit import Configuration, nearest_fit
-from fdscale.planning.forecast import IMAGE_CHANNELS, Forecast
+from fdscale.planning.forecast import Forecast
 from fdscale.planning.gpus import CPU, Gpu, gpu_named
 from fdscale.planning.memory import machine_memory, memory_per_rank
 from fdscale.planning.outlook import Machine, Nearest, Outlook
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 Outliner = Callable[[Any], "Outline"]  # of the program whose recipe it is
 USUAL = {"distill": (1_281_167, "ImageNet-1K's"), "segment": (20_210, "ADE20K's"), "detect": (117_266, "COCO's")}
+OBJECTS365 = (1_742_289, "Objects365's")  # v2: images to train on
+OBJECTS365_CLASSES = 365
 MODES = ("none", "blocks", "offload")
 
 
@@ -134,8 +138,9 @@ class Tracer:
         return forecast_of(self.of(configuration), self.settings, config, placements, ranks, self.cuda)
 
 
-def _image_bytes(traces: Traces, configuration: Configuration) -> int:
-    return configuration.micro_batch * IMAGE_CHANNELS * traces.image_size**2
+def _batch_bytes(settings: AnySettings, traces: Traces, configuration: Configuration) -> int:
+    """Bytes of one micro batch as loader workers hand it over."""
+    return configuration.micro_batch * image_bytes(settings, traces.image_size)
 
 
 def _nearest(tracer: Tracer, start: Configuration, local_ranks: int, machine: Machine) -> Nearest | None:
@@ -174,7 +179,7 @@ def _host(
         engine_rules(start.deepspeed_json),
         local_ranks,
         settings.data.workers,
-        _image_bytes(traces, start),
+        _batch_bytes(settings, traces, start),
         WHOLE_UP_TO,
     )
 
@@ -238,22 +243,30 @@ def _shape_of(table: Any, where: str) -> Any:
 
 def _samples(settings: AnySettings) -> tuple[int, str]:
     """Samples of an epoch, and where the number comes from."""
-    where, read = _reader(settings)
-    try:
+    paths, read = _reader(settings)
+    where = " with ".join(paths)
+    if all(Path(path).exists() for path in paths):
         count, told = read(), f"counted in {where}"
-    except UserError:
-        count, whose = USUAL.get(settings.program, USUAL["distill"])
+    else:
+        count, whose = _usual(settings)
         told = f"{whose}, since {where} is not on this machine"
     if isinstance(settings, FinetuneSettings) and settings.labelled:
         return min(settings.labelled, count), "labelled"
     return count, told
 
 
-def _reader(settings: AnySettings) -> tuple[str, Callable[[], int]]:
-    """Where the samples are, and what counts them."""
+def _usual(settings: AnySettings) -> tuple[int, str]:
+    """How many samples the program is usually trained on, and whose they are."""
+    if isinstance(settings, DetectSettings) and settings.classes == OBJECTS365_CLASSES:
+        return OBJECTS365
+    return USUAL.get(settings.program, USUAL["distill"])
+
+
+def _reader(settings: AnySettings) -> tuple[tuple[str, ...], Callable[[], int]]:
+    """Where the samples are, and what counts them; raises UserError for what is there and wrong."""
     if isinstance(settings, DenseSettings):
-        return " with ".join(training_data(settings)), lambda: count_of(settings)
-    return settings.data.shards, lambda: len(load_index(settings.data.shards))
+        return training_data(settings), lambda: count_of(settings)
+    return (settings.data.shards,), lambda: len(load_index(settings.data.shards))
 
 
 def _names(settings: AnySettings) -> dict[str, str]:

@@ -12,7 +12,8 @@ from fdscale.cli import main
 from fdscale.config.errors import UserError
 from fdscale.config.recipe import load_recipe
 from fdscale.config.settings import DistillSettings
-from fdscale.plan import plan
+from fdscale.data.dense.scenes import write_coco
+from fdscale.plan import _samples, plan
 from fdscale.planning.outlook import Outlook, as_json
 from fdscale.train import outline
 
@@ -141,6 +142,21 @@ def test_dense_tasks_have_a_plan_without_their_data(
         assert added["batch"] == pytest.approx((4 * 3 + 1) * pixels, rel=0.01)
     else:
         assert added["batch"] >= (4 * 3 + 8) * pixels  # the masks of eight objects
+
+
+def test_images_are_counted_where_they_are_and_else_those_that_were_published(tmp_path: Path) -> None:
+    assert _samples(load_recipe("objects365_swinv2_g"))[0] == 1_742_289
+    assert "Objects365's, since" in _samples(load_recipe("objects365_swinv2_g"))[1]
+    assert _samples(load_recipe("coco_swinv2_g"))[0] == 117_266
+    write_coco(tmp_path, 20, 0, 32)
+    notes = tmp_path / "annotations" / "instances_train2017.json"
+    named = [f"data.images={tmp_path / 'train2017'}", f"data.annotations={notes}"]
+    count, told = _samples(load_recipe("coco_vit_b", [*named, "classes=5"]))
+    assert (told, 16 <= count <= 20) == (f"counted in {tmp_path / 'train2017'} with {notes}", True)
+    with pytest.raises(UserError, match="set classes=5"):
+        _samples(load_recipe("coco_vit_b", named))
+    with pytest.raises(UserError, match=r"data\.folder: .*images/training"):
+        _samples(load_recipe("ade20k_vit_b", [f"data.folder={tmp_path}"]))
 
 
 def test_a_network_given_in_python_has_no_plan(tmp_path: Path) -> None:

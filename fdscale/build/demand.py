@@ -9,6 +9,7 @@ from fdscale.config.programs import AnySettings, DenseSettings
 from fdscale.data.images import OPEN_SHARDS
 from fdscale.planning.check import Plan
 from fdscale.planning.cost import BATCHES_A_WORKER, checkpoint_bytes
+from fdscale.planning.dense_sizes import image_bytes, trained_parameters
 from fdscale.planning.engine_rules import FP32, engine_rules
 from fdscale.training.preflight import Demand
 
@@ -16,18 +17,18 @@ from fdscale.training.preflight import Demand
 def demand_of(settings: AnySettings, plan: Plan, deepspeed_json: Mapping[str, Any], local_ranks: int) -> Demand:
     """Of a node with `local_ranks` ranks, and of the one folder of the run."""
     size = settings.data.crop if isinstance(settings, DenseSettings) else plan.student.image_size or 0
-    batches = local_ranks * settings.data.workers * BATCHES_A_WORKER * plan.micro_batch
-    return Demand(_disk(settings, plan, deepspeed_json), batches * 3 * size**2, OPEN_SHARDS)
+    images = local_ranks * settings.data.workers * BATCHES_A_WORKER * plan.micro_batch
+    return Demand(_disk(settings, plan, deepspeed_json), images * image_bytes(settings, size), OPEN_SHARDS)
 
 
 def _disk(settings: AnySettings, plan: Plan, deepspeed_json: Mapping[str, Any]) -> int | None:
-    """Bytes: the checkpoints that stay and one that is being written, and the student's files; None: size unknown."""
-    parameters, width = plan.student.parameters(), plan.student.width
+    """Bytes: the checkpoints that stay and one that is being written, and what the run leaves; None: size unknown."""
+    parameters, width = trained_parameters(settings, plan.student), plan.student.width
     if parameters is None or width is None:
         return None
     ema, kept = settings.optim.ema_decay > 0, settings.checkpoint
     trained = parameters + sum((width + 1) * (teacher.width or 0) for teacher in plan.teachers.values())
     for_ever = (plan.steps or 0) // kept.keep_every if kept.keep_every else 0
     checkpoints = kept.keep + 1 + for_ever
-    students = FP32 * parameters * (2 if ema else 1)
-    return checkpoints * checkpoint_bytes(trained, engine_rules(deepspeed_json), ema) + students
+    left = FP32 * parameters * (2 if ema else 1)
+    return checkpoints * checkpoint_bytes(trained, engine_rules(deepspeed_json), ema) + left

@@ -163,7 +163,9 @@ class OptimSettings(Settings):
     @classmethod
     def _of_their_decay(cls, milestones: tuple[float, ...], others: ValidationInfo) -> tuple[float, ...]:
         if bool(milestones) != (others.data.get("decay", "milestones") == "milestones"):
-            raise ValueError('rising shares of the run with optim.decay="milestones", none with another decay')
+            raise ValueError(
+                'at least one share of the run, rising, with optim.decay="milestones", none with another decay'
+            )
         return milestones
 
     def warmup(self, steps_per_epoch: int) -> int:

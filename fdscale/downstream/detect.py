@@ -42,6 +42,7 @@ from fdscale.downstream.detection.files import Category, load_detector, load_det
 from fdscale.downstream.detection.views import View, views_of
 from fdscale.downstream.overlays import detection_overlay
 from fdscale.planning.dense_check import SCENES
+from fdscale.planning.dense_sizes import OBJECTS_OF_AN_IMAGE
 from fdscale.students.drop_path import drop_path_rows
 from fdscale.students.student import Student
 from fdscale.training.engine import Connection
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OVERLAY_SCORE = 0.3  # what is drawn is at least so certain
-OBJECTS_OF_AN_IMAGE = 8  # that the planner counts masks for: COCO's mean is 7.3
 
 
 def detect(settings: DetectSettings) -> bool:
@@ -143,6 +143,8 @@ def design_of(settings: DetectSettings) -> Design:
         masks=head.masks,
         channels=head.channels,
         box_width=head.box_width,
+        box_convolutions=head.box_convolutions,
+        norms=head.norms,
         window_size=settings.backbone.window_size,
         anchor_scale=head.anchor_scale,
         rpn_convolutions=head.rpn_convolutions,

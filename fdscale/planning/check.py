@@ -14,6 +14,7 @@ from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.data.order import accumulation_steps
 from fdscale.planning.data_check import DataFacts, augment_problems, data_facts, data_problems, schedule_problems
 from fdscale.planning.dense_check import dense_facts, dense_problems, network_problems
+from fdscale.planning.dense_sizes import trained_parameters
 from fdscale.planning.engine_check import engine_problems
 from fdscale.planning.engine_rules import engine_rules
 from fdscale.planning.head_check import head_problems
@@ -146,8 +147,8 @@ def _states(
     ranks: int,
     deepspeed_json: Mapping[str, Any],
 ) -> RankMemory | None:
-    """Student and projectors under ZeRO, without the teachers; None when the student's size is unknown."""
-    parameters, width = student.parameters(), student.width
+    """Student, dense heads and projectors under ZeRO, without teachers; None when the student's size is unknown."""
+    parameters, width = trained_parameters(settings, student), student.width
     if parameters is None or width is None:
         return None
     projectors = sum((width + 1) * (teacher.width or 0) for teacher in teachers.values())

@@ -58,8 +58,8 @@ CROP = 128
 DENSE_RUN: Tree = {"deepspeed": "laptop", "steps": None, "epochs": EPOCHS, "checkpoint": {"every": 50}}
 DENSE_VIT = {**VIT, "depth": 4}  # whose four layers a head may take
 PYRAMID = 64  # channels
-SEGMENT_HEAD = {"channels": 64, "queries": 16, "decoder_layers": 2}
-DETECT_HEAD = {"channels": PYRAMID, "box_width": 128, "proposals": 100, "box_samples": 64, "weights": None}
+SEGMENT_HEADS: Tree = {"upernet": {"channels": 64}, "mask2former": {"channels": 64, "queries": 16, "decoder_layers": 2}}
+DETECT_HEAD: Tree = {"channels": PYRAMID, "box_width": 128, "proposals": 100, "box_samples": 64, "weights": None}
 FROM_SCRATCH: Tree = {"weights": None, "resize": None}
 
 
@@ -94,19 +94,22 @@ def _dense_patch(settings: DenseSettings, original: Geometry, student: Tree) -> 
     smaller = CROP / settings.data.crop
     segments = isinstance(settings, SegmentSettings)
     scenes = {"folder": SCENES} if segments else {"images": SCENES, "annotations": SCENES}
+    head = SEGMENT_HEADS[settings.head.kind] if segments else DETECT_HEAD
     sizes = ("short_side", "long_side", "stride", "window_size")
     seen = {**_shrunk(settings.eval, (*sizes, "crop"), smaller), **scenes, "every": 0}
-    backbone = {**_shrunk(settings.backbone, ("window_size",), smaller), "pyramid_channels": PYRAMID}
+    backbone = _shrunk(settings.backbone, ("window_size",), smaller)
     if isinstance(original, ViTGeometry):
         student = {**student, "geometry": DENSE_VIT}
-        backbone["indices"] = list(range(DENSE_VIT["depth"]))
+    if isinstance(settings, SegmentSettings) and not isinstance(original, SwinV2Geometry):
+        layers = {"indices": list(range(DENSE_VIT["depth"]))} if isinstance(original, ViTGeometry) else {}
+        backbone |= {"pyramid_channels": PYRAMID} if settings.backbone.plain == "pyramid" else layers
     return {
         **DENSE_RUN,
         "classes": SCENE_CLASSES[settings.program],
         "student": student,
         "data": {**_shrunk(settings.data, ("short_side", "long_side"), smaller), **scenes, **BATCH, "crop": CROP},
         "backbone": backbone,
-        "head": SEGMENT_HEAD if segments else DETECT_HEAD,
+        "head": head,
         "optim": {**OPTIM, "warmup_steps": None},
         "eval": seen,
     }

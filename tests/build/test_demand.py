@@ -7,6 +7,7 @@ from dataclasses import replace
 from fdscale.build.demand import demand_of
 from fdscale.config.recipe import load_recipe
 from fdscale.planning.check import load_and_check
+from fdscale.planning.dense_sizes import trained_parameters
 from fdscale.planning.smoke import smoke_patch
 from fdscale.training.preflight import Demand
 
@@ -47,3 +48,34 @@ def test_workers_leave_their_batches_in_shared_memory() -> None:
     two = demand("data.workers=2").shared_memory
     assert demand("data.workers=4").shared_memory == 2 * two
     assert two == 2 * 2 * 2 * 16 * 3 * 64**2  # ranks, workers, batches a worker, images of 64 pixels a side
+
+
+def dense_demand(recipe: str, *overrides: str) -> tuple[Demand, int]:
+    """Of one rank, and the parameters of the whole network."""
+    settings = load_recipe(recipe, overrides)
+    plan, deepspeed_json = load_and_check(settings, 1)
+    parameters = trained_parameters(settings, plan.student)
+    assert parameters is not None
+    return demand_of(settings, replace(plan, steps=None), deepspeed_json, local_ranks=1), parameters
+
+
+def test_targets_lie_in_shared_memory_beside_their_images() -> None:
+    kept = 2 * 2 * 16 * 128**2  # workers, batches a worker, images, places of a crop
+    micro = "laptop's micro batch is 16", load_and_check(load_recipe("scenes_segment"), 1)[0].micro_batch
+    assert micro[1] == 16, micro[0]
+    assert dense_demand("scenes_segment", "data.workers=2")[0].shared_memory == kept * (3 + 1)
+    assert dense_demand("scenes_detect", "data.workers=2")[0].shared_memory == kept * (3 + 8)
+    assert dense_demand("scenes_detect", "data.workers=2", "head.masks=false")[0].shared_memory == kept * 3
+
+
+def test_the_heads_of_a_dense_task_are_kept_too() -> None:
+    found, parameters = dense_demand("scenes_detect", "checkpoint.keep=1")
+    assert parameters == 3_913_340
+    states = 12 if deepspeed_stage() == 3 else 16
+    assert found.disk in (2 * states * parameters + 4 * parameters, 2 * 12 * parameters + 4 * parameters)
+
+
+def deepspeed_stage() -> int:
+    _, deepspeed_json = load_and_check(load_recipe("scenes_detect"), 1)
+    stage: int = deepspeed_json["zero_optimization"]["stage"]
+    return stage

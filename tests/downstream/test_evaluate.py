@@ -39,6 +39,7 @@ PLAIN = [  # Mask2Former on a ViT: other buffers that no file holds
     "student.name=vit_s16",
     "student.geometry={embed_dim=16,depth=2,num_heads=2}",
     "head.kind=mask2former",
+    "head.channels=32",
     "head.queries=7",
     "head.decoder_layers=2",
 ]

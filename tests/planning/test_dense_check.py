@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fdscale.config.dense_settings import DetectSettings, SegmentSettings
 from fdscale.config.errors import SettingsError
 from fdscale.config.recipe import load_recipe
 from fdscale.data.dense.scenes import write_ade20k, write_coco
 from fdscale.planning.check import Plan, check, load_and_check
+from fdscale.planning.dense_check import network_problems
+from fdscale.planning.networks import planned_student
 from fdscale.students.files import save_student
 from fdscale.students.geometry import student_geometry
 from fdscale.students.student import build_student
@@ -126,6 +129,49 @@ def test_too_few_images_and_an_evaluation_of_nothing(data: Path) -> None:
         load_and_check(nothing, 1)
 
 
+def test_both_halves_mean_the_same_by_a_label(data: Path) -> None:
+    path = spoil(data, lambda held: held["categories"][1].update(name="another"))
+    (problem,) = problems("detect", data)
+    assert problem.startswith("eval.annotations: its classes are not those of data.annotations (label 1 is ")
+    assert "there another with id" in problem
+    held = json.loads(path.read_text())
+    ids = {category["id"] for category in held["categories"]}
+    for table, key in (("categories", "id"), ("annotations", "category_id")):
+        for row in held[table]:
+            row[key] += 1000 if row[key] == max(ids) else 0
+    path.write_text(json.dumps(held).replace("another", name_of(data, 1)))
+    (problem,) = problems("detect", data)
+    assert "label 4 is " in problem
+
+
+def name_of(data: Path, label: int) -> str:
+    held = json.loads((data / "coco" / "annotations" / "instances_val2017.json").read_text())
+    name: str = sorted(held["categories"], key=lambda category: int(category["id"]))[label]["name"]
+    return name
+
+
+def test_both_folders_name_the_same_classes(data: Path) -> None:
+    other = Path(shutil.copytree(data / "ade20k", data / "other"))
+    table = (other / "objectInfo150.txt").read_text().splitlines()
+    cells = [line.rsplit("\t", 1) for line in table]
+    cells[1][1], cells[2][1] = cells[2][1], cells[1][1]
+    (other / "objectInfo150.txt").write_text("\n".join("\t".join(line) for line in cells))
+    (problem,) = problems("segment", data, f"eval.folder={other}")
+    told = f"(label 0 is {cells[1][1]}, there {cells[2][1]})"
+    assert problem.startswith(f"eval.folder: its classes are not those of data.folder {told}")
+    (other / "objectInfo150.txt").unlink()
+    assert planned("segment", data, f"eval.folder={other}").samples == 20
+
+
+@pytest.mark.parametrize("table", ["data", "eval"])
+@pytest.mark.parametrize("half", ["images", "annotations"])
+def test_the_embedded_scenes_are_both_halves_or_neither(data: Path, table: str, half: str) -> None:
+    assert any(
+        text.startswith(f"{table}.images, {table}.annotations: got ") and text.endswith("both scenes, or neither")
+        for text in problems("detect", data, f"{table}.{half}=scenes")
+    )
+
+
 def refused(recipe: str, deepspeed_json: dict[str, Any], *overrides: str) -> list[str]:
     with pytest.raises(SettingsError) as caught:
         check(load_recipe(recipe, overrides), {**deepspeed_json, "train_micro_batch_size_per_gpu": 16}, 1)
@@ -138,6 +184,90 @@ ZERO: dict[str, Any] = {"zero_optimization": {"stage": 1}}
 def test_windows_are_swinv2s(made: Path) -> None:
     told = refused("scenes_segment", ZERO, "student.name=vit_b16", "student.geometry={}", "backbone.window_size=8")
     assert told == ["backbone.window_size: got 8, but vit_b16 has no windows; leave it out"]
+
+
+ONE_SIZE = ("student.name=timm:vit_tiny_patch16_224", "student.geometry={}")
+ANY_SIZE = "student.geometry={dynamic_img_size=true}"
+
+
+def of_one_size(recipe: str, *overrides: str) -> list[str]:
+    """What is refused, beside what only the built network could tell."""
+    settings = load_recipe(recipe, [*ONE_SIZE, *overrides])
+    student = planned_student(settings.student)
+    assert isinstance(settings, SegmentSettings | DetectSettings)
+    return list(network_problems(settings, student, ZERO))
+
+
+def test_a_student_of_one_size_sees_no_other() -> None:
+    (told,) = of_one_size("scenes_detect", "student.image_size=128")
+    assert told.startswith("student.name: timm:vit_tiny_patch16_224 takes images of one size, but detection sees")
+    assert not of_one_size("scenes_detect", ANY_SIZE)
+    crops = ("data.crop=224", "eval.crop=224")
+    assert not of_one_size("scenes_segment", "student.image_size=224", *crops)
+    named = ("student.image_size=224", *crops)
+    assert [text.split(",")[0] for text in of_one_size("scenes_segment", *named, "data.crop=128")] == [
+        "data.crop: got 128"
+    ]
+    (told,) = of_one_size("scenes_segment", *named, "eval.crop=0")
+    assert told.startswith("eval.crop: got 0, whole images, but timm:vit_tiny_patch16_224 takes images of 224 px alone")
+    assert not of_one_size("scenes_segment", ANY_SIZE, "eval.crop=0")
+
+
+def test_what_a_name_says_of_sizes() -> None:
+    """A patch of 14 px is made of 16 of the crop's; without a number only the built network tells its size."""
+    crops = ("data.crop=256", "eval.crop=256")
+    clip = "student.name=timm:vit_large_patch14_clip_224.openai"
+    assert not of_one_size("scenes_segment", clip, "student.image_size=224", *crops)
+    assert len(of_one_size("scenes_segment", clip, "student.image_size=336", *crops)) == 2
+    for free in ("vit_small_patch16_dinov3", "vit_intern300m_patch14_448", "resnet50", "swinv2_tiny_window8_256"):
+        assert not of_one_size("scenes_segment", f"student.name=timm:{free}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["backbone.plain=layers"],
+            'backbone.plain: got "layers", but swinv2_g has maps of four strides; leave it out',
+        ),
+        (["backbone.indices=[0,1,2,3]"], "backbone.indices: got [0, 1, 2, 3], but swinv2_g has maps of four strides"),
+        (["head.queries=9"], "head.queries: got 9, but head.kind is upernet; leave it out"),
+        (["head.decoder_layers=2"], "head.decoder_layers: got 2, but head.kind is upernet"),
+        (
+            ["head.kind=mask2former", "head.auxiliary_weight=0.3"],
+            "head.auxiliary_weight: got 0.3, but head.kind is mask",
+        ),
+        (
+            [*ONE_SIZE, ANY_SIZE, "backbone.indices=[0,1,2,3]"],
+            "backbone.indices: got [0, 1, 2, 3], but backbone.plain is",
+        ),
+        (
+            [*ONE_SIZE, ANY_SIZE, "backbone.plain=layers", "backbone.pyramid_channels=8"],
+            'backbone.pyramid_channels: got 8, but backbone.plain is "layers"; leave it out',
+        ),
+    ],
+)
+def test_no_setting_is_ignored(overrides: list[str], told: str) -> None:
+    (problem,) = refused("scenes_segment", ZERO, *overrides)
+    assert problem.startswith(told)
+
+
+def test_detection_has_no_other_neck() -> None:
+    with pytest.raises(SettingsError, match=r"backbone\.plain"):
+        load_recipe("scenes_detect", ["backbone.plain=layers"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "told"),
+    [
+        ("scenes_segment", "eval.scales=[]", "eval.scales: got [], allowed: a list, at least 1"),
+        ("coco_vit_b", "optim.milestones=[]", "optim.milestones: got (), allowed: at least one share of the run"),
+    ],
+)
+def test_an_empty_list_is_told_what_it_lacks(recipe: str, override: str, told: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_recipe(recipe, [override])
+    assert caught.value.problems[0].startswith(told)
 
 
 def test_mask2former_does_not_count_in_sixteen_bits() -> None:

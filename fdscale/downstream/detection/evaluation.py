@@ -68,10 +68,9 @@ def as_coco(told: Detections, image_id: int, category_ids: Sequence[int]) -> lis
     """The detections of one image as COCO's results file has them."""
     corners = told.boxes.float().cpu()
     sides = (corners[:, 2:] - corners[:, :2]).tolist()
-    found = []
-    for row, (corner, side) in enumerate(zip(corners[:, :2].tolist(), sides, strict=True)):
+    found, rows = [], zip(corners[:, :2].tolist(), sides, told.labels.tolist(), told.scores.tolist(), strict=True)
+    for row, (corner, side, label, score) in enumerate(rows):
         shape = {} if told.masks is None else {"segmentation": told.masks[row]}
-        label, score = int(told.labels[row]), float(told.scores[row])
         found.append(
             {"image_id": image_id, "category_id": category_ids[label], "bbox": corner + side, "score": score, **shape}
         )
