@@ -260,14 +260,14 @@ def test_detection_has_no_other_neck() -> None:
 @pytest.mark.parametrize(
     ("recipe", "override", "told"),
     [
-        ("scenes_segment", "eval.scales=[]", "eval.scales: got [], allowed: a list, at least 1"),
-        ("coco_vit_b", "optim.milestones=[]", "optim.milestones: got (), allowed: at least one share of the run"),
+        ("scenes_segment", "eval.scales=[]", "eval.scales: got [], allowed: a list, at least 1 of them"),
+        ("coco_vit_b", "optim.milestones=[]", "optim.milestones: got [], allowed: at least one share of the run"),
     ],
 )
 def test_an_empty_list_is_told_what_it_lacks(recipe: str, override: str, told: str) -> None:
     with pytest.raises(SettingsError) as caught:
         load_recipe(recipe, [override])
-    assert caught.value.problems[0].startswith(told)
+    assert caught.value.problems[0].startswith(f"{recipe}.toml: {told}")
 
 
 def test_mask2former_does_not_count_in_sixteen_bits() -> None:
