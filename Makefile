@@ -23,7 +23,7 @@ demo: $(stamp)
 	$(in_venv) bash launchers/demo.sh
 
 test: $(stamp)
-	$(in_venv) python -m pytest -n 2 --dist loadfile
+	$(in_venv) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Real SLURM, sshd and Prometheus on this machine, in namespaces: needs root and Debian's packages, which it installs.
 test-cluster: $(stamp)
@@ -32,7 +32,7 @@ test-cluster: $(stamp)
 
 # What takes hours in all: each measures, compares and writes its page in docs/measurements; done ones are skipped.
 prove: $(stamp)
-	$(in_venv) python -m pytest -m prove tests/prove
+	$(in_venv) python -m pytest -m prove tests
 
 # Grafana's JSON and the table of metrics, from their description in monitoring/grafana.
 dashboards: $(stamp)

@@ -7,7 +7,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.config.programs import DenseSettings
@@ -34,12 +36,12 @@ SIZES: dict[str, tuple[int, int]] = {
     "ade20k_swinv2_l": (8, 233_967_392),
     "ade20k_swinv2_g": (32, 3_057_747_980),
     "ade20k_mask2former_swinv2_g": (16, 3_019_367_223),
-    "coco_vit_b": (8, 139_313_758),
-    "coco_vit_l": (8, 362_713_694),
-    "coco_swinv2_b": (8, 135_524_182),
-    "coco_swinv2_l": (8, 244_079_954),
-    "coco_swinv2_g": (32, 3_047_953_982),
-    "objects365_swinv2_g": (32, 3_046_187_077),
+    "coco_vit_b": (8, 143_250_014),
+    "coco_vit_l": (8, 366_649_950),
+    "coco_swinv2_b": (8, 139_462_486),
+    "coco_swinv2_l": (8, 248_018_258),
+    "coco_swinv2_g": (32, 3_051_892_286),
+    "objects365_swinv2_g": (32, 3_050_124_357),
     "scenes_segment": (1, 3_820_126),
     "scenes_detect": (1, 3_913_340),
 }
@@ -108,9 +110,22 @@ def of_its_user(name: str, data: Path, folder: Path) -> list[str]:
         file.with_suffix(".json").write_text(json.dumps(described))
         given.append(f"student.weights={file}")
     if getattr(settings.head, "weights", None) is not None:
-        (folder / "detector.safetensors").touch()
+        write_earlier_stage(folder / "detector.safetensors")
         given.append(f"head.weights={folder / 'detector.safetensors'}")
     return given
+
+
+def write_earlier_stage(file: Path) -> None:
+    """What says that a detector is the one of objects365_swinv2_g, without its weights."""
+    first: Any = dense("objects365_swinv2_g")
+    head, student = first.head, first.student
+    save_file({"boxes.stages.0.classes.weight": np.zeros(1, np.float32)}, file)
+    design = {"cascade": head.kind == "cascade", "channels": head.channels, "box_width": head.box_width}
+    geometry = geometry_to_json(student_geometry(student.name, student.image_size, student.geometry))
+    described = {"geometry": geometry, "mean": [0.5] * 3, "std": [0.5] * 3}
+    file.with_suffix(".json").write_text(
+        json.dumps({**described, "design": {**design, "rpn_convolutions": head.rpn_convolutions}})
+    )
 
 
 def test_each_dense_recipe_is_here() -> None:
@@ -180,7 +195,7 @@ def test_the_coco_stage_goes_on_with_the_network_of_the_objects365_stage() -> No
     assert second.student.weights is None
     assert (first.student.geometry, first.student.image_size) == (second.student.geometry, second.student.image_size)
     assert first.backbone == second.backbone
-    kept = ("kind", "channels", "box_width", "rpn_convolutions", "anchor_scale")
+    kept = ("kind", "channels", "box_width", "box_convolutions", "norms", "rpn_convolutions", "anchor_scale")
     assert [getattr(first.head, key) for key in kept] == [getattr(second.head, key) for key in kept]
 
 

@@ -39,7 +39,7 @@ def student_of(run: Run, whole_up_to: int = WHOLE_UP_TO) -> Student:
     stage = run.deepspeed_json["zero_optimization"]["stage"]
     if stage < 3 or _size_of(build) <= whole_up_to:
         return build()
-    student = _on_first_rank(build, run.connection)
+    student = on_first_rank(build, run.connection)
     divide(student, run.deepspeed_json, run.connection, parameter_dtype(run.deepspeed_json))
     return student
 
@@ -63,7 +63,7 @@ def teacher_of(
     elif placement == "replicated" or _size_of(build) <= whole_up_to:
         teacher = build()
     else:
-        teacher = _on_first_rank(build, run.connection)
+        teacher = on_first_rank(build, run.connection)
     return place(teacher, placement, run.deepspeed_json, run.connection)
 
 
@@ -73,7 +73,7 @@ def _size_of(build: Callable[..., nn.Module]) -> int:
     return 0 if network is None else sum(parameter.numel() for parameter in network.parameters())
 
 
-def _on_first_rank(build: Callable[..., Network], connection: Connection) -> Network:
+def on_first_rank(build: Callable[..., Network], connection: Connection) -> Network:
     """A network with values on rank 0 and shapes elsewhere; what rank 0 finds wrong is raised on every rank."""
     problems: list[str] = []
     network = attempt(lambda: build(device="cpu" if connection.rank.is_main else "meta"), problems)

@@ -69,7 +69,7 @@ def evaluate(
     from fdscale.cluster.launch import launch as start
     from fdscale.downstream.finished_run import dense_settings
 
-    dense_settings(run, overrides or [])  # what is wrong is told once, before any rank starts
+    dense_settings(run, overrides or [], average)  # what is wrong is told once, before any rank starts
     options = [*(["--average"] if average else []), *([] if output is None else ["--output", str(output)])]
     raise typer.Exit(start(["evaluate-rank", str(run), *(overrides or []), *options], None, ranks))
 

@@ -161,15 +161,19 @@ class DetectEvalSettings(ViewSettings):
 class DetectHeadSettings(Settings):
     """Mask R-CNN or its cascade, on maps `channels` wide; without `masks` boxes alone are learned.
 
-    Anchors have sides of `anchor_scale` strides. Of an image so many `proposals` go to the box head in an evaluation,
-    and `box_samples` of them in training. `weights` is the `detector.safetensors` of an earlier stage: all of it is
-    kept but what depends on the classes, where their number is another.
+    A box head has so many `box_convolutions` and one layer of `box_width`, or, without them, two layers; `norms`:
+    LayerNorms after the convolutions of heads and feature pyramid. Anchors have sides of `anchor_scale` strides. Of an
+    image so many `proposals` go to the box head in an evaluation, and `box_samples` of them in training. `weights` is
+    the `detector.safetensors` of an earlier stage: all of it is kept but what depends on the classes, where their
+    number is another.
     """
 
     kind: Literal["mask_rcnn", "cascade"] = "mask_rcnn"
     masks: bool = True
     channels: Positive = 256
     box_width: Positive = 1024
+    box_convolutions: Count = 0
+    norms: bool = False
     rpn_convolutions: Positive = 1
     anchor_scale: Annotated[float, Field(gt=0)] = 8.0
     proposals: Positive = 1000

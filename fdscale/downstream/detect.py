@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from fdscale.build.outline import Outline, Sketch, draws_for, pixels_for, studen
 from fdscale.build.run import open_run
 from fdscale.build.training import train
 from fdscale.config.dense_settings import DetectSettings
+from fdscale.config.errors import UserError
 from fdscale.data.dense.batches import DetectBatch, DetectEval, DetectImage, DetectTrain, Objects
 from fdscale.data.dense.coco import CocoScenes, load_coco
 from fdscale.data.dense.jitter import Jitter
@@ -116,9 +118,18 @@ def images_of(scenes: CocoScenes) -> DetectEval:
     return DetectEval(scenes)
 
 
-def left_by(settings: DetectSettings, folder: Path, ending: str) -> Detector:
-    """What a run left, told to show what the settings say."""
-    detector, _ = load_detector(folder / f"detector{ending}.safetensors")
+def left_by(settings: DetectSettings, folder: Path, ending: str, scenes: CocoScenes, device: str = "cpu") -> Detector:
+    """What a run left, told to show what the settings say; raises UserError where `scenes` have other categories.
+
+    On the meta device its student has shapes only.
+    """
+    detector, learnt = load_detector(folder / f"detector{ending}.safetensors", device)
+    for ours, theirs in zip_longest(learnt, categories_of(scenes)):
+        if ours != theirs:
+            raise UserError(
+                f"eval.annotations: {scenes.annotations} has {theirs}, the detector in {folder} {ours}, for the same "
+                "label; name held-out images of the data set that it learnt"
+            )
     detector.design = design_of(settings)
     return detector
 
@@ -132,6 +143,8 @@ def design_of(settings: DetectSettings) -> Design:
         masks=head.masks,
         channels=head.channels,
         box_width=head.box_width,
+        box_convolutions=head.box_convolutions,
+        norms=head.norms,
         window_size=settings.backbone.window_size,
         anchor_scale=head.anchor_scale,
         rpn_convolutions=head.rpn_convolutions,
@@ -171,7 +184,8 @@ def look_with(
         return {_metric(name): value for name, value in found.items()}
 
     def views(image: Tensor) -> list[View]:
-        return views_of(image, seen.short_side, seen.long_side, seen.scales, seen.flip, fill=fill)
+        square = detector.fpn is None  # ViTDet's, to which position biases are not resized
+        return views_of(image, seen.short_side, seen.long_side, seen.scales, seen.flip, fill=fill, square=square)
 
     def overlay(pictures: Path, image: DetectImage, found: Detections) -> None:
         if image.number < seen.overlays:

@@ -18,6 +18,7 @@ from fdscale.build.outline import Outline, Sketch, draws_for, pixels_for, studen
 from fdscale.build.run import open_run
 from fdscale.build.training import train
 from fdscale.config.dense_settings import SegmentSettings
+from fdscale.config.errors import UserError
 from fdscale.data.dense.ade20k import ScenePairs, load_ade20k
 from fdscale.data.dense.batches import SegmentBatch, SegmentEval, SegmentImage, SegmentTrain
 from fdscale.data.dense.crops import Cropping
@@ -103,9 +104,18 @@ def images_of(scenes: ScenePairs) -> SegmentEval:
     return SegmentEval(scenes)
 
 
-def left_by(settings: SegmentSettings, folder: Path, ending: str) -> Segmenter:
-    """What a run left."""
-    return load_segmenter(folder / f"{SEGMENTER}{ending}")
+def left_by(settings: SegmentSettings, folder: Path, ending: str, scenes: ScenePairs, device: str = "cpu") -> Segmenter:
+    """What a run left; raises UserError where its classes have other names than those of `scenes`.
+
+    On the meta device shapes only.
+    """
+    segmenter = load_segmenter(folder / f"{SEGMENTER}{ending}", device)
+    learnt = [segmenter.config.id2label.get(label) for label in range(settings.classes)]
+    named = learnt != [f"LABEL_{label}" for label in range(settings.classes)]  # transformers' word for: no names
+    for label, (ours, theirs) in enumerate(zip(learnt, scenes.class_names or (), strict=False) if named else ()):
+        if ours != theirs:
+            raise UserError(f"eval.folder: label {label} is {theirs!r} there, {ours!r} in {folder}: another data set's")
+    return segmenter
 
 
 def segmenter_of(settings: SegmentSettings, student: Student) -> Segmenter:

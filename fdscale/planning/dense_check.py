@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from math import log2
+from pathlib import Path
 from typing import Any
 
 from fdscale.config.dense_settings import (
@@ -21,6 +22,7 @@ from fdscale.config.programs import DenseSettings
 from fdscale.data.dense.ade20k import ScenePairs, load_ade20k
 from fdscale.data.dense.coco import CocoScenes, load_coco
 from fdscale.planning.data_check import DataFacts
+from fdscale.planning.detector_file import detector_file_problems
 from fdscale.planning.networks import refuse_no_file
 from fdscale.students.geometry import Geometry, SwinV2Geometry, TimmGeometry, ViTGeometry
 
@@ -82,7 +84,7 @@ def network_problems(
             yield f"{where}.window_size: got {windows}, but {settings.student.name} has no windows; leave it out"
     yield from _size_problems(settings, student)
     if isinstance(settings, DetectSettings):
-        yield from _detector_problems(settings)
+        yield from _detector_problems(settings, student)
         return
     yield from _unused_problems(settings, isinstance(student, SwinV2Geometry))
     if settings.head.kind == "mask2former":
@@ -142,7 +144,7 @@ def _said(table: str, given: Any, defaults: Any, why: str, *names: str) -> Itera
             yield f"{table}.{name}: got {list(told) if isinstance(told, tuple) else told}, but {why}; leave it out"
 
 
-def _detector_problems(settings: DetectSettings) -> Iterator[str]:
+def _detector_problems(settings: DetectSettings, student: Geometry | None) -> Iterator[str]:
     weights, problems = settings.head.weights, []  # type: str | None, list[str]
     if weights is None:
         return
@@ -150,6 +152,8 @@ def _detector_problems(settings: DetectSettings) -> Iterator[str]:
     yield from problems
     if settings.student.weights is not None:
         yield f"student.weights: head.weights={weights} holds the whole network, the student too; leave one of them out"
+    elif not problems:
+        yield from detector_file_problems(Path(weights), student, settings.head)
 
 
 def _held_out(settings: DenseSettings) -> tuple[str, ...]:

@@ -107,8 +107,7 @@ def fit(
     inside `watch(step)`, and `watch.tell(step)` says what was seen. Raises what the guards raise: UserError, or
     StartAgain before anything is saved.
     """
-    if evaluate and progress.step == plan.last:  # stopped after its last commit, and perhaps not evaluated yet
-        sinks.write(progress.step, evaluate())
+    _make_up_for_the_last(evaluate, progress, plan, sinks)
     meter = Meter(plan.global_batch, plan.last, guards.live, guards.phase)
     for micro_batches in _steps(loader, progress, plan, guards, meter):
         set_learning_rate(engine, schedule, progress.step)
@@ -214,6 +213,14 @@ def _row(
         "bad_samples": progress.bad_samples,
         "skipped_steps": progress.skipped_steps,
     }
+
+
+def _make_up_for_the_last(
+    evaluate: Callable[[], dict[str, float]] | None, progress: Progress, plan: Plan, sinks: Sinks
+) -> None:
+    """Evaluate a run that begins at its end: it was stopped after its last commit, perhaps amid its evaluation."""
+    if evaluate and progress.step == plan.last:
+        sinks.write(progress.step, evaluate())
 
 
 def _to_be_saved(progress: Progress, plan: Plan) -> bool:

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 SCENE = np.dtype([("id", "<i8"), ("height", "<i4"), ("width", "<i4"), ("first", "<i8"), ("last", "<i8")])
 OBJECT = np.dtype([("box", "<f4", 4), ("label", "<i4"), ("bytes", "<i4"), ("start", "<i8")])
+FAR = 10  # sides of an image, beyond which nothing of its objects may lie
 TOLD = 5  # problems that are written out
 ENOUGH = 1000  # problems that end the reading
 
@@ -128,7 +129,7 @@ def load_coco(
     checked first, then used.
 
     Raises UserError, with the ids, for a damaged JSON, missing or wrong entries, ids that are unknown or there twice,
-    RLE of another size than the image, and more missing images.
+    RLE of another size than the image, objects far beyond it, and more missing images.
     """
     folder, path = Path(images_folder), Path(annotations)
     if not folder.is_dir():
@@ -146,6 +147,7 @@ def _loaded(folder: Path, path: Path, masks: bool, max_missing: float, _: tuple[
     order = np.argsort(rows["id"], kind="stable")
     owners = _check_ids(path, rows, notes, ids, order)
     _check_rle_sizes(path, rows, notes, owners)
+    _check_reach(path, rows, notes, owners)
     objects, owners = _objects(path, notes, owners, ids, masks)
     scenes = _scenes(rows, owners)
     there = _present(folder, path, images.names, max_missing)
@@ -232,6 +234,19 @@ def _check_rle_sizes(path: Path, rows: NDArray[np.void], notes: NDArray[np.void]
     )
 
 
+def _check_reach(path: Path, rows: NDArray[np.void], notes: NDArray[np.void], owners: NDArray[np.int64]) -> None:
+    """Objects may leave their image; those far beyond it are damaged, and to draw them takes all memory."""
+    limits = FAR * np.maximum(rows["height"], rows["width"]).astype(np.float64)[owners]
+    _refuse(
+        path,
+        (
+            f"annotation {notes['id'][place]}: a coordinate of its bbox or segmentation is {notes['reach'][place]:g} "
+            f"pixels from the image's corner, allowed: {limits[place]:g}, {FAR} times its longer side"
+            for place in np.flatnonzero(notes["reach"] > limits)
+        ),
+    )
+
+
 def _objects(
     path: Path, notes: NDArray[np.void], owners: NDArray[np.int64], categories: NDArray[np.int64], masks: bool
 ) -> tuple[NDArray[np.void], NDArray[np.int64]]:
@@ -263,15 +278,18 @@ def _scenes(rows: NDArray[np.void], owners: NDArray[np.int64]) -> NDArray[np.voi
 
 
 def _present(folder: Path, path: Path, names: list[str], max_missing: float) -> NDArray[np.bool_]:
-    """Bool (M,): the image is there. Each folder is listed once; file names may have folders in them."""
+    """Bool (M,): the image is there. Each folder is listed once; file names may have folders in them.
+
+    Where a name as it stands is not there, but its last two parts are, these take its place: Objects365 is published
+    with names like images/v1/patch8/objects365_v1_00420917.jpg, and its archives unpack to patch8.
+    """
     listed: dict[str, frozenset[str]] = {}
     there = np.ones(len(names), bool)
     for number, name in enumerate(names):
-        parent, _, file = name.rpartition("/")
-        if parent not in listed:
-            own = folder / parent
-            listed[parent] = frozenset(os.listdir(own)) if own.is_dir() else frozenset()
-        there[number] = file in listed[parent]
+        short = "/".join(name.split("/")[-2:])
+        if not _is_listed(folder, name, listed) and _is_listed(folder, short, listed):
+            names[number] = name = short
+        there[number] = _is_listed(folder, name, listed)
     missing = len(names) - int(there.sum())
     if missing:
         shown = _few(names[number] for number in np.flatnonzero(~there))
@@ -280,6 +298,14 @@ def _present(folder: Path, path: Path, names: list[str], max_missing: float) -> 
             raise UserError(f"{said}; allowed: {max_missing:.2%}; unpack the images there, or give the right folder")
         logger.warning("%s; they are left out", said)
     return there
+
+
+def _is_listed(folder: Path, name: str, listed: dict[str, frozenset[str]]) -> bool:
+    parent, _, file = name.rpartition("/")
+    if parent not in listed:
+        own = folder / parent
+        listed[parent] = frozenset(os.listdir(own)) if own.is_dir() else frozenset()
+    return file in listed[parent]
 
 
 def _twice(ids: NDArray[np.int64]) -> list[int]:

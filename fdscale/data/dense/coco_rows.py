@@ -6,6 +6,7 @@ import marshal
 import math
 from array import array
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ ANNOTATION = np.dtype(
         ("category", "<i8"),
         ("box", "<f4", 4),  # x, y, width, height
         ("crowd", "?"),
+        ("reach", "<f8"),  # the largest of its coordinates, without their signs
         ("rle_size", "<i4", 2),  # height, width; 0 for polygons
         ("start", "<i8"),  # of its segmentation among all
         ("bytes", "<i4"),  # 0: there is none
@@ -83,12 +85,14 @@ class AnnotationRows:
             rows[column] = array("q", [item[key] for item in items])
         rows["crowd"] = array("b", [item.get("iscrowd", 0) for item in items])
         # An area is not used here; but a missing one stops the evaluation, hours later.
-        if not np.isfinite(array("d", [item["area"] for item in items])).all():
+        areas = np.asarray(array("d", [item["area"] for item in items]))
+        if not (np.isfinite(areas) & (areas >= 0)).all():
             raise ValueError
         if any(len(item["bbox"]) != 4 for item in items):
             raise ValueError
         boxes = array("d", [number for item in items for number in item["bbox"]])
         rows["box"] = np.asarray(boxes).reshape(-1, 4)
+        rows["reach"] = np.abs(np.asarray(boxes)).reshape(-1, 4).max(axis=1, initial=0)
         return rows
 
     def _keep_segmentations(self, items: list[Any], rows: NDArray[np.void]) -> None:
@@ -97,6 +101,8 @@ class AnnotationRows:
             if isinstance(segmentation, dict):
                 rows[row]["rle_size"] = segmentation["size"]
             else:
+                reach = max(max(max(part), -min(part)) for part in segmentation if part) if any(segmentation) else 0
+                rows[row]["reach"] = max(rows[row]["reach"], reach)
                 segmentation = [part for part in segmentation if len(part) >= 6]
             if segmentation and not rows[row]["crowd"]:
                 data = marshal.dumps(segmentation)
@@ -142,8 +148,8 @@ def _annotation_problem(item: Mapping[str, Any]) -> str | None:
         return why
     if type(item.get("iscrowd", 0)) is not int or item.get("iscrowd", 0) not in (0, 1):
         return f"iscrowd is {_short(item['iscrowd'])}, allowed: 0 or 1"
-    if not _is_number(item["area"]):
-        return f"area is {_short(item['area'])}, allowed: a finite number"
+    if not _is_number(item["area"]) or item["area"] < 0:
+        return f"area is {_short(item['area'])}, allowed: a finite number, not below 0"
     box = item["bbox"]
     if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)) and min(box[2:]) >= 0):
         return f"bbox is {_short(box)}, allowed: [x, y, width, height], finite, width and height above 0"
@@ -166,14 +172,19 @@ def _segmentation_problem(item: Mapping[str, Any]) -> str | None:
 
 
 def _rle_problem(rle: Mapping[str, Any]) -> str | None:
+    from fdscale.data.dense.masks import pixels_told  # of a library that boxes alone do not need
+
     size, counts = rle.get("size"), rle.get("counts")
     if not (isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)):
         return f"segmentation has size {_short(size)}, allowed: [height, width] of the image"
+    told, pixels = None, size[0] * size[1]
     if isinstance(counts, str) and counts:
-        return None
-    if isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts):
-        pixels = size[0] * size[1]
-        return None if sum(counts) == pixels else f"segmentation counts {sum(counts)} pixels, allowed: {pixels}"
+        with suppress(ValueError, RuntimeError):
+            told = pixels_told(rle)
+    elif isinstance(counts, list) and all(type(count) is int and count >= 0 for count in counts):
+        told = sum(counts)
+    if told is not None:
+        return None if told == pixels else f"segmentation counts {told} pixels, allowed: {pixels}"
     return f"segmentation has counts {_short(counts)}, allowed: run lengths, as a list or as COCO's string"
 
 

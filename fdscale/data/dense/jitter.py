@@ -61,12 +61,21 @@ def jitter_scene(
         boxes = window.boxes(boxes)
         kept = (boxes[:, 2:] - boxes[:, :2] >= SMALLEST).all(axis=1)
         return Seen(pixels, boxes[kept], labels[kept], None)
-    seen = window.values(masks)
-    kept = seen.any(axis=(1, 2))
-    seen = seen[kept]
-    whole = np.zeros((len(seen), jitter.size, jitter.size), np.uint8)
-    whole[:, : window.seen[0], : window.seen[1]] = seen
-    return Seen(pixels, boxes_of(seen), labels[kept], whole)
+    shown, seen = _seen(window, masks)
+    return Seen(pixels, boxes_of(seen), labels[shown], seen)
+
+
+def _seen(window: Window, masks: NDArray[np.uint8]) -> tuple[list[int], NDArray[np.uint8]]:
+    """Which masks are seen, and those on squares: each is made in its place, for all together are large."""
+    kept: list[int] = []
+    height, width = window.seen
+    squares = np.zeros((len(masks), window.side, window.side), np.uint8)
+    for number, mask in enumerate(masks):
+        part = window.values(mask)
+        if part.any():
+            squares[len(kept), :height, :width] = part
+            kept.append(number)
+    return kept, squares[: len(kept)]
 
 
 def boxes_of(masks: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2dFp32
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.ops import clip_boxes_to_image
 
 from fdscale.downstream.detection.design import Design
@@ -43,11 +44,11 @@ class BoxStage(nn.Module):
     Offsets are (n, 4), or (n, 4 * classes) where they depend on the class.
     """
 
-    def __init__(self, channels: int, width: int, classes: int, by_class: bool) -> None:
+    def __init__(self, design: Design, by_class: bool) -> None:
         super().__init__()
-        self.hidden = TwoMLPHead(channels * SIDE**2, width)
-        self.classes = Linear32(width, classes + 1)
-        self.offsets = Linear32(width, 4 * classes if by_class else 4)
+        self.hidden = _hidden(design)
+        self.classes = Linear32(design.box_width, design.classes + 1)
+        self.offsets = Linear32(design.box_width, 4 * design.classes if by_class else 4)
         for layer, std in ((self.classes, 0.01), (self.offsets, 0.001)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
@@ -55,6 +56,19 @@ class BoxStage(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.hidden(features.to(next(self.parameters()).dtype))
         return self.classes(hidden), self.offsets(hidden)
+
+
+def _hidden(design: Design) -> nn.Module:
+    """Pooled boxes (n, C, 7, 7) -> (n, box_width): convolutions 3x3 and a layer, or two layers."""
+    if not design.box_convolutions:
+        return TwoMLPHead(design.channels * SIDE**2, design.box_width)
+    widths, norm = [design.channels] * design.box_convolutions, LayerNorm2dFp32 if design.norms else None
+    hidden = FastRCNNConvFCHead((design.channels, SIDE, SIDE), widths, [design.box_width], norm)
+    for layer in hidden:
+        if isinstance(layer, nn.Linear):  # as detectron2
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+    return hidden
 
 
 class BoxHeads(nn.Module):
@@ -65,9 +79,7 @@ class BoxHeads(nn.Module):
         number = len(OVERLAPS) if design.cascade else 1
         self.strides, self.background, self.samples = tuple(strides), design.classes, design.box_samples
         self.coders = [BoxCoder(weights) for weights in WEIGHTS[:number]]
-        self.stages = nn.ModuleList(
-            BoxStage(design.channels, design.box_width, design.classes, by_class=number == 1) for _ in range(number)
-        )
+        self.stages = nn.ModuleList(BoxStage(design, by_class=number == 1) for _ in range(number))
 
     def chosen(self, proposals: Sequence[Tensor], objects: Sequence[Objects]) -> list[Matched]:
         """What the first stage learns from: proposals and the objects' own boxes, matched and drawn."""

@@ -11,7 +11,9 @@ class Design:
     """What a detector is built with; defaults are detectron2's, on which ViTDet builds, but for what is said.
 
     `cascade`: three stages instead of one; `masks`: with a mask head. `channels` of all maps and of the mask head,
-    `box_width` of the two hidden layers of a box head. `window_size` replaces SwinV2's. Anchors have sides of
+    `box_width` of the two hidden layers of a box head; with `box_convolutions` these come first, and one such layer
+    follows. `norms`: a LayerNorm over the channels after each convolution of box heads, mask head and feature pyramid.
+    ViTDet has 4 convolutions, and norms. `window_size` replaces SwinV2's. Anchors have sides of
     `anchor_scale` strides and these `anchor_ratios` of height to width. `proposals_*`: of each level before the
     suppression of overlaps, of an image after it. `rpn_samples` anchors and `box_samples` boxes of an image are drawn.
 
@@ -25,6 +27,8 @@ class Design:
     masks: bool = True
     channels: int = 256
     box_width: int = 1024
+    box_convolutions: int = 0
+    norms: bool = False
     window_size: int | None = None
     anchor_scale: float = 8.0
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from timm.layers import LayerNorm2dFp32
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
@@ -57,10 +58,12 @@ class Detector(nn.Module):
         strides = self.backbone.strides
         self.fpn: FeaturePyramidNetwork | None = None
         if isinstance(self.backbone.neck, StageNorms):
-            self.fpn = FeaturePyramidNetwork(list(self.backbone.channels), design.channels)
+            self.fpn = FeaturePyramidNetwork(
+                list(self.backbone.channels), design.channels, norm_layer=LayerNorm2dFp32 if design.norms else None
+            )
         self.rpn = build_rpn(design, (*strides, 2 * strides[-1]))
         self.boxes = BoxHeads(design, strides)
-        self.masks = MaskHead(design.channels, design.classes, strides) if design.masks else None
+        self.masks = MaskHead(design, strides) if design.masks else None
         for part in self.modules():
             if isinstance(part, nn.ReLU):
                 part.inplace = False  # what a hook hands on must not be written into

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fdscale.config.errors import UserError
 from fdscale.downstream.detection.design import Design
 from fdscale.downstream.detection.detector import Detector
+from fdscale.planning.detector_file import refuse_another_student
 from fdscale.students.files import load_statistics, write_weights
 from fdscale.students.geometry import file_geometry, geometry_to_json
 from fdscale.students.student import build_student
 from fdscale.training.engine import gathered
 from fdscale.training.partition import is_divided
+from fdscale.training.run_directory import write_text
 
 logger = logging.getLogger(__name__)
 NAME = "detector"
@@ -41,11 +44,11 @@ def save_detector(
 ) -> Path:
     """Write `detector{ending}.safetensors` from a full state dict, and `.json`; returns the path of the weights.
 
-    `categories` of the labels, in their order.
+    `categories` of the labels, in their order. Each file is whole, or as it was before. Raises UserError where there
+    is no room for the weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{NAME}{ending}.safetensors"
-    write_weights(dict(state), path)
     student = detector.backbone.student
     description = {
         **({} if student.geometry is None else {"geometry": geometry_to_json(student.geometry)}),
@@ -54,20 +57,23 @@ def save_detector(
         "design": asdict(detector.design),
         "categories": [asdict(category) for category in categories],
     }
-    path.with_suffix(".json").write_text(json.dumps(description, indent=2) + "\n")
+    write_weights(dict(state), path)
+    write_text(path.with_suffix(".json"), json.dumps(description, indent=2) + "\n")
     return path
 
 
-def load_detector(path: Path) -> tuple[Detector, tuple[Category, ...]]:
+def load_detector(path: Path, device: str = "cpu") -> tuple[Detector, tuple[Category, ...]]:
     """The detector of a file or of a folder's `detector.safetensors`, in eval mode, and its labels' categories.
 
+    On the meta device its student has shapes only, and its heads random values: for `divide`, which takes rank 0's.
     Raises UserError for a file that is none, or does not hold what stands beside it.
     """
     file = path / f"{NAME}.safetensors" if path.is_dir() else path
-    student = build_student(file_geometry(file))
-    load_statistics(student, file)
+    student = build_student(file_geometry(file), device=device)
     design, categories = _described(file)
     detector = Detector(student, design)
+    if device == "meta":
+        return detector.eval(), categories
     if new := load_detector_weights(detector, file):
         raise UserError(f"{file}: {', '.join(new[:3])} missing, or of another number of classes than beside it")
     return detector.eval(), categories
@@ -88,9 +94,13 @@ def load_detector_weights(detector: Detector, file: Path) -> list[str]:
     """Fill a detector from another one's file, of other classes, too; returns the names that it does not fill.
 
     Those stay as they are: the predictors of each class where the file has another number of classes, and the mask
-    head where it has none. The log says so. The detector may be divided over ranks: then every rank must call this,
-    and can read the file. Raises UserError for anything else that is missing, left over or of another shape.
+    head where it has none. The log says so. The student's input statistics are the file's. The detector may be divided
+    over ranks: then every rank must call this and can read the file; values of what is divided are read by rank 0
+    alone. Raises UserError for a file of a student that computes otherwise (coordinates, windows), and for anything
+    else that is missing, left over or of another shape.
     """
+    student = detector.backbone.student
+    refuse_another_student(file, student.geometry)
     wanted = detector.state_dict(keep_vars=True)
     shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in wanted.items()}
     try:
@@ -99,9 +109,10 @@ def load_detector_weights(detector: Detector, file: Path) -> list[str]:
             new = _new_names(detector, shapes, found)
             _check(file, {name: shape for name, shape in shapes.items() if name not in new}, found, new)
             for name in (name for name in wanted if name not in new):
-                _fill(wanted[name], held.get_tensor(name))
+                _fill(wanted[name], partial(held.get_tensor, name))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: not a readable detector file: {error}") from error
+    load_statistics(student, file)
     kept = f"{len(wanted) - len(new)} of {len(wanted)} weights kept"
     logger.info("%s: %s%s", file, kept, f"; new: {_parts(new)}" if new else "")
     return new
@@ -134,10 +145,13 @@ def _check(file: Path, shapes: Mapping[str, Shape], found: Mapping[str, Shape], 
 
 
 @torch.no_grad()
-def _fill(tensor: Tensor, value: Tensor) -> None:
-    divided = isinstance(tensor, nn.Parameter) and is_divided(tensor)
-    with gathered(tensor, written_by=0) if divided else nullcontext():
-        tensor.copy_(value)
+def _fill(tensor: Tensor, read: Callable[[], Tensor]) -> None:
+    if not (isinstance(tensor, nn.Parameter) and is_divided(tensor)):
+        tensor.copy_(read())
+        return
+    with gathered(tensor, written_by=0):
+        if dist.get_rank() == 0:
+            tensor.copy_(read())
 
 
 def _parts(names: Sequence[str]) -> str:

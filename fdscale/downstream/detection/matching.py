@@ -38,6 +38,8 @@ def with_area(objects: Objects) -> Objects:
     """Without the objects whose boxes have no area: those would match every anchor, and teach an infinite width."""
     boxes = objects.boxes.float()
     kept = has_area(boxes)
+    if kept.all():
+        return objects  # all masks of an image are large: they are not copied for nothing
     masks = None if objects.masks is None else objects.masks[kept]
     return replace(objects, boxes=boxes[kept], labels=objects.labels[kept], masks=masks)
 

@@ -17,18 +17,33 @@ from fdscale.downstream.detection.design import Design
 
 OBJECT, NO_OBJECT, POSITIVES = 0.7, 0.3, 0.5  # overlaps of anchors with objects, the share of those drawn
 OVERLAP = 0.7  # of two proposals
+CPU = torch.device("cpu")
 
 
 class Anchors(AnchorGenerator):
     """torchvision's anchors on known strides.
 
-    Its own come in the type of the maps, and 16 bits round them to whole pixels, to 8 of them near 2000; its strides
-    are the image's side over the map's, which is another number where the one does not divide the other.
+    Its own come in the type of the maps, and 16 bits round them to 8 pixels near 2000; its strides are the image's
+    side over the map's, which is another number where the one does not divide the other; and it rounds anchors around
+    the origin to whole pixels, which detectron2 does not.
     """
 
     def __init__(self, sides: Sequence[float], ratios: tuple[float, ...], strides: Sequence[int]) -> None:
         super().__init__(tuple((side,) for side in sides), (ratios,) * len(sides))
         self.strides = tuple(strides)
+
+    def generate_anchors(
+        self,
+        scales: list[int],
+        aspect_ratios: list[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
+    ) -> Tensor:
+        """The anchors (n, 4) around the origin: `scales` are sides of squares as large, ratios height to width."""
+        sides = torch.as_tensor(scales, dtype=dtype, device=device)
+        roots = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()
+        widths, heights = (sides[None] / roots[:, None]).flatten(), (sides[None] * roots[:, None]).flatten()
+        return torch.stack([-widths, -heights, widths, heights], dim=1) / 2
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """The anchors (n, 4) of every image, level by level, row by row: all images have the same."""

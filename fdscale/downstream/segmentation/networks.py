@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoBackbone,
@@ -46,6 +47,8 @@ from fdscale.students.student import IMAGENET_MEAN, IMAGENET_STD, Student, build
 
 GROUPS = 32
 CHANNELS_OF_A_GROUP = 8  # at least: pooled to one pixel, a group of one channel would always be 0
+
+SAVED_BY = "`fdscale segment` leaves whole ones"
 
 
 class StudentMapsConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -231,11 +234,28 @@ def save_network(
     _image_processor(config, short_side, long_side).save_pretrained(folder)
 
 
-def load_network(folder: Path) -> PreTrainedModel:
-    """The network of a folder that `save_network` has written."""
+def load_network(folder: Path, device: str = "cpu") -> PreTrainedModel:
+    """The network of a folder that `save_network` has written; on the meta device shapes alone.
+
+    Raises UserError where that is not what the folder holds.
+    """
     logging.disable_progress_bar()
-    loaded: PreTrainedModel = _class_of(AutoConfig.from_pretrained(folder)).from_pretrained(folder)
-    return loaded
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        if device == "meta":
+            shapes: PreTrainedModel = network_of(config)
+            return shapes
+        loaded, info = _class_of(config).from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: no segmenter that can be read: {_first_line(error)}; {SAVED_BY}") from error
+    if wrong := [*info["missing_keys"], *info["unexpected_keys"]]:
+        raise UserError(f"{folder}: weights are missing, or left over: {', '.join(sorted(wrong)[:3])}; {SAVED_BY}")
+    found: PreTrainedModel = loaded
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def _image_processor(config: PreTrainedConfig, short_side: int, long_side: int) -> Any:

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
+from faster_coco_eval.core import mask as rle
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -145,10 +144,10 @@ def test_a_wrong_mask_met_by_a_worker_ends_in_its_sentence(own_ade20k):
     assert sentence.startswith(f"mask {pairs.mask_path(0)} has ids 77; allowed: 0 (unlabelled) to 8")
 
 
-def test_broken_run_lengths_are_named_with_the_image(own_coco):
-    path = own_coco / "annotations" / "instances_train2017.json"
-    content = json.loads(path.read_text())
-    content["annotations"][0]["segmentation"] = {"size": [64, 64], "counts": "zzzz"}
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"instances_train2017\.json, image id 9: a segmentation cannot be decoded"):
-        DetectTrain(scenes_of(own_coco).trainable(), JITTER, seed=5)[request(0)]
+def test_masks_that_take_all_memory_are_named_with_the_image(coco, monkeypatch):
+    def decode(_):
+        raise MemoryError("std::bad_alloc")
+
+    monkeypatch.setattr(rle, "decode", decode)
+    with pytest.raises(UserError, match=r"instances_train2017\.json, image id 9: a segmentation cannot .*MemoryError"):
+        DetectTrain(scenes_of(coco).trainable(), JITTER, seed=5)[request(0)]

@@ -125,6 +125,12 @@ PROBLEMS = {
     "bbox words": (lambda c: first(c["annotations"], bbox="1234"), "900: bbox is '1234'"),
     "no bbox": (lambda c: c["annotations"][0].pop("bbox"), "900: no 'bbox'"),
     "no area": (lambda c: c["annotations"][0].pop("area"), "900: no 'area'"),
+    "area below 0": (lambda c: first(c["annotations"], area=-1.5), "900: area is -1.5, allowed: .* not below 0"),
+    "box far away": (lambda c: first(c["annotations"], bbox=[1, 2, 700, 4]), "900: a coordinate .* is 700 .*: 640"),
+    "polygon far away": (
+        lambda c: first(c["annotations"], segmentation=[[1, 2, 30, 40, -1e9, 6], [1, 2, 3, 4, 5, 6]]),
+        r"900: a coordinate .* is 1e\+09 pixels",
+    ),
     "area": (lambda c: first(c["annotations"], area="big"), "900: area is 'big'"),
     "image_id": (lambda c: first(c["annotations"], image_id=5), "900: image_id 5 is not among 'images'"),
     "image_id word": (lambda c: first(c["annotations"], image_id="5"), "900: image_id is '5', allowed: a whole number"),
@@ -143,6 +149,14 @@ PROBLEMS = {
     "rle counts": (
         lambda c: first(c["annotations"], segmentation={"size": [8, 9], "counts": [71]}),
         "900: segmentation counts 71 pixels, allowed: 72",
+    ),
+    "rle text": (
+        lambda c: first(c["annotations"], segmentation={"size": [8, 9], "counts": "abc"}),
+        "900: segmentation has counts 'abc', allowed: run lengths",
+    ),
+    "rle text counts": (
+        lambda c: first(c["annotations"], segmentation={"size": [4, 4], "counts": "00?"}),
+        "900: segmentation counts 15 pixels, allowed: 16",
     ),
     "rle garbage": (
         lambda c: first(c["annotations"], segmentation={"size": [8, 9], "counts": None}),
@@ -222,6 +236,23 @@ def test_images_may_lie_in_folders_as_those_of_objects365(own_coco):
             item["file_name"] = f"patch{number % 2}/{item['file_name']}"
 
     assert load(changed(own_coco, change)).image(3).mode == "RGB"
+
+
+def test_objects365s_published_names_are_found_where_its_archives_unpack_to(own_coco):
+    """There the folder is patch8; other images lie as their names say."""
+    folder = own_coco / "train2017"
+    (folder / "patch8").mkdir()
+    (folder / "000000000009.jpg").rename(folder / "patch8" / "objects365_v1_00420917.jpg")
+    (folder / "000000000016.jpg").rename(folder / "patch8" / "000000000016.jpg")
+
+    def change(content: dict[str, Any]) -> None:
+        content["images"][0]["file_name"] = "images/v1/patch8/objects365_v1_00420917.jpg"
+        content["images"][1]["file_name"] = "patch8/000000000016.jpg"
+
+    scenes = load(changed(own_coco, change))
+    assert len(scenes) == 12
+    assert scenes.path(0) == folder / "patch8" / "objects365_v1_00420917.jpg"
+    assert scenes.image(0).mode == scenes.image(1).mode == scenes.image(2).mode == "RGB"
 
 
 def test_an_image_of_another_size_and_one_that_is_none(own_coco):

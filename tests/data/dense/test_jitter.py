@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fdscale.data.dense.jitter import Jitter, boxes_of, jitter_scene
+from fdscale.data.dense.jitter import Jitter, _drawn, boxes_of, jitter_scene
+from fdscale.data.draws import Purpose, generator
 
 CODES = np.array([(30 * number, 15 * (number - 4) ** 2, 200) for number in range(8)], np.uint8)  # a parabola
 PLAIN = Jitter(size=48, fill=(1, 2, 3))
@@ -100,3 +103,41 @@ def test_scale_and_padding():
     assert (whole.image[:, :10, :20] == 200).all()
     assert (whole.image[:, 10:] == np.array([1, 2, 3])[:, None, None]).all()
     assert (whole.image[:, :, 20:] == np.array([1, 2, 3])[:, None, None]).all()
+
+
+def test_masks_are_made_in_their_place_and_never_twice():
+    masks = np.zeros((60, 96, 128), np.uint8)
+    masks[:, 20:50, 30:70] = 1
+    tracemalloc.start()
+    seen = jitter_scene(
+        Image.new("RGB", (128, 96)), np.zeros((60, 4), np.float32), np.arange(60), masks, 1, 0, 0, Jitter(256, (1, 1))
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seen.masks.shape == (60, 256, 256)
+    assert seen.masks.flags.c_contiguous
+    assert peak < 1.3 * seen.masks.nbytes
+
+
+def test_scales_offsets_and_flips_are_spread_as_asked():
+    """Large-scale jitter of 500 images: sides of 0.1 to 2 squares, evenly, anywhere in it, half of them flipped."""
+    size, side = (640, 480), 1000
+    windows = [_drawn(size, Jitter(side), generator(0, key, 0, Purpose.JITTER)) for key in range(500)]
+    scales = np.array([window.scaled[0] / side for window in windows])
+    assert 0.1 <= scales.min() < 0.15
+    assert 1.95 < scales.max() <= 2.0
+    assert abs(scales.mean() - 1.05) < 0.1  # four deviations of the mean
+    assert abs(scales.std() - 1.9 / 12**0.5) < 0.06
+    assert all(abs(window.scaled[1] - 0.75 * window.scaled[0]) <= 1 for window in windows)
+    assert abs(np.mean([window.flip for window in windows]) - 0.5) < 0.09
+    for axis, start in ((0, "left"), (1, "top")):
+        room = np.array([max(0, window.scaled[axis] - side) for window in windows])
+        places = np.array([getattr(window, start) for window in windows])
+        assert (places[room == 0] == 0).all()
+        shares = places[room > 50] / room[room > 50]
+        assert shares.min() < 0.1
+        assert shares.max() > 0.9
+        assert abs(shares.mean() - 0.5) < 0.12
+    for flip in (0.0, 1.0):
+        flips = {_drawn(size, Jitter(side, flip=flip), generator(0, key, 0, Purpose.JITTER)).flip for key in range(50)}
+        assert flips == {bool(flip)}

@@ -82,3 +82,4 @@ def test_padding_lies_right_and_below():
     assert (square[2:] == (7, 8, 9)).all()
     assert (square[:, 3:] == (7, 8, 9)).all()
     assert padded(np.ones((4, 4)), 4, 255).tolist() == np.ones((4, 4)).tolist()
+    assert padded(np.ones((1, 1, 3), np.uint8), 2, (123.675, 116.28, 0.5)).reshape(4, 3)[-1].tolist() == [124, 116, 0]

@@ -24,10 +24,10 @@ OVERLAPS = (0.5, 0.6, 0.7)  # detectron2's, of three stages
 WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
 
 
-def heads_of(cascade: bool) -> BoxHeads:
+def heads_of(cascade: bool, **changes: Any) -> BoxHeads:
     """With weights large enough to tell classes apart and to move boxes by a fifth of their sides."""
     torch.manual_seed(1)
-    heads = BoxHeads(design(cascade=cascade, box_width=12), STRIDES)
+    heads = BoxHeads(design(cascade=cascade, box_width=12, **changes), STRIDES)
     with torch.no_grad():
         for stage in heads.stages:
             stage.classes.weight.normal_(std=1.0)
@@ -182,6 +182,26 @@ def numpy_scores(heads: BoxHeads, maps: list[torch.Tensor], proposals: Array) ->
 # --- and side by side
 
 
+def test_convolutions_come_first_each_with_a_norm_over_its_channels() -> None:
+    """As ViTDet's: 3x3 without bias, LayerNorm of each place, ReLU; then one linear layer."""
+    stage = heads_of(True, box_convolutions=4, norms=True).stages[1]
+    with torch.no_grad():
+        for weight in stage.parameters():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
+    features = torch.randn(3, 8, 7, 7, generator=torch.Generator().manual_seed(3))
+    weights = [values(weight) for weight in stage.hidden.parameters()]
+    assert [weight.shape for weight in weights] == [(8, 8, 3, 3), (8,), (8,)] * 4 + [(12, 8 * 49), (12,)]
+    x = values(features)
+    for kernel, scale, shift in zip(weights[:12:3], weights[1:12:3], weights[2:12:3], strict=True):
+        around = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
+        parts = [(kernel[:, :, r, c], around[:, :, r : r + 7, c : c + 7]) for r, c in product(range(3), range(3))]
+        x = sum(np.einsum("oc,nchw->nohw", *part) for part in parts)
+        x = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-6)
+        x = np.maximum(x * scale[:, None, None] + shift[:, None, None], 0)
+    x = np.maximum(x.reshape(3, -1) @ weights[12].T + weights[13], 0)
+    np.testing.assert_allclose(values(stage.hidden(features)), x, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("cascade", [False, True], ids=["one_stage", "cascade"])
 def test_losses_are_those_computed_by_hand(cascade: bool) -> None:
     heads, maps, objects = heads_of(cascade), maps_of(3), objects_of((4, 0, 2), SIDE)
@@ -258,7 +278,8 @@ def _next(
 
 @pytest.mark.parametrize("cascade", [False, True], ids=["one_stage", "cascade"])
 def test_no_boxes_at_all_lose_nothing_and_still_reach_every_weight(cascade: bool) -> None:
-    heads, objects = heads_of(cascade), objects_of((0, 0), SIDE)
+    new = {"box_convolutions": 2, "norms": True} if cascade else {}
+    heads, objects = heads_of(cascade, **new), objects_of((0, 0), SIDE)
     maps = [level.requires_grad_() for level in maps_of(2)]
     none = [torch.zeros(0, 4), torch.zeros(0, 4)]
     chosen = heads.chosen(none, objects)

@@ -110,6 +110,25 @@ def refused(connection: Connection) -> bool:
     return True
 
 
+def test_a_main_rank_that_cannot_measure_ends_all_ranks(tmp_path: Path, two_ranks: Any) -> None:
+    assert two_ranks(unmeasured, str(annotations(tmp_path, 2))) == [True, True]
+
+
+def unmeasured(connection: Connection, file: str) -> bool:
+    """faster-coco-eval as it is when memory ends."""
+    import faster_coco_eval
+
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise MemoryError("std::bad_alloc")
+
+    mine = share(connection.rank.rank, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faster_coco_eval, "COCOeval_faster", out_of_memory)
+        with pytest.raises(UserError, match=r"could not be judged .*bad_alloc"):
+            evaluate_detection(nothing_found, mine, Path(file), CATEGORY_IDS, VIEWS, connection)
+    return True
+
+
 def nothing_found(views: list[View]) -> Detections:
     return Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long), None)
 

@@ -14,7 +14,6 @@ from fdscale.config.errors import UserError
 from fdscale.downstream.detection.detector import Detector
 from fdscale.downstream.detection.files import Category, load_detector, load_detector_weights, save_detector
 from fdscale.downstream.detection.views import views_of
-from fdscale.students.files import load_statistics
 from fdscale.training.engine import Connection, full_state, start_engine
 from fdscale.training.optim import adamw, parameter_groups
 from fdscale.training.partition import divide
@@ -73,6 +72,53 @@ def test_a_file_without_masks_leaves_their_head_new(tmp_path: Path, caplog: pyte
     _, file = saved(tmp_path, masks=False)
     target = detector_of("swin")
     checked(file, {name.rpartition(".")[0] for name in target.state_dict() if name.startswith("masks.")}, caplog)
+
+
+def test_an_earlier_stages_input_statistics_are_taken_over(tmp_path: Path) -> None:
+    source = detector_of("swin", classes=5)
+    source.backbone.student.mean += 0.1
+    source.backbone.student.std *= 2
+    file = save_detector(source, source.state_dict(), tmp_path, CATEGORIES)
+    target = detector_of("swin")
+    load_detector_weights(target, file)
+    for name in ("mean", "std"):
+        assert torch.equal(target.backbone.student.get_buffer(name), source.backbone.student.get_buffer(name)), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"window_size": 8}, r"window_size is 4 here, 8 there"),
+        ({"pretrained_window_sizes": (8, 8, 8)}, r"coordinates'\) is \[4, 4, 4\] here, \[8, 8, 8\] there"),
+        ({"image_size": 32}, r"coordinates'\) is \[4, 4, 4\] here, \[4, 4, 2\] there"),
+        ({"image_size": 128}, None),
+    ],
+)
+def test_a_student_that_computes_otherwise_is_refused(
+    changes: dict[str, Any], told: str | None, tmp_path: Path
+) -> None:
+    """The same shapes and other windows or coordinates; an image size that changes neither is none of them."""
+    _, file = saved(tmp_path)
+    described = json.loads(file.with_suffix(".json").read_text())
+    described["geometry"] |= changes
+    file.with_suffix(".json").write_text(json.dumps(described))
+    target = detector_of("swin")
+    if told is None:
+        assert load_detector_weights(target, file) == []
+        return
+    with pytest.raises(UserError, match=told):
+        load_detector_weights(target, file)
+
+
+def test_what_is_there_stays_where_there_is_no_room(tmp_path: Path) -> None:
+    detector, file = saved(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "detector.safetensors.new").mkdir()  # nothing can be written there
+    detector.backbone.student.mean += 1
+    with pytest.raises(UserError, match=r"detector\.safetensors could not be written"):
+        save_detector(detector, detector.state_dict(), tmp_path, CATEGORIES)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert isinstance(load_detector(file)[0], Detector)
 
 
 def checked(file: Path, new: set[str], caplog: pytest.LogCaptureFixture, **changes: Any) -> None:
@@ -137,7 +183,6 @@ def loaded_divided(connection: Connection, file: str, folder: str) -> bool:
     config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": LEAN}
     student = student_of("swin")
     divide(student, config, connection)
-    load_statistics(student, Path(file))
     torch.manual_seed(4)
     detector = Detector(student, design(classes=3))
     left = load_detector_weights(detector, Path(file))

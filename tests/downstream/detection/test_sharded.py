@@ -16,7 +16,7 @@ from tests.downstream.detection.small import LEAN, design, objects_of, pixels_of
 
 
 def two_steps(
-    connection: Connection, kind: str, cascade: bool, lean: bool, numbers: list[list[int]]
+    connection: Connection, kind: str, changes: dict[str, Any], lean: bool, numbers: list[list[int]]
 ) -> list[tuple[dict[str, float], dict[str, Tensor]]]:
     """Losses and whole gradients of two steps, blocks recomputed; `numbers` of objects of each rank's images.
 
@@ -29,7 +29,7 @@ def two_steps(
     if lean:
         divide(student, config, connection)
     torch.manual_seed(3)
-    detector = Detector(student, design(cascade=cascade))
+    detector = Detector(student, design(**changes))
     engine = start_engine(
         detector, adamw(parameter_groups(detector, 0.05, ()), 1e-2, (0.9, 0.99), 1e-8), config, 1, 0.0
     )
@@ -46,11 +46,19 @@ def two_steps(
     return found
 
 
-@pytest.mark.parametrize("cascade", [False, True], ids=["one_stage", "cascade"])
-@pytest.mark.parametrize("kind", ["vit", "swin"])
-def test_losses_and_gradients_do_not_depend_on_the_stage(kind: str, cascade: bool, two_ranks: Any) -> None:
+ONE_STAGE: dict[str, Any] = {}
+CASCADE = {"cascade": True}
+VITDET = {"cascade": True, "box_convolutions": 2, "norms": True}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("vit", ONE_STAGE), ("swin", ONE_STAGE), ("vit", CASCADE), ("swin", VITDET)],
+    ids=["vit-one_stage", "swin-one_stage", "vit-cascade", "swin-vitdet"],
+)
+def test_losses_and_gradients_do_not_depend_on_the_stage(kind: str, changes: dict[str, Any], two_ranks: Any) -> None:
     numbers = [[3, 1], [0, 0]]
-    whole, divided = (two_ranks(two_steps, kind, cascade, lean, numbers) for lean in (False, True))
+    whole, divided = (two_ranks(two_steps, kind, changes, lean, numbers) for lean in (False, True))
     assert whole[0][0][0]["loss_mask"] > 0.1
     assert whole[1][0][0]["loss_mask"] == whole[1][0][0]["loss_box"] == 0  # no objects on this rank
     assert abs(whole[0][1][0]["loss"] - whole[0][0][0]["loss"]) > 0.005  # it learns

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
 
+from fdscale.config.errors import UserError
 from fdscale.downstream.segmentation.files import load_segmenter, save_segmenter
 from fdscale.downstream.segmentation.segmenter import Segmenter, build_segmenter
 from fdscale.students.geometry import Geometry, TimmGeometry, ViTGeometry
@@ -118,3 +121,42 @@ def test_what_a_configuration_says_is_what_was_built(tmp_path: Path) -> None:
     assert maps["window_size"] == 8
     assert maps["geometry"]["extra_norm_period"] == 2
     assert maps["mean"] == pytest.approx([0.9 * value for value in (0.485, 0.456, 0.406)])
+
+
+def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "segmenter"
+    segmenter = made("upernet", "vit")
+    save_segmenter(segmenter, segmenter.state_dict(), folder)
+    (folder / "left").write_text("by an earlier attempt")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def no_room(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.modeling_utils.safe_save_file", no_room)
+        with pytest.raises(UserError, match=r"could not be written: .*No space left"):
+            save_segmenter(segmenter, segmenter.state_dict(), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    save_segmenter(segmenter, segmenter.state_dict(), folder)
+    assert {path.name for path in folder.iterdir()} == before.keys() - {"left"}
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_is_no_whole_segmenter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no segmenter that can be read"):
+        load_segmenter(tmp_path / "nowhere")
+    segmenter = made("upernet", "vit")
+    save_segmenter(segmenter, segmenter.state_dict(), tmp_path / "whole")
+    weights = tmp_path / "whole" / "model.safetensors"
+    held = load_file(weights)
+    save_file({name: held[name] for name in sorted(held)[1:]}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=r"weights are missing, or left over: "):
+        load_segmenter(tmp_path / "whole")
+    for spoil in (lambda: weights.write_bytes(b"nothing"), weights.unlink):
+        spoil()
+        with pytest.raises(UserError, match="no segmenter that can be read"):
+            load_segmenter(tmp_path / "whole")
+    (tmp_path / "whole" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="no segmenter that can be read"):
+        load_segmenter(tmp_path / "whole")
