@@ -12,6 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from fdscale.config.dense_settings import DetectHeadSettings
+from fdscale.config.recipe import load_recipe
+from fdscale.planning.dense_check import network_problems
 from fdscale.planning.detector_file import CLASSES, detector_file_problems
 from fdscale.students.geometry import STUDENTS, geometry_to_json
 
@@ -39,6 +41,13 @@ def problems(file: Path, **head: Any) -> list[str]:
 
 def test_other_classes_and_no_masks_are_no_problem(file: Path) -> None:
     assert problems(file) == []
+
+
+def test_the_check_of_a_recipe_tells_it(file: Path) -> None:
+    settings: Any = load_recipe("coco_swinv2_b", [f"head.weights={file}"])
+    settings = settings.model_copy(update={"student": settings.student.model_copy(update={"weights": None})})
+    _, told = network_problems(settings, OURS, {})  # the first: of its rpn_convolutions
+    assert told.startswith('head.kind: got "cascade"')
 
 
 @pytest.mark.parametrize(
