@@ -22,6 +22,7 @@ from fdscale.downstream.segment import outline as segment_outline
 from fdscale.planning.check import check
 from fdscale.planning.dense_check import SCENE_CLASSES
 from fdscale.planning.dense_sizes import trained_parameters
+from fdscale.planning.memory import memory_per_rank
 from fdscale.planning.smoke import CROP, smoke_patch
 from fdscale.students.geometry import SwinV2Geometry, geometry_to_json, student_geometry
 
@@ -144,6 +145,8 @@ def test_it_passes_the_check_at_its_own_scale_and_builds_whole(name: str, data: 
     assert sum(weight.numel() for weight in outlined.module.parameters()) == parameters
     assert outlined.image_size == settings.data.crop
     assert trained_parameters(settings, plan.student) == parameters  # by a formula, as the planner counts them
+    ema = settings.optim.ema_decay > 0
+    assert plan.memory == memory_per_rank(parameters, 0, ranks, load_deepspeed_json(settings.deepspeed), ema)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -155,7 +155,7 @@ def _describe(node: Mapping[str, Any]) -> str:
         return f"a list of {len(node['prefixItems'])}: each {_describe(node['prefixItems'][0])}"
     limits = [f"{word} {node[key]:g}" for key, word in BOUNDS.items() if key in node]
     if node.get("minItems"):
-        limits.append(f"at least {node['minItems']}")
+        limits.append(f"at least {node['minItems']} of them")
     if node.get("minLength"):
         limits.append("not empty")
     return ", ".join([TYPES[node["type"]], *limits])

@@ -184,7 +184,8 @@ def look_with(
         return {_metric(name): value for name, value in found.items()}
 
     def views(image: Tensor) -> list[View]:
-        return views_of(image, seen.short_side, seen.long_side, seen.scales, seen.flip, fill=fill)
+        square = detector.fpn is None  # ViTDet's, to which position biases are not resized
+        return views_of(image, seen.short_side, seen.long_side, seen.scales, seen.flip, fill=fill, square=square)
 
     def overlay(pictures: Path, image: DetectImage, found: Detections) -> None:
         if image.number < seen.overlays:

@@ -78,7 +78,8 @@ def _doubled(widths: list[int]) -> int:
 
 def _fpn(settings: DetectSettings, student: SwinV2Geometry) -> int:
     channels = settings.head.channels
-    return sum(_stages(student)) * channels + len(STRIDES) * (9 * channels**2 + 2 * channels)
+    shifts = (4 if settings.head.norms else 2) * channels  # of two convolutions: norms in place of biases
+    return sum(_stages(student)) * channels + len(STRIDES) * (9 * channels**2 + shifts)
 
 
 def _segment_head(head: SegmentHeadSettings, classes: int, widths: tuple[int, ...]) -> int:
@@ -110,9 +111,10 @@ def _mask2former(head: SegmentHeadSettings, classes: int, widths: tuple[int, ...
 def _detect_head(head: DetectHeadSettings, classes: int) -> int:
     """Proposals, box heads (a cascade's three tell boxes of no class, a single one those of each) and masks."""
     channels, width, cascade = head.channels, head.box_width, head.kind == "cascade"
-    convolution = 9 * channels**2 + channels
-    proposals = head.rpn_convolutions * convolution + 5 * ANCHORS * (channels + 1)
+    convolution = 9 * channels**2 + (2 if head.norms else 1) * channels  # a norm has no bias beside it
+    proposals = head.rpn_convolutions * (9 * channels**2 + channels) + 5 * ANCHORS * (channels + 1)
     told = classes + 1 + 4 * (1 if cascade else classes)
-    boxes = (ROI**2 * channels + 1) * width + (width + 1) * width + told * (width + 1)
+    hidden = head.box_convolutions * convolution if head.box_convolutions else (width + 1) * width
+    boxes = (ROI**2 * channels + 1) * width + hidden + told * (width + 1)
     masks = 4 * convolution + 4 * channels**2 + channels + classes * (channels + 1)
     return proposals + boxes * (3 if cascade else 1) + (masks if head.masks else 0)

@@ -33,8 +33,16 @@ from fdscale.students.student import Student, build_student
 from fdscale.training.engine import Connection
 from tests.downstream.dense_runs import DETECT, SEGMENT, engine_json
 
-NAMES = ("eval.images", "eval.annotations")
-JUDGED = {"segment": "miou", "detect": "ap/box/all"}
+JUDGED = {"segment": "miou", "mask2former": "miou", "detect": "ap/box/all"}
+PLAIN = [  # Mask2Former on a ViT: other buffers that no file holds
+    *(word for word in SEGMENT if not word.startswith("student.geometry.")),
+    "student.name=vit_s16",
+    "student.geometry={embed_dim=16,depth=2,num_heads=2}",
+    "head.kind=mask2former",
+    "head.channels=32",
+    "head.queries=7",
+    "head.decoder_layers=2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +51,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("finished")
     write_ade20k(folder / "ade20k", 1, 3, 64)
     write_coco(folder / "coco", 1, 3, 64)
-    return {program: finished(program, folder) for program in ("segment", "detect")}
+    return {name: finished(name, folder) for name in JUDGED}
 
 
-def finished(program: str, folder: Path) -> Path:
-    run = folder / program
+def finished(name: str, folder: Path) -> Path:
+    run, program = folder / name, "detect" if name == "detect" else "segment"
     run.mkdir()
     notes = folder / "coco" / "annotations" / "instances_val2017.json"
     held_out = [f"eval.images={folder}/coco/val2017", f"eval.annotations={notes}"]
-    words = [*SEGMENT, f"eval.folder={folder}/ade20k"] if program == "segment" else [*DETECT, *held_out]
+    scenes = [f"eval.folder={folder}/ade20k"]
+    words = {"segment": [*SEGMENT, *scenes], "mask2former": [*PLAIN, *scenes], "detect": [*DETECT, *held_out]}[name]
     lean = engine_json(run, "given", 3)
     settings: Any = load_recipe(f"scenes_{program}", [*words, lean, "optim.ema_decay=0"])
     (run / "given.json").rename(run / "deepspeed.json")  # the recipe's own name for it is gone
@@ -110,7 +119,7 @@ def of_own_copy(connection: Connection, *folders: str) -> dict[str, float]:
     return evaluate(Path(folders[connection.rank.rank]))
 
 
-@pytest.mark.parametrize("program", ["segment", "detect"])
+@pytest.mark.parametrize("program", JUDGED)
 def test_the_first_rank_alone_reads_the_weights(
     program: str, runs: dict[str, Path], tmp_path: Path, two_ranks: Any, one_rank: Any
 ) -> None:

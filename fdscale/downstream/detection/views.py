@@ -55,12 +55,13 @@ def views_of(
     flip: bool = False,
     divisible: int = 32,
     fill: tuple[float, float, float] = (124.0, 116.0, 104.0),
+    square: bool = False,
 ) -> list[View]:
     """Views of an image uint8 (3, h, w): for every scale one, and with `flip` its mirror image.
 
     A view is as large as it can be with sides of at most `short_side` and `long_side` pixels, times the scale;
     bilinear with antialias, as in training. It is padded with `fill` (R, G, B in 0..255) to sides that `divisible`
-    divides.
+    divides, or to a `square`, as training's crops are.
     """
     views = []
     whole = (image.shape[-2], image.shape[-1])
@@ -68,7 +69,7 @@ def views_of(
         ratio = min(short_side * scale / min(whole), long_side * scale / max(whole))
         size = (max(round(whole[0] * ratio), 1), max(round(whole[1] * ratio), 1))
         seen = image if size == whole else resize(image, list(size), antialias=True)
-        canvas = [side + -side % divisible for side in size]
+        canvas = [side + -side % divisible for side in ((max(size),) * 2 if square else size)]
         for flipped in (False, True) if flip else (False,):
             pixels = torch.tensor(fill, device=image.device).view(1, 3, 1, 1).repeat(1, 1, *canvas)
             pixels[..., : size[0], : size[1]] = seen.flip(-1) if flipped else seen

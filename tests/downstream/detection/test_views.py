@@ -59,3 +59,11 @@ def test_views_are_made_where_the_image_is() -> None:
     for size in ((40, 50), (64, 64)):
         (view,) = views_of(torch.zeros(3, *size, dtype=torch.uint8, device="meta"), 64, 64)
         assert view.pixels.is_meta
+
+
+def test_a_square_is_as_large_as_the_long_side() -> None:
+    image = torch.zeros(3, 30, 60, dtype=torch.uint8)
+    (view,) = views_of(image, 64, 64, square=True, fill=(255.0, 255.0, 255.0))
+    assert (view.pixels.shape[-2:], view.size) == ((64, 64), (32, 64))
+    assert float(view.pixels[..., :32, :].max()) == 0.0
+    assert float(view.pixels[..., 32:, :].min()) == 1.0
