@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,11 @@ from fdscale.build.result import AVERAGED
 from fdscale.build.run import Run
 from fdscale.build.training import Measured
 from fdscale.config.programs import DenseSettings
-from fdscale.data.loader import EvalLoader, MicroBatches, TrainLoader
+from fdscale.data.loader import EvalLoader, MicroBatches, TrainLoader, check_bad_ratio
 from fdscale.planning.dense_check import SCENES
 from fdscale.students.files import new_folder
 from fdscale.students.student import Student
-from fdscale.training.engine import Connection, averaged_weights, has_average
+from fdscale.training.engine import Connection, averaged_weights, gather_lists, has_average
 from fdscale.training.guards import Guards
 from fdscale.training.run_directory import RunDirectory
 from fdscale.training.watchdog import PATIENCE
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SHOWN = 10  # names of a rank's images that could not be read
 SCENES_MADE = (480, 48)  # embedded scenes: to train on, held out
 
 Look = Callable[[Any, Iterator[Any], str], dict[str, float]]
@@ -79,7 +80,7 @@ def measured_by(look: Look, loader: EvalLoader, settings: DenseSettings) -> Meas
     """What `look` measures, as `eval_` metrics, and again as `eval_ema_` ones where a moving average is kept."""
 
     def watched(guards: Guards) -> Iterator[Any]:
-        yield from told(guards.marking(loader))
+        yield from readable(guards.marking(loader), settings.data.max_bad_ratio, guards.connection)
         guards.mark("evaluating", None, PATIENCE, "measuring what was found")
 
     def measured(engine: DeepSpeedEngine, guards: Guards) -> dict[str, float]:
@@ -122,3 +123,26 @@ def told(images: Iterator[Any]) -> Iterator[Any]:
         for bad in image.bad:
             logger.warning("held-out image left out, it cannot be decoded: %s", bad)
         yield image
+
+
+def readable(images: Iterator[Any], max_ratio: float, connection: Connection) -> Iterator[Any]:
+    """The images of this rank, as `told`; in the end all ranks hold what was left out against what there was.
+
+    All ranks must read theirs to the end. Raises UserError as `check_readable`.
+    """
+    seen, bad = 0, []
+    for image in told(images):
+        seen += image.valid
+        bad += image.bad
+        yield image
+    check_readable(len(bad), bad, seen + len(bad), max_ratio, connection)
+
+
+def check_readable(bad: int, names: Sequence[str], images: int, max_ratio: float, connection: Connection) -> None:
+    """Raise UserError on every rank where the ranks together could not read more than `max_ratio` of the images.
+
+    `bad` of this rank's `images` could not be read, and have these `names`; all ranks must call this.
+    """
+    parts = gather_lists([(bad, list(names[:SHOWN]), images)], connection)
+    shown = [name for _, some, _ in parts for name in some]
+    check_bad_ratio(sum(part[0] for part in parts), sum(part[2] for part in parts), max_ratio, shown)

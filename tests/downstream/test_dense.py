@@ -14,7 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fdscale.config.errors import UserError
+from fdscale.data.dense.batches import DetectImage
 from fdscale.data.dense.scenes import write_ade20k, write_coco
+from fdscale.downstream.dense import readable
+from fdscale.training.engine import Connection
 from tests.downstream.dense_runs import engine_json, measure, run, run_as_a_giant, told
 
 RECIPES = ("scenes_segment", "scenes_detect")
@@ -147,3 +150,23 @@ def test_what_is_no_finished_dense_run_is_not_evaluated(tmp_path: Path) -> None:
     (tmp_path / "complete.json").write_text(json.dumps({"step": 1}))
     with pytest.raises(UserError, match=r"classes=3: .* allowed here: eval\., data\.workers="):
         measure(None, str(tmp_path), "classes=3")
+
+
+def left_out(connection: Connection, max_ratio: float) -> str:
+    """What reading says where the first of two ranks has one image of three that cannot be read, the other padding."""
+    blank = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    images = [DetectImage(blank, number, number) for number in range(2)]
+    images.append(DetectImage(blank, -1, -1, [] if connection.rank.rank else ["broken.jpg (truncated)"]))
+    try:
+        assert len(list(readable(iter(images), max_ratio, connection))) == 3
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_too_many_images_that_cannot_be_read_end_an_evaluation_on_every_rank(two_ranks: Any) -> None:
+    assert two_ranks(left_out, 0.2) == ["", ""]
+    told_by_ranks = two_ranks(left_out, 0.19)
+    assert told_by_ranks[0] == told_by_ranks[1]
+    assert told_by_ranks[0].startswith("1 of 5 samples cannot be decoded (20.00%); allowed: 19.00%")
+    assert told_by_ranks[0].endswith("broken.jpg (truncated)")

@@ -96,18 +96,23 @@ class AnnotationRows:
         return rows
 
     def _keep_segmentations(self, items: list[Any], rows: NDArray[np.void]) -> None:
+        rows["reach"] = np.maximum(rows["reach"], [_reach(item["segmentation"]) for item in items])
         for row, item in enumerate(items):
             segmentation = item["segmentation"]
             if isinstance(segmentation, dict):
                 rows[row]["rle_size"] = segmentation["size"]
             else:
-                reach = max(max(max(part), -min(part)) for part in segmentation if part) if any(segmentation) else 0
-                rows[row]["reach"] = max(rows[row]["reach"], reach)
                 segmentation = [part for part in segmentation if len(part) >= 6]
             if segmentation and not rows[row]["crowd"]:
                 data = marshal.dumps(segmentation)
                 rows[row]["start"], rows[row]["bytes"] = len(self.segmentations), len(data)
                 self.segmentations += data
+
+
+def _reach(segmentation: Any) -> float:
+    if isinstance(segmentation, dict):
+        return 0.0
+    return max((max(max(part), -min(part)) for part in segmentation if part), default=0.0)
 
 
 def segmentation_of(data: bytes) -> Any:

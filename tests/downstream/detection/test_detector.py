@@ -155,7 +155,7 @@ def taught(request: pytest.FixtureRequest) -> Detector:
     optimizer = torch.optim.AdamW(detector.parameters(), 6e-3)
     torch.manual_seed(1)
     for step in range(60):
-        images, objects = zip(*(scene(4 * step + row) for row in range(4)), strict=True)
+        images, objects = zip(*(scene(2 * step + row) for row in range(2)), strict=True)
         optimizer.param_groups[0]["lr"] = 6e-3 * min(1.0, (60 - step) / 30)
         detector(torch.stack(images), objects)["loss"].backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 5.0)
