@@ -18,7 +18,7 @@ from fdscale.build.networks import on_first_rank
 from fdscale.cluster.ranks import rank_from_environment
 from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.downstream import detect, segment
-from fdscale.downstream.dense import image_loader, told
+from fdscale.downstream.dense import image_loader, readable
 from fdscale.downstream.finished_run import dense_settings
 from fdscale.training.engine import Connection, compute_dtype, connect, parameter_dtype
 from fdscale.training.run_directory import RunDirectory, write_text
@@ -49,7 +49,7 @@ def evaluate(
     look = program.look_with(network, settings, held_out, connection, beside)
     images = image_loader(program.images_of(held_out), len(held_out), settings.data.workers, connection)
     with _precision(deepspeed_json, connection):
-        found = look(network, told(iter(images)), ending)
+        found = look(network, readable(iter(images), settings.data.max_bad_ratio, connection), ending)
     if output is not None:
         connection.on_main(lambda: write_text(output, json.dumps(found, indent=2) + "\n"))
     return found
