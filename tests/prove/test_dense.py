@@ -29,9 +29,12 @@ JUDGED = {
 }
 CASES = {  # head: program and settings
     "UperNet": ("segment", []),
-    "Mask2Former": ("segment", ["epochs=10", "head.kind=mask2former", "head.queries=20", "head.decoder_layers=3"]),
     "Mask R-CNN": ("detect", []),
     "Cascade Mask R-CNN": ("detect", ["epochs=6", "head.kind=cascade"]),
+    "Mask2Former": (
+        "segment",
+        ["epochs=10", "head.kind=mask2former", "head.queries=20", "head.decoder_layers=3"],
+    ),
 }
 MUST = ("UperNet", "Mask R-CNN")  # of the shipped recipes
 MINUTES, STEPS = 6.0, 20
