@@ -26,6 +26,7 @@ from fdscale.planning.detector_file import detector_file_problems
 from fdscale.planning.networks import refuse_no_file
 from fdscale.students.geometry import Geometry, SwinV2Geometry, TimmGeometry, ViTGeometry
 
+MASK2FORMER_GROUPS = 32  # that transformers normalises its channels in
 SCENES = "scenes"  # the embedded sample, rendered on first use
 SCENE_CLASSES = {"segment": 8, "detect": 5}
 NEEDED = {"segment": ("transformers", "scipy"), "detect": ("faster_coco_eval",)}  # beyond what fdscale always needs
@@ -88,9 +89,15 @@ def network_problems(
         return
     yield from _unused_problems(settings, isinstance(student, SwinV2Geometry))
     if settings.head.kind == "mask2former":
-        for key in ("bf16", "fp16"):
-            if deepspeed_json.get(key, {}).get("enabled"):
-                yield f"head.kind: mask2former counts positions, too many for {key}.enabled; use torch_autocast"
+        yield from _mask2former_problems(settings.head.channels, deepspeed_json)
+
+
+def _mask2former_problems(channels: int, deepspeed_json: Mapping[str, Any]) -> Iterator[str]:
+    if channels % MASK2FORMER_GROUPS:
+        yield f"head.channels: got {channels}, allowed beside mask2former: multiples of {MASK2FORMER_GROUPS}, its groups"
+    for key in ("bf16", "fp16"):
+        if deepspeed_json.get(key, {}).get("enabled"):
+            yield f"head.kind: mask2former counts positions, too many for {key}.enabled; use torch_autocast"
 
 
 def _size_problems(settings: DenseSettings, student: Geometry | None) -> Iterator[str]:

@@ -233,6 +233,10 @@ def test_what_a_name_says_of_sizes() -> None:
         ),
         (["backbone.indices=[0,1,2,3]"], "backbone.indices: got [0, 1, 2, 3], but swinv2_g has maps of four strides"),
         (["head.queries=9"], "head.queries: got 9, but head.kind is upernet; leave it out"),
+        (
+            ["head.kind=mask2former", "head.channels=48"],
+            "head.channels: got 48, allowed beside mask2former: multiples of 32, its groups",
+        ),
         (["head.decoder_layers=2"], "head.decoder_layers: got 2, but head.kind is upernet"),
         (
             ["head.kind=mask2former", "head.auxiliary_weight=0.3"],
