@@ -94,7 +94,7 @@ def network_problems(
 
 def _mask2former_problems(channels: int, deepspeed_json: Mapping[str, Any]) -> Iterator[str]:
     if channels % MASK2FORMER_GROUPS:
-        yield f"head.channels: got {channels}, allowed beside mask2former: multiples of {MASK2FORMER_GROUPS}, its groups"
+        yield f"head.channels: got {channels}, allowed beside mask2former: multiples of {MASK2FORMER_GROUPS}"
     for key in ("bf16", "fp16"):
         if deepspeed_json.get(key, {}).get("enabled"):
             yield f"head.kind: mask2former counts positions, too many for {key}.enabled; use torch_autocast"

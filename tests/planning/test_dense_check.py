@@ -235,7 +235,7 @@ def test_what_a_name_says_of_sizes() -> None:
         (["head.queries=9"], "head.queries: got 9, but head.kind is upernet; leave it out"),
         (
             ["head.kind=mask2former", "head.channels=48"],
-            "head.channels: got 48, allowed beside mask2former: multiples of 32, its groups",
+            "head.channels: got 48, allowed beside mask2former: multiples of 32",
         ),
         (["head.decoder_layers=2"], "head.decoder_layers: got 2, but head.kind is upernet"),
         (
