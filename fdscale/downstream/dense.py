@@ -117,25 +117,20 @@ def keep(path: Path, write: Callable[[Path], object]) -> None:
         logger.warning("%s could not be written: %s", path, error)
 
 
-def told(images: Iterator[Any]) -> Iterator[Any]:
-    """The images; what cannot be decoded is said."""
-    for image in images:
-        for bad in image.bad:
-            logger.warning("held-out image left out, it cannot be decoded: %s", bad)
-        yield image
-
-
 def readable(images: Iterator[Any], max_ratio: float, connection: Connection) -> Iterator[Any]:
-    """The images of this rank, as `told`; in the end all ranks hold what was left out against what there was.
+    """The images of this rank, what cannot be decoded said; in the end all ranks hold it against what there was.
 
     All ranks must read theirs to the end. Raises UserError as `check_readable`.
     """
-    seen, bad = 0, []
-    for image in told(images):
+    seen = 0
+    left_out: list[str] = []
+    for image in images:
+        for bad in image.bad:
+            logger.warning("held-out image left out, it cannot be decoded: %s", bad)
         seen += image.valid
-        bad += image.bad
+        left_out += image.bad
         yield image
-    check_readable(len(bad), bad, seen + len(bad), max_ratio, connection)
+    check_readable(len(left_out), left_out, seen + len(left_out), max_ratio, connection)
 
 
 def check_readable(bad: int, names: Sequence[str], images: int, max_ratio: float, connection: Connection) -> None:
