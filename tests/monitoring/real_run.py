@@ -18,7 +18,7 @@ from tests.cluster.lab.prometheus import Prometheus
 
 HERE = Path(__file__).parent
 SETTINGS = ["vit_b_dino", "--smoke", "epochs=1000", "log.every=1", "data.workers=0", "log.prometheus_port=0"]
-STEPS_LEFT = 80  # for the second life: a few seconds, in which it is scraped
+STEPS_LEFT = 160  # for the second life: some ten seconds on a fast machine, in which it is scraped
 IN_QUEUE = 4.0  # seconds: two minutes in the lab's time
 
 
