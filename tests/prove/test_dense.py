@@ -52,12 +52,8 @@ SHORT = {"segment": 3, "detect": 2}  # epochs of the table before and after
 HEADS = {"segment": "UperNet", "detect": "Mask R-CNN"}
 STARTS = {
     "a SwinV2 from scratch": [],
-    "the SwinV2 distilled": [
-        'student={name="student_file", weights="runs/demo/distilled/student.safetensors"}'
-    ],
-    "its ViT teacher": [
-        'student={name="student_file", weights="runs/demo/teacher/student.safetensors"}'
-    ],
+    "the SwinV2 distilled": ['student={name="student_file", weights="runs/demo/distilled/student.safetensors"}'],
+    "its ViT teacher": ['student={name="student_file", weights="runs/demo/teacher/student.safetensors"}'],
 }
 COLUMNS = ("head", "held out", "training", "again", "ZeRO-3", "rounding")
 TITLE = "ADE20K and COCO in miniature"
@@ -66,9 +62,9 @@ HOW = (
     "classes) and COCO (five categories, crowds, images without objects), which `scenes_segment` and `scenes_detect` "
     "render themselves; SwinV2-G shrunk to 3.1 M parameters, from scratch, one CPU process with two threads. *Again*: "
     "`fdscale evaluate` on what the run left. *ZeRO-3*: the largest difference of the loss in 20 steps between that "
-    "process under ZeRO-0 and two ranks under ZeRO-3 with live parameters forced to 0. *Rounding*: the same between that "
-    "process and itself with one thread: detectors choose boxes, and a choice that rounding turns grows from 1e-5 in the "
-    "first step to this. Rows with epochs: shorter "
+    "process under ZeRO-0 and two ranks under ZeRO-3 with live parameters forced to 0. *Rounding*: the same between "
+    "that process and itself with one thread: detectors choose boxes, and a choice that rounding turns grows from 1e-5 "
+    "in the first step to this. Rows with epochs: shorter "
     "trainings from what `make demo` leaves. It shows that the path is whole; it says nothing of the real data."
 )
 
@@ -81,9 +77,7 @@ def fdscale(*words: str, threads: int = 2) -> None:
         "OMP_NUM_THREADS": str(threads),
     }
     command = [sys.executable, "-m", "fdscale", *words]
-    answer = subprocess.run(
-        command, cwd=REPOSITORY, env=env, capture_output=True, text=True
-    )
+    answer = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
 
 
@@ -95,9 +89,7 @@ def learned(folder: Path, head: str) -> dict[str, Any]:
     fdscale(program, recipe, f"run_dir={run}", *settings, "log.every=50")
     minutes = (time.perf_counter() - began) / 60
     found = {name: told(run, f"eval_{name}")[-1] for name in JUDGED[program]}
-    fdscale(
-        "evaluate", str(run), "--ranks", "1", "--output", str(folder / "again.json")
-    )
+    fdscale("evaluate", str(run), "--ranks", "1", "--output", str(folder / "again.json"))
     again = json.loads((folder / "again.json").read_text())
     return {
         "found": found,
@@ -107,9 +99,7 @@ def learned(folder: Path, head: str) -> dict[str, Any]:
     }
 
 
-def differences(
-    folder: Path, program: str, recipe: str, settings: list[str]
-) -> dict[str, float]:
+def differences(folder: Path, program: str, recipe: str, settings: list[str]) -> dict[str, float]:
     """The largest difference of the loss in the first steps between one process and two divided ranks (`zero3`).
 
     `rounding` is that of the same process with one thread in place of two, whose sums round in another order.
@@ -124,20 +114,12 @@ def differences(
     micro = partial(engine_json, folder, micro_batch=4)
     whole, divided = micro(name="whole", stage=0), micro(name="lean", stage=3)
     for threads, name in ((2, "whole"), (1, "one_thread")):
-        fdscale(
-            program, recipe, f"run_dir={folder}/{name}", *few, whole, threads=threads
-        )
+        fdscale(program, recipe, f"run_dir={folder}/{name}", *few, whole, threads=threads)
     lean = [divided, "student.activation_checkpointing=blocks", "--ranks", "2"]
-    fdscale(
-        "launch", program, recipe, f"run_dir={folder}/divided", *few, *lean, threads=1
-    )
-    losses = {
-        name: told(folder / name, "loss") for name in ("whole", "one_thread", "divided")
-    }
+    fdscale("launch", program, recipe, f"run_dir={folder}/divided", *few, *lean, threads=1)
+    losses = {name: told(folder / name, "loss") for name in ("whole", "one_thread", "divided")}
     away = {
-        name: max(
-            abs(one - other) for one, other in zip(losses["whole"], values, strict=True)
-        )
+        name: max(abs(one - other) for one, other in zip(losses["whole"], values, strict=True))
         for name, values in losses.items()
     }
     return {"zero3": away["divided"], "rounding": away["one_thread"]}
@@ -159,8 +141,7 @@ def from_start(folder: Path, program: str, start: str) -> dict[str, Any]:
 
 def shares(row: dict[str, Any]) -> str:
     return ", ".join(
-        f"{name.removeprefix('ap/').replace('/', ' ')} {value:.1%}"
-        for name, value in row["found"].items()
+        f"{name.removeprefix('ap/').replace('/', ' ')} {value:.1%}" for name, value in row["found"].items()
     )
 
 
@@ -169,9 +150,7 @@ def test_both_miniatures_are_learned_and_what_is_left_is_as_good(
 ) -> None:
     page, lines = Page("dense_miniature", MEASURED), []
     for head in CASES:
-        row = page.row(
-            head, lambda head=head: learned(tmp_path_factory.mktemp("dense"), head)
-        )
+        row = page.row(head, lambda head=head: learned(tmp_path_factory.mktemp("dense"), head))
         cells = (
             head,
             shares(row),
@@ -184,9 +163,7 @@ def test_both_miniatures_are_learned_and_what_is_left_is_as_good(
     for program, start in product(SHORT, STARTS):
         row = page.row(
             f"{program}: {start}",
-            lambda p=program, s=start: from_start(
-                tmp_path_factory.mktemp("from"), p, s
-            ),
+            lambda p=program, s=start: from_start(tmp_path_factory.mktemp("from"), p, s),
         )
         cells = (
             f"{HEADS[program]}, {SHORT[program]} epochs from {start}",
