@@ -36,6 +36,8 @@ def shards_of(settings: ShardSettings) -> OpenData[Index]:
 
 def _open(settings: ShardSettings, directory: RunDirectory, connection: Connection) -> tuple[Index, Index | None]:
     index = _index(settings.data.shards, "train", directory, connection)
+    if isinstance(settings, FinetuneSettings) and settings.labelled is not None:
+        index = _first(index, settings.labelled, settings.seed)
     held_out = settings.eval.shards and _index(settings.eval.shards, "test", directory, connection)
     return index, held_out or None
 
@@ -50,11 +52,10 @@ def _index(shards: str, split: Literal["train", "test"], directory: RunDirectory
     return load_index(folder)
 
 
-def first_of(run: Run[Index], samples: int) -> Run[Index]:
-    """The same run on a subset of so many samples, drawn by its seed: the same ones for every network compared."""
-    index = run.samples
-    chosen = np.random.Generator(np.random.Philox(run.settings.seed)).permutation(len(index))[:samples]
-    return replace(run, samples=replace(index, samples=index.samples[np.sort(chosen)]))
+def _first(index: Index, samples: int, seed: int) -> Index:
+    """A subset of `samples` samples, drawn by `seed`: few labels, the same ones for every network compared."""
+    chosen = np.random.Generator(np.random.Philox(seed)).permutation(len(index))[:samples]
+    return replace(index, samples=index.samples[np.sort(chosen)])
 
 
 def shard_loader(run: Run[Index], settings: ShardSettings, student: Student) -> TrainLoader:

@@ -14,7 +14,7 @@ from fdscale.build.foreseen import StepWatch
 from fdscale.build.networks import as_pixels, seeded, student_of
 from fdscale.build.outline import Outline, draws_for, pixels_for, student_outline
 from fdscale.build.run import open_run
-from fdscale.build.shards import first_of, held_out_means, shard_loader, shards_of
+from fdscale.build.shards import held_out_means, shard_loader, shards_of
 from fdscale.build.training import train
 from fdscale.config.errors import UserError
 from fdscale.config.settings import FinetuneSettings
@@ -39,7 +39,6 @@ def finetune(settings: FinetuneSettings) -> bool:
         return True
     for name, index in (("data.shards", run.samples), ("eval.shards", run.held_out)):
         _check_labels(name, index, settings.classes)
-    run = run if settings.labelled is None else first_of(run, settings.labelled)
     mix = mixing(settings)
     student = student_of(run)
     head = settings.head

@@ -172,7 +172,7 @@ def _segmentation_problem(item: Mapping[str, Any]) -> str | None:
         if segmentation and all(len(part) % 2 == 0 and math.isfinite(sum(part)) for part in segmentation):
             return None
     except (TypeError, OverflowError):
-        pass
+        pass  # no numbers, or none that fit: told below
     return f"segmentation is {_short(segmentation)}, allowed: polygons [[x1, y1, x2, y2, x3, y3, ...], ...] or RLE"
 
 
