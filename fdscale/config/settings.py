@@ -113,10 +113,30 @@ class BatchSettings(Settings):
     max_bad_ratio: Fraction = 0.01
 
 
-class DataSettings(BatchSettings):
-    """Training shards, and the augmentation."""
+class FurtherShardSettings(Settings):
+    """Shards beside the first ones; `weight` is their share of each global batch, relative to the others'."""
 
     shards: Name
+    weight: Annotated[float, Field(gt=0)] | None = None
+
+
+class DataSettings(BatchSettings):
+    """Training shards, how they are mixed and kept, and the augmentation.
+
+    `shards` is a folder, or a URL of one that webdataset opens, whose shards are fetched into `cache`, a folder of the
+    node's own, of at most `cache_gib`; `pipe:` runs a shell, which `allow_pipe` allows. Without any `weight`, data
+    sets are read in proportion to what they hold. `shuffle` samples are mixed at a time; fewer are shuffled as one.
+    Augmentation draws a new view of a sample each epoch, or one of so many `views`.
+    """
+
+    shards: Name
+    weight: Annotated[float, Field(gt=0)] | None = None
+    further_shards: dict[Label, FurtherShardSettings] = {}
+    shuffle: Positive = 2**18
+    views: Positive | None = None
+    cache: Name | None = None
+    cache_gib: Annotated[float, Field(gt=0)] = 100.0
+    allow_pipe: bool = False
     crop_scale: Fractions = (0.08, 1.0)
     crop_ratio: Ratios = (3 / 4, 4 / 3)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
