@@ -16,6 +16,7 @@ OPEN_SHARDS = 128  # per process: a data set of thousands of shards must not run
 # PIL alone would try each of its plugins on what a shard holds, whatever its name: EPS starts Ghostscript
 FORMATS = ("JPEG", "PNG", "WEBP")
 LONGEST_BAD_RUN = 1000  # bad samples in a row that are skipped in search of a replacement
+AGAIN = "the shards are damaged: copy or pack them again, then run 'fdscale shards index'"
 
 
 class BadImage(Exception):
@@ -74,8 +75,7 @@ class ImageReader:
 
     def decode_or_next(self, sample: int) -> Decoded[Image.Image]:
         """The sample's image, or that of the next decodable sample of the data set (cyclic)."""
-        again = "the shards are damaged: copy or pack them again, then run 'fdscale shards index'"
-        return decode_or_next(self.decode, sample, len(self.index), str(self.index.folder), again)
+        return decode_or_next(self.decode, sample, len(self.index), str(self.index.folder), AGAIN)
 
     def close(self) -> None:
         """Close this process's file descriptors; a later read opens them again."""

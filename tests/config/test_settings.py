@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from fdscale.config.keeping import CheckpointSettings, LogSettings
-from fdscale.config.settings import DataSettings, OptimSettings, StudentSettings
+from fdscale.config.data_settings import DataSettings
+from fdscale.config.settings import OptimSettings, StudentSettings
 
 
 def test_settings_are_frozen() -> None:
