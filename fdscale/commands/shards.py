@@ -37,9 +37,12 @@ def pack(
     terminal().print(f"{len(index)} samples in {len(index.shards)} shards: {escape(str(output))}")
 
 
-def index(folder: Annotated[Path, typer.Argument(help="A folder of WebDataset tars.")]) -> None:
+def index(
+    folder: Annotated[Path, typer.Argument(help="A folder of WebDataset tars.")],
+    workers: Annotated[int | None, typer.Option(help="Processes that read shards; else one per CPU.")] = None,
+) -> None:
     """Index a folder of WebDataset tars, so that training can read them."""
     from fdscale.data.index import build_index
 
-    built = build_index(folder)
+    built = build_index(folder, workers)
     terminal().print(f"{len(built)} samples in {len(built.shards)} shards: {escape(str(folder))}")
