@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -109,10 +111,12 @@ class TrainBatches(Dataset[Batch]):
         def view_of(candidate: int) -> View:
             note(first + candidate)
             label, key = reader.index.samples[["label", "key"]][candidate].item()
-            image = reader.decode(candidate)
-            return View(augment(image, key, view, self._seed, self._image_size, self._augmentation), label, key)
+            return View(reader.seen(candidate, partial(self._augmented, key, view)), label, key)
 
         return decode_or_next(view_of, own, len(reader.index), str(reader.index.folder), AGAIN)
+
+    def _augmented(self, key: int, view: int, image: Image.Image) -> NDArray[np.uint8]:
+        return augment(image, key, view, self._seed, self._image_size, self._augmentation)
 
 
 class EvalBatches(Dataset[Batch]):
