@@ -148,9 +148,10 @@ class _Feed:
         except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: within the handing over of a batch
             if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
+            told = f"a data worker of {self._workers} died{self._told_at()} ({error or 'it sent no more'})"
             raise RuntimeError(
-                f"{self._where}: a data worker of {self._workers} died{self._told_at()} ({error or 'it sent no more'}); "
-                "the usual cause is too little memory or /dev/shm: lower data.workers or the micro batch and start again"
+                f"{self._where}: {told}; the usual cause is too little memory or /dev/shm: lower data.workers or the "
+                "micro batch and start again"
             ) from error
         finally:
             self._dataset.close()
