@@ -25,8 +25,8 @@ ORDERS = {
     "shuffle = 2^14": lambda: WindowedOrder(STARTS, BATCH, 0, 2**14),
 }
 NODES = (1, 2, 4, 16, 64)
-COLUMNS = ["order", "shards a batch", "classes a batch, sorted shards", "same shard, x true", "read / used: 1 node", "2"]
-COLUMNS += ["4", "16", "64 nodes", "GiB at once: 1 node", "16 nodes"]
+COLUMNS = ["order", "shards a batch", "classes a batch, sorted shards", "same shard, x true", "read / used: 1 node"]
+COLUMNS += ["2", "4", "16", "64 nodes", "GiB at once: 1 node", "16 nodes"]
 MEAN_BYTES = 110_000  # ImageNet's JPEGs
 
 
@@ -36,8 +36,8 @@ def test_the_order_mixes_and_has_each_node_read_little_more_than_it_uses() -> No
     page.write_table(
         "The global sample order",
         f"One epoch of {SAMPLES:,} samples in shards of {SHARD:,}, global batch {BATCH:,}; exact counts, no timing. "
-        "*Classes a batch*: where the shards were packed class by class, the worst case (shards of `fdscale shards pack` "
-        "are mixed already). *Same shard*: pairs of one batch that come from one shard, beside a true shuffle. *Read / "
+        "*Classes a batch*: where shards were packed class by class, the worst case (`fdscale shards pack` has them "
+        "mixed). *Same shard*: pairs of one batch that come from one shard, beside a true shuffle. *Read / "
         "used*: bytes of the shards that each node reads once, whole, over the bytes of its samples. *At once*: shards "
         f"that one node needs within a window of steps, at {MEAN_BYTES // 1000} kB an image. A true shuffle needs all.",
         COLUMNS,
