@@ -74,16 +74,21 @@ class _Walk(Generic[Shard]):
         self._shards_of = shards_of
         self._next, self._last, self._ahead = first, last, ahead
         self._coming: deque[tuple[int, list[Shard]]] = deque()
+        self._at, self._wanted = -1, list[Shard]()
 
     def from_step(self, step: int) -> list[Shard]:
         """The shards of steps `step` .. `step + ahead`, in the order of their first use."""
+        if step == self._at:
+            return self._wanted
+        self._at = step
         while self._coming and self._coming[0][0] < step:
             self._coming.popleft()
         self._next = max(self._next, step)
         while self._next < min(step + self._ahead, self._last):
             self._coming.append((self._next, list(self._shards_of(self._next))))
             self._next += 1
-        return list(dict.fromkeys(shard for _, shards in self._coming for shard in shards))
+        self._wanted = list(dict.fromkeys(shard for _, shards in self._coming for shard in shards))
+        return self._wanted
 
 
 class _Fetches(Generic[Shard]):

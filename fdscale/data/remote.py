@@ -107,10 +107,10 @@ def room_problem(cache: Cache, needed: int) -> str | None:
     """What to tell where the shards that a node reads at once, of `needed` bytes, do not fit into the cache."""
     if needed <= cache.limit:
         return None
+    least = f"{needed / GIB:.3g}"
     return (
-        f"data.cache_gib: got {cache.limit / GIB:.3g}, allowed: at least {needed / GIB:.3g}, the shards that a node reads "
-        "at once, which would be fetched again and again (twice that lets them be fetched ahead); or make data.shuffle "
-        "smaller, or the shards"
+        f"data.cache_gib: got {cache.limit / GIB:.3g}, allowed: at least {least}, what a node reads at once and would "
+        "fetch again and again (twice that is room to fetch ahead); or lower data.shuffle"
     )
 
 
