@@ -106,8 +106,8 @@ class Cache:
         with open(part, "r+b", closefd=False) as file:
             fill(file)
         os.fsync(part)  # its size alone tells a whole one, and a node may lose its power
-        os.replace(_part(path), path)
-        with self._locked():
+        with self._locked():  # whoever counts meanwhile would see neither of its names
+            os.replace(_part(path), path)
             self._brought.value += size
 
     def _make_room(self, part: int, path: Path, size: int, idle: float) -> bool:
