@@ -13,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fdscale.config.errors import UserError
-from fdscale.data import transfer
+from fdscale.data import images, transfer
+from fdscale.data.batches import EvalBatches
 from fdscale.data.cache import GIB, Cache
 from fdscale.data.images import ImageReader
 from fdscale.data.index import Index, build_index, load_index
+from fdscale.data.loader import EvalLoader
 from fdscale.data.remote import bytes_at_once, cache_problems, open_remote, room_problem
 from fdscale.data.urls import readable_name, refuse_url, url_of
 from tests.data.shard_server import ShardServer
@@ -84,6 +87,33 @@ def test_remote_images_are_those_of_the_folder(folder, server, cache, scheme):
     assert same_pixels(index, load_index(folder))
     assert index.fingerprint() == load_index(folder).fingerprint()
     assert index.remote.cache.fetched_bytes == sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_workers_read_remote_shards_like_local_ones(folder, server, cache):
+    def batches(index: Index) -> Iterator[tuple[list, list, list]]:
+        dataset = EvalBatches(index, 8, "bilinear")
+        for batch in EvalLoader(dataset, len(index), 0, 1, 2, 2, torch.device("cpu")):
+            yield batch.images.tolist(), batch.keys.tolist(), batch.bad
+
+    assert list(batches(load_index(server.url, cache))) == list(batches(load_index(folder)))
+    assert all(server.asked[f"s{shard}.tar"] == 1 for shard in range(SHARDS))
+
+
+def test_a_reader_lets_go_of_removed_shards_and_has_them_fetched_again(folder, cache, monkeypatch):
+    monkeypatch.setattr(images, "RENEWED_SECONDS", 0.0)
+    index = load_index(folder.as_uri(), cache)
+    reader = ImageReader(index)
+    reader.decode(0)
+    index.shard_path(0).unlink()
+    reader.decode(2)
+    assert [link for link in open_links() if ".tar" in link] == [str(index.shard_path(1))]
+    assert np.array_equal(reader.decode(0), ImageReader(load_index(folder)).decode(0))
+    assert index.shard_path(0).exists()
+
+
+def open_links() -> list[str]:
+    """What this process has open."""
+    return [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
 
 
 def test_a_second_start_fetches_the_small_index_alone(folder, server, cache):
