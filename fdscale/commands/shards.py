@@ -39,7 +39,7 @@ def pack(
 
 def index(
     folder: Annotated[Path, typer.Argument(help="A folder of WebDataset tars.")],
-    workers: Annotated[int | None, typer.Option(help="Processes that read the shards; one per CPU if not given.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that read shards; else one per CPU.")] = None,
 ) -> None:
     """Index a folder of WebDataset tars, so that training can read them."""
     from fdscale.data.index import build_index

@@ -35,6 +35,7 @@ class _File(Settings):
 class _Shard(_File):
     name: Annotated[str, Field(pattern=f"^{SHARD_NAME}$")]
     samples: Count
+    rows_crc: Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class _Manifest(Settings):
