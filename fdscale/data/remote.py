@@ -19,6 +19,7 @@ from fdscale.config.errors import UserError
 from fdscale.config.kinds import Settings
 from fdscale.data.cache import GIB, Cache, Fill
 from fdscale.data.index import INDEX_FILE, SAMPLES_FILE, VERSION, Index, Shard, read_index
+from fdscale.data.order import LANES
 from fdscale.data.transfer import fetch_bytes, fetch_file
 from fdscale.data.urls import SHARD_NAME, is_remote, readable_name, refuse_url, url_of
 
@@ -111,18 +112,22 @@ def room_problem(cache: Cache, needed: int) -> str | None:
     least = f"{needed / GIB:.3g}"
     return (
         f"data.cache_gib: got {cache.limit / GIB:.3g}, allowed: at least {least}, what a node reads at once and would "
-        "fetch again and again (twice that is room to fetch ahead); or lower data.shuffle"
+        "fetch again and again; or lower data.shuffle, or make the shards smaller"
     )
 
 
-def bytes_at_once(index: Index, samples: float, lanes: float) -> int:
-    """Bytes of the shards of which a node reads `samples` samples in one window, `lanes` stretches of the data.
+def bytes_at_once(index: Index, shuffle: int, share: float) -> int:
+    """Bytes of the shards that a node reads at once which has this share of the ranks; all of them, at most.
 
-    Each stretch begins and ends within a shard. All shards, at most.
+    One window of each of its lanes (`order.WindowedOrder`), which begins and ends within a shard, and a quarter more:
+    lanes do not move on together, and the next windows' shards come early. A cache below that fetches everything many
+    times over.
     """
-    shards = len(index.shards)
-    at_once = min(float(shards), samples * shards / len(index) + lanes)
-    return ceil(at_once * sum(shard.bytes for shard in index.shards) / shards)
+    total, shards = sum(shard.bytes for shard in index.shards), len(index.shards)
+    if len(index) <= shuffle:
+        return total
+    at_once = share * (shuffle * shards / len(index) + LANES)
+    return ceil(min(1.0, 1.25 * at_once / shards) * total)
 
 
 def _checked(url: str, content: bytes) -> _Manifest:
