@@ -433,7 +433,7 @@ def test_the_room_that_is_asked_for_suffices_to_fetch_each_shard_about_once(node
                 cached[shard] = None  # last in the dict: most recently used
                 if len(cached) > room:
                     cached.pop(next(iter(cached)))
-    assert fetched / len(shards) < 1.05 + 64 / len(shards)  # each lane begins within a shard; tenfold with half the room
+    assert fetched / len(shards) < 1.1 + 64 / len(shards)  # lanes begin within shards; half the room: 16 times
 
 
 @pytest.mark.parametrize(
