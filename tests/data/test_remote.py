@@ -23,7 +23,7 @@ from fdscale.data.images import ImageReader
 from fdscale.data.index import Index, Shard, build_index, load_index
 from fdscale.data.loader import EvalLoader
 from fdscale.data.order import WindowedOrder
-from fdscale.data.remote import bytes_at_once, cache_problems, open_remote, room_problem
+from fdscale.data.remote import bytes_at_once, room_problem
 from fdscale.data.scan import SAMPLE
 from fdscale.data.urls import readable_name, refuse_url, url_of
 from tests.data.shard_server import ShardServer
@@ -388,17 +388,10 @@ def test_hostile_rows_read_nothing_outside_their_shards(folder, server, cache):
             reader.decode(sample)
 
 
-def test_problems_before_a_start(tmp_path):
-    urls = {"data.shards": "pipe:cat {}", "eval.shards": "/a/folder", "data.further_shards.x.shards": "http://h/$x"}
-    pipe, hostile = cache_problems(urls, Cache(tmp_path, GIB))
-    assert pipe.startswith("data.shards: 'pipe:cat {}' runs a command")
-    assert hostile.startswith("data.further_shards.x.shards: 'http://h/$x' is not the URL of a folder")
-    assert list(cache_problems({"data.shards": "https://host/in1k"}, None)) == [
-        "data.cache: name a folder on the node's own disk, into which the shards of data.shards are fetched"
-    ]
-    assert list(cache_problems({"data.shards": "/a/folder"}, None)) == []
-    with pytest.raises(UserError, match=r"data\.cache: name a folder on the node's own disk"):
-        open_remote("https://host/in1k", None)
+@pytest.mark.parametrize("url", ["https://host/in1k", "pipe:cat /in1k/{}"])
+def test_a_url_takes_a_cache(url):
+    with pytest.raises(UserError, match=r"are fetched to the nodes that read them: set data\.cache to a folder"):
+        load_index(url)
 
 
 def test_a_cache_that_cannot_be_written_is_told(folder, tmp_path):
