@@ -17,11 +17,13 @@ import torch
 
 from fdscale.config.errors import UserError
 from fdscale.data import images, transfer
-from fdscale.data.batches import EvalBatches
+from fdscale.data.augment import Augmentation
+from fdscale.data.batches import EvalBatches, TrainBatches
 from fdscale.data.cache import GIB, Cache
 from fdscale.data.images import ImageReader
 from fdscale.data.index import Index, Shard, build_index, load_index
-from fdscale.data.loader import EvalLoader
+from fdscale.data.loader import EvalLoader, TrainLoader
+from fdscale.data.mixture import Mixture
 from fdscale.data.order import WindowedOrder
 from fdscale.data.remote import bytes_at_once, room_problem
 from fdscale.data.scan import SAMPLE
@@ -50,6 +52,40 @@ def made(tmp_path_factory: pytest.TempPathFactory, png: Callable[[int], bytes]) 
 def folder(made: Path, tmp_path: Path) -> Path:
     """A copy of one's own."""
     return Path(shutil.copytree(made, tmp_path / "shards"))
+
+
+def shown(index: Index, workers: int, world_size: int = 1) -> list[bytes]:
+    """The images of an epoch and more, by all ranks in turn."""
+    mixture = Mixture((index,), shuffle=4)
+    ranks = [
+        TrainLoader(
+            TrainBatches(mixture, 6, Augmentation((0.2, 1.0), (0.75, 1.33), "bilinear", 0.5), 5),
+            mixture.order(2, 5),
+            rank,
+            world_size,
+            2 // world_size,
+            workers,
+            torch.device("cpu"),
+            mixture,
+        ).steps(0, 5)
+        for rank in range(world_size)
+    ]
+    return [
+        b"".join(batch.images.numpy().tobytes() for batch in step)
+        for steps in zip(*ranks, strict=True)
+        for step in steps
+    ]
+
+
+@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (2, 1), (1, 2)])
+def test_the_loader_shows_the_same_over_a_network_and_fetches_each_shard_once(
+    server: ShardServer, folder: Path, tmp_path: Path, workers: int, world_size: int
+) -> None:
+    remote = load_index(server.url, Cache(tmp_path / "cache", GIB))
+    assert shown(remote, workers, world_size) == shown(load_index(folder), workers, world_size)
+    assert {name: times for name, times in server.asked.items() if name.endswith(".tar")} == {
+        f"s{shard}.tar": 1 for shard in range(SHARDS)
+    }
 
 
 @pytest.fixture
