@@ -16,7 +16,7 @@ from fdscale.data.augment import FILTERS, Augmentation
 from fdscale.data.batches import EvalBatches, TrainBatches
 from fdscale.data.index import Index, load_index
 from fdscale.data.loader import EvalLoader, TrainLoader
-from fdscale.data.pack import pack_digits
+from fdscale.data.packing.digits import pack_digits
 from fdscale.data.randaugment import RandAugment
 from fdscale.planning.data_check import DIGITS
 from fdscale.students.student import Student

@@ -22,7 +22,8 @@ def pack(
     ] = None,
 ) -> None:
     """Turn an image folder, or the digits that scikit-learn carries, into shards with an index."""
-    from fdscale.data.pack import pack_digits, pack_folder
+    from fdscale.data.packing.digits import pack_digits
+    from fdscale.data.packing.folder import pack_folder
 
     if split not in ("train", "test"):
         raise UserError(f"--split {split}: allowed: train, test")

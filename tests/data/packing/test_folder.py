@@ -12,7 +12,8 @@ from PIL import Image
 from fdscale.config.errors import UserError
 from fdscale.data.images import ImageReader
 from fdscale.data.index import Index
-from fdscale.data.pack import pack_digits, pack_folder
+from fdscale.data.packing.digits import pack_digits
+from fdscale.data.packing.folder import pack_folder
 
 
 def images(index: Index) -> dict[str, tuple[bytes, int]]:
