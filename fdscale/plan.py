@@ -266,7 +266,8 @@ def _reader(settings: AnySettings) -> tuple[tuple[str, ...], Callable[[], int]]:
     """Where the samples are, and what counts them; raises UserError for what is there and wrong."""
     if isinstance(settings, DenseSettings):
         return training_data(settings), lambda: count_of(settings)
-    return (settings.data.shards,), lambda: len(load_index(settings.data.shards))
+    folders = tuple(where for where, _ in settings.data.data_sets.values())
+    return folders, lambda: sum(len(load_index(folder)) for folder in folders)
 
 
 def _names(settings: AnySettings) -> dict[str, str]:

@@ -110,7 +110,7 @@ def _refuse_misnamed(settings: DistillSettings, student: Student | None, teacher
         raise UserError(f"{', '.join(unknown)}: given in Python, but no such teacher in the settings")
 
 
-def _teacher(run: Run[Any], where: str, given: Teacher | None) -> Teacher:
+def _teacher(run: Run[Any, Any], where: str, given: Teacher | None) -> Teacher:
     assert isinstance(run.settings, DistillSettings)
     with told_as(where):
         return teacher_of(run, where, run.settings.teachers[where][0], run.weights[where].path, given)

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -27,7 +28,7 @@ from fdscale.cluster.ranks import StopSignals, rank_from_environment
 from fdscale.config.dense_settings import DetectSettings
 from fdscale.config.programs import AnySettings
 from fdscale.config.settings import DistillSettings, FinetuneSettings
-from fdscale.data.order import GlobalOrder, Samples
+from fdscale.data.order import DataSet, Order, Samples
 from fdscale.planning.check import load_and_check
 from fdscale.planning.placement import Choice, Placement
 from fdscale.training.attempts import Attempt, claim, note_current
@@ -40,12 +41,13 @@ from fdscale.training.writer import this_process
 logger = logging.getLogger(__name__)
 
 D = TypeVar("D", bound=Samples)
-OpenData = Callable[[RunDirectory, Connection], tuple[D, D | None]]
+H = TypeVar("H", bound=DataSet)
+OpenData = Callable[[RunDirectory, Connection], tuple[D, H | None]]
 """Opens training and held-out data, made in the run directory where embedded ones are named; all ranks call it."""
 
 
 @dataclass(frozen=True)
-class Run(Generic[D]):
+class Run(Generic[D, H]):
     """One attempt at a run: who we are, where it is kept, what it reads."""
 
     settings: AnySettings
@@ -55,7 +57,7 @@ class Run(Generic[D]):
     attempt: Attempt
     stop: StopSignals
     samples: D
-    held_out: D | None
+    held_out: H | None
     weights: dict[str, WeightsRecord]
     placements: Mapping[str, Placement]
 
@@ -67,9 +69,9 @@ class Run(Generic[D]):
     def micro_batch(self) -> int:
         return int(self.deepspeed_json["train_micro_batch_size_per_gpu"])
 
-    @property
-    def order(self) -> GlobalOrder:
-        return GlobalOrder(len(self.samples), self.settings.data.global_batch, self.settings.seed)
+    @cached_property
+    def order(self) -> Order:
+        return self.samples.order(self.settings.data.global_batch, self.settings.seed)
 
     @property
     def total_steps(self) -> int:
@@ -83,7 +85,7 @@ class Run(Generic[D]):
 
     def fingerprints(self) -> dict[str, str]:
         """What tells the data of this run from others, by the settings that name them."""
-        tables = {"data": self.samples, "eval": self.held_out}
+        tables: dict[str, DataSet | None] = {"data": self.samples, "eval": self.held_out}
         there = {table: samples for table, samples in tables.items() if samples is not None}
         return {f"{table}.{samples.setting}": samples.fingerprint() for table, samples in there.items()}
 
@@ -99,7 +101,7 @@ class Run(Generic[D]):
         return True
 
 
-def open_run(settings: AnySettings, open_data: OpenData[D]) -> Run[D]:
+def open_run(settings: AnySettings, open_data: OpenData[D, H]) -> Run[D, H]:
     """Check everything, join the other ranks, and open the run directory and the data.
 
     Raises UserError before anything is written or a GPU is touched. From here on a stop signal is heeded by the loop.

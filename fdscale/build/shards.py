@@ -16,6 +16,7 @@ from fdscale.data.augment import FILTERS, Augmentation
 from fdscale.data.batches import EvalBatches, TrainBatches
 from fdscale.data.index import Index, load_index
 from fdscale.data.loader import EvalLoader, TrainLoader
+from fdscale.data.mixture import Mixture, mixed
 from fdscale.data.packing.digits import pack_digits
 from fdscale.data.randaugment import RandAugment
 from fdscale.planning.data_check import DIGITS
@@ -29,26 +30,26 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-def shards_of(settings: ShardSettings) -> OpenData[Index]:
+def shards_of(settings: ShardSettings) -> OpenData[Mixture, Index]:
     """Opens the shards that the settings name."""
     return partial(_open, settings)
 
 
-def _open(settings: ShardSettings, directory: RunDirectory, connection: Connection) -> tuple[Index, Index | None]:
-    index = _index(settings.data.shards, "train", directory, connection)
+def _open(settings: ShardSettings, directory: RunDirectory, connection: Connection) -> tuple[Mixture, Index | None]:
+    named = settings.data.data_sets
+    indices = [_index(shards, "train", directory, connection) for shards, _ in named.values()]
     if isinstance(settings, FinetuneSettings) and settings.labelled is not None:
-        index = _first(index, settings.labelled, settings.seed)
+        indices[0] = _first(indices[0], settings.labelled, settings.seed)
+    mixture = mixed(indices, list(named), [weight for _, weight in named.values()], settings.data.shuffle)
     held_out = settings.eval.shards and _index(settings.eval.shards, "test", directory, connection)
-    return index, held_out or None
+    return mixture, held_out or None
 
 
 def _index(shards: str, split: Literal["train", "test"], directory: RunDirectory, connection: Connection) -> Index:
     if shards != DIGITS:
         return load_index(shards)
     folder = directory.folder / "digits" / split
-    if connection.rank.is_main and not folder.exists():
-        pack_digits(folder, split)
-    connection.barrier()
+    connection.on_main(lambda: folder.exists() or pack_digits(folder, split))
     return load_index(folder)
 
 
@@ -58,10 +59,10 @@ def _first(index: Index, samples: int, seed: int) -> Index:
     return replace(index, samples=index.samples[np.sort(chosen)])
 
 
-def shard_loader(run: Run[Index], settings: ShardSettings, student: Student) -> TrainLoader:
+def shard_loader(run: Run[Mixture, Index], settings: ShardSettings, student: Student) -> TrainLoader:
     """The training micro batches of this rank."""
     rank, view = run.connection.rank, augmentation(settings, student)
-    batches = TrainBatches(run.samples, student.image_size, view, settings.seed)
+    batches = TrainBatches(run.samples, student.image_size, view, settings.seed, settings.data.views)
     workers = settings.data.workers
     return TrainLoader(batches, run.order, rank.rank, rank.world_size, run.micro_batch, workers, run.device)
 
@@ -76,7 +77,7 @@ def augmentation(settings: ShardSettings, student: Student) -> Augmentation:
 
 
 def held_out_means(
-    run: Run[Index], settings: ShardSettings, student: Student, sample_terms: SampleTerms
+    run: Run[Mixture, Index], settings: ShardSettings, student: Student, sample_terms: SampleTerms
 ) -> Measured | None:
     """Measures the means of `sample_terms` over the held-out images, and those of the moving average's."""
     if run.held_out is None:

@@ -48,7 +48,7 @@ Measured = Callable[["DeepSpeedEngine", Guards], dict[str, float]]
 
 
 def train(
-    run: Run[Any],
+    run: Run[Any, Any],
     module: nn.Module,
     student: Student,
     loader: Loader,
@@ -79,7 +79,7 @@ def train(
 
 
 def _fit(
-    run: Run[Any],
+    run: Run[Any, Any],
     module: nn.Module,
     student: Student,
     loader: Loader,
@@ -127,7 +127,7 @@ def _fit(
 
 
 def _resumed(
-    run: Run[Any], student: Student, checkpoints: Checkpoints, engine: DeepSpeedEngine, guards: Guards
+    run: Run[Any, Any], student: Student, checkpoints: Checkpoints, engine: DeepSpeedEngine, guards: Guards
 ) -> tuple[Progress, bool]:
     """Where this run goes on from, in the engine, too; and whether nothing was there."""
     guards.mark("starting", None, PATIENCE, "loading the checkpoint")
@@ -138,7 +138,7 @@ def _resumed(
     return progress, state is None
 
 
-def _set_out_canary(run: Run[Any], teachers: Mapping[str, Teacher], guards: Guards) -> None:
+def _set_out_canary(run: Run[Any, Any], teachers: Mapping[str, Teacher], guards: Guards) -> None:
     chosen = run.settings.guards
     if chosen.canary and teachers:
         guards.mark("looking at the teachers", None, PATIENCE)
@@ -147,12 +147,12 @@ def _set_out_canary(run: Run[Any], teachers: Mapping[str, Teacher], guards: Guar
         guards.canary_every = chosen.canary_every
 
 
-def _sinks(run: Run[Any], engine: DeepSpeedEngine, resumed_step: int | None, live: Live) -> Sinks:
+def _sinks(run: Run[Any, Any], engine: DeepSpeedEngine, resumed_step: int | None, live: Live) -> Sinks:
     folder, program, monitor = run.directory.folder, run.settings.program, monitor_of(run, engine, live)
     return open_sinks(run.connection.rank, folder, program, run.last_step, resumed_step, terminal(), live, monitor)
 
 
-def _record(run: Run[Any], student: Student, progress: Progress, fresh: bool) -> None:
+def _record(run: Run[Any, Any], student: Student, progress: Progress, fresh: bool) -> None:
     """Write down what runs from here; raises UserError when the end asked for lies behind."""
     if progress.step > run.last_step:
         raise UserError(
@@ -162,7 +162,7 @@ def _record(run: Run[Any], student: Student, progress: Progress, fresh: bool) ->
     run.connection.on_main(lambda: _write_down(run, student, fresh))
 
 
-def _write_down(run: Run[Any], student: Student, fresh: bool) -> None:
+def _write_down(run: Run[Any, Any], student: Student, fresh: bool) -> None:
     if fresh:
         logger.info("a fresh run: the student starts from %s", run.settings.student.weights or "scratch")
     elif changed := run.directory.changed_versions():
@@ -171,7 +171,7 @@ def _write_down(run: Run[Any], student: Student, fresh: bool) -> None:
     describe_student(student, run.directory.student)
 
 
-def _engine(run: Run[Any], module: nn.Module, student: Student, schedule: Schedule) -> DeepSpeedEngine:
+def _engine(run: Run[Any, Any], module: nn.Module, student: Student, schedule: Schedule) -> DeepSpeedEngine:
     optim = run.settings.optim
     module.to(run.device)
     if any(is_divided(parameter) for parameter in module.parameters()):  # what stands beside a divided student, too
@@ -220,7 +220,7 @@ def schedule_of(optim: OptimSettings, global_batch: int, steps_per_epoch: int, t
     return Schedule(total_steps, optim.warmup(steps_per_epoch), *rates, *shape)
 
 
-def _plan(run: Run[Any]) -> Plan:
+def _plan(run: Run[Any, Any]) -> Plan:
     settings = run.settings
     return Plan(
         last=run.last_step,

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from fdscale.config.data_settings import BatchSettings
 from fdscale.config.kinds import (
     Count,
     Fraction,
@@ -17,7 +18,7 @@ from fdscale.config.kinds import (
     Scales,
     Settings,
 )
-from fdscale.config.settings import BatchSettings, CadenceSettings, RunSettings
+from fdscale.config.settings import CadenceSettings, RunSettings
 
 
 class BackboneSettings(Settings):

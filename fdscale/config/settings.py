@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
+from fdscale.config.data_settings import BatchSettings, DataSettings
 from fdscale.config.keeping import CheckpointSettings, GuardSettings, LogSettings
 from fdscale.config.kinds import (
     Betas,
     Count,
     Fraction,
-    Fractions,
     Geometry,
     Keywords,
     Label,
@@ -25,7 +25,6 @@ from fdscale.config.kinds import (
     NonNegative,
     Positive,
     Rate,
-    Ratios,
     Settings,
 )
 
@@ -102,44 +101,6 @@ class LossSettings(Settings):
     """Smooth-L1 with the paper's beta."""
 
     beta: Annotated[float, Field(gt=0)] = 2.0
-
-
-class BatchSettings(Settings):
-    """The images of one step over all ranks, and how they are read; what every program's data has."""
-
-    global_batch: Positive
-    flip: Fraction = 0.5
-    workers: Count = 2
-    max_bad_ratio: Fraction = 0.01
-
-
-class FurtherShardSettings(Settings):
-    """Shards beside the first ones; `weight` is their share of each global batch, relative to the others'."""
-
-    shards: Name
-    weight: Annotated[float, Field(gt=0)] | None = None
-
-
-class DataSettings(BatchSettings):
-    """Training shards, how they are mixed and kept, and the augmentation.
-
-    `shards` is a folder, or a URL of one that webdataset opens, whose shards are fetched into `cache`, a folder of the
-    node's own, of at most `cache_gib`; `pipe:` runs a shell, which `allow_pipe` allows. Without any `weight`, data
-    sets are read in proportion to what they hold. `shuffle` samples are mixed at a time; fewer are shuffled as one.
-    Augmentation draws a new view of a sample each epoch, or one of so many `views`.
-    """
-
-    shards: Name
-    weight: Annotated[float, Field(gt=0)] | None = None
-    further_shards: dict[Label, FurtherShardSettings] = {}
-    shuffle: Positive = 2**18
-    views: Positive | None = None
-    cache: Name | None = None
-    cache_gib: Annotated[float, Field(gt=0)] = 100.0
-    allow_pipe: bool = False
-    crop_scale: Fractions = (0.08, 1.0)
-    crop_ratio: Ratios = (3 / 4, 4 / 3)
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
 
 class OptimSettings(Settings):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fdscale.data.augment import Augmentation, augment, centre_crop
-from fdscale.data.images import BadImage, ImageReader
+from fdscale.data.holding import note
+from fdscale.data.images import AGAIN, BadImage, Decoded, ImageReader, decode_or_next
 from fdscale.data.index import Index
+from fdscale.data.mixture import Mixture
 
 PADDING = -1  # in Request.samples: a row without a sample
 PADDING_LABEL = -2
@@ -53,35 +55,64 @@ class Batch:
 
 @dataclass(frozen=True)
 class Request:
-    """One micro batch to read: sample numbers (B,), the view to draw, their rows of the global batch."""
+    """One micro batch to read: sample numbers (B,), the view to draw of each (B,), their rows of the global batch."""
 
     samples: NDArray[np.int64]
-    view: int
+    views: NDArray[np.int64]
     rows: slice
 
 
-class TrainBatches(Dataset[Batch]):
-    """Request -> augmented micro batch."""
+class View(NamedTuple):
+    """What is shown of one sample: uint8 (3, H, W), its label and its uint64 key."""
 
-    def __init__(self, index: Index, image_size: int, augmentation: Augmentation, seed: int) -> None:
-        self.reader = ImageReader(index)
+    pixels: NDArray[np.uint8]
+    label: int
+    key: int
+
+
+class TrainBatches(Dataset[Batch]):
+    """Request -> augmented micro batch; the views of a sample repeat after so many `views` (None: never)."""
+
+    def __init__(
+        self, mixture: Mixture, image_size: int, augmentation: Augmentation, seed: int, views: int | None = None
+    ) -> None:
+        self._mixture = mixture
+        self._readers = [ImageReader(index) for index in mixture.indices]
         self._image_size = image_size
         self._augmentation = augmentation
         self._seed = seed
+        self._views = views
 
     def __getitem__(self, request: Request) -> Batch:
-        decoded = [self.reader.decode_or_next(int(sample)) for sample in request.samples]
-        rows = self.reader.index.samples[[image.sample for image in decoded]]
-        views = [
-            augment(image.image, int(key), request.view, self._seed, self._image_size, self._augmentation)
-            for image, key in zip(decoded, rows["key"], strict=True)
-        ]
-        bad = [image.bad for image in decoded if image.bad]
-        return _batch(np.stack(views), rows["label"], rows["key"], request.rows, bad)
+        views = request.views if self._views is None else request.views % self._views
+        numbers = zip(*self._mixture.located(request.samples), views, request.samples, strict=True)
+        seen = [self._seen(*map(int, each)) for each in numbers]
+        images = np.stack([found.image.pixels for found in seen])
+        labels = np.array([found.image.label for found in seen])
+        keys = np.array([found.image.key for found in seen], np.uint64)
+        return _batch(images, labels, keys, request.rows, [found.bad for found in seen if found.bad])
+
+    def name(self, sample: int) -> str:
+        """`SHARD:MEMBER` of a sample."""
+        (place,), (own,) = self._mixture.located(np.array([sample]))
+        return self._readers[place].index.name(int(own))
 
     def close(self) -> None:
         """Let go of the open shards."""
-        self.reader.close()
+        for reader in self._readers:
+            reader.close()
+
+    def _seen(self, place: int, own: int, view: int, sample: int) -> Decoded[View]:
+        """One view of a sample, which is number `own` of the index at `place`, or of the next decodable one there."""
+        reader, first = self._readers[place], sample - own
+
+        def view_of(candidate: int) -> View:
+            note(first + candidate)
+            label, key = reader.index.samples[["label", "key"]][candidate].item()
+            image = reader.decode(candidate)
+            return View(augment(image, key, view, self._seed, self._image_size, self._augmentation), label, key)
+
+        return decode_or_next(view_of, own, len(reader.index), str(reader.index.folder), AGAIN)
 
 
 class EvalBatches(Dataset[Batch]):
@@ -100,11 +131,16 @@ class EvalBatches(Dataset[Batch]):
         for row in np.flatnonzero(request.samples != PADDING):
             try:
                 sample = int(request.samples[row])
+                note(sample)
                 images[row] = centre_crop(self.reader.decode(sample), size, self._interpolation)
                 labels[row], keys[row] = self.reader.index.samples[["label", "key"]][sample]
             except BadImage as error:
                 bad.append(str(error))
         return _batch(images, labels, keys, request.rows, bad)
+
+    def name(self, sample: int) -> str:
+        """`SHARD:MEMBER` of a sample."""
+        return self.reader.index.name(sample)
 
     def close(self) -> None:
         """Let go of the open shards."""

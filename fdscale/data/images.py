@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import os
+import zlib
 from collections.abc import Callable
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 from PIL import Image
 
 from fdscale.config.errors import UserError
-from fdscale.data.index import Index
+from fdscale.data.index import SAMPLES_FILE, Index
+from fdscale.data.scan import LARGEST_IMAGE
 
 OPEN_SHARDS = 128  # per process: a data set of thousands of shards must not run into the limit on open files
 # PIL alone would try each of its plugins on what a shard holds, whatever its name: EPS starts Ghostscript
 FORMATS = ("JPEG", "PNG", "WEBP")
 LONGEST_BAD_RUN = 1000  # bad samples in a row that are skipped in search of a replacement
+AGAIN = "the shards are damaged: copy or pack them again, then run 'fdscale shards index'"
 
 
 class BadImage(Exception):
@@ -33,11 +36,21 @@ class Decoded(NamedTuple, Generic[Found]):
     bad: str | None
 
 
+def open_image(file: BinaryIO) -> Image.Image:
+    """The image that a file holds, not decoded yet: its size is known, and its pixels are not read."""
+    return Image.open(file, formats=FORMATS)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened image decoded to RGB, its pixels as they are stored."""
+    return image.convert("RGB")
+
+
 def decode_rgb(file: BinaryIO, name: str) -> Image.Image:
     """The RGB image that a file holds, as its pixels are stored; raises BadImage where it cannot be decoded."""
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            return image.convert("RGB")
+        with open_image(file) as image:
+            return to_rgb(image)
     except Exception as error:  # PIL's plugins raise anything on garbage; the caller counts and names it
         raise BadImage(f"{name} ({type(error).__name__}: {error})") from error
 
@@ -70,12 +83,20 @@ class ImageReader:
 
     def decode(self, sample: int) -> Image.Image:
         """The sample's RGB image; raises BadImage where it cannot be decoded."""
-        return decode_rgb(io.BytesIO(self._read(sample)), self.index.name(sample))
+        return self.seen(sample, to_rgb)
+
+    def seen(self, sample: int, view: Callable[[Image.Image], Found]) -> Found:
+        """What `view` makes of the sample's image, opened and not yet decoded; BadImage where that fails."""
+        data = self._read(sample)
+        try:
+            with open_image(io.BytesIO(data)) as image:
+                return view(image)
+        except Exception as error:  # PIL's plugins raise anything on garbage; the caller counts and names it
+            raise BadImage(f"{self.index.name(sample)} ({type(error).__name__}: {error})") from error
 
     def decode_or_next(self, sample: int) -> Decoded[Image.Image]:
         """The sample's image, or that of the next decodable sample of the data set (cyclic)."""
-        again = "the shards are damaged: copy or pack them again, then run 'fdscale shards index'"
-        return decode_or_next(self.decode, sample, len(self.index), str(self.index.folder), again)
+        return decode_or_next(self.decode, sample, len(self.index), str(self.index.folder), AGAIN)
 
     def close(self) -> None:
         """Close this process's file descriptors; a later read opens them again."""
@@ -83,18 +104,44 @@ class ImageReader:
             os.close(self._open.popitem()[1])
 
     def _read(self, sample: int) -> bytes:
+        """The sample's bytes as they were indexed, or BadImage."""
         row = self.index.samples[sample]
         shard, size, offset = int(row["shard"]), int(row["size"]), int(row["offset"])
+        self._refuse_outside(sample, shard, offset, size)
         try:
-            return os.pread(self._descriptor(shard), size, offset)
+            descriptor = self._descriptor(shard)
+            data = os.pread(descriptor, size, offset)
+            now = os.fstat(descriptor)
         except OSError as error:
             path = self.index.shard_path(shard)
             raise UserError(f"cannot read shard {path}: {error}; check the file and its disk") from error
+        self._refuse_changed(sample, shard, now)
+        if zlib.crc32(data) != row["crc"]:
+            raise BadImage(f"{self.index.name(sample)} (its bytes are not those that were indexed)")
+        return data
+
+    def _refuse_outside(self, sample: int, shard: int, offset: int, size: int) -> None:
+        """A damaged row must not have gigabytes read elsewhere."""
+        shards = self.index.shards
+        room = shards[shard].bytes - offset if 0 <= shard < len(shards) and offset >= 0 else -1
+        if not 0 <= size <= min(LARGEST_IMAGE, room):
+            path, again = self.index.folder / SAMPLES_FILE, f"fdscale shards index {self.index.folder}"
+            raise UserError(f"{path}: row {sample} lies outside its shard; make it again: {again}")
+
+    def _refuse_changed(self, sample: int, shard: int, now: os.stat_result) -> None:
+        """A shard that is written anew under a run would give it other images, or none."""
+        expected, written = self.index.shards[shard], self.index.written
+        if now.st_size != expected.bytes or (written is not None and now.st_mtime_ns != written[shard]):
+            path, key = self.index.shard_path(shard), self.index.name(sample).partition(":")[2]
+            raise UserError(
+                f"shard {path} changed while the run reads it (at {key}: {now.st_size} bytes now, {expected.bytes} in "
+                f"its index); put the shard back, or index it and start again: fdscale shards index {path.parent}"
+            )
 
     def _descriptor(self, shard: int) -> int:
         descriptor = self._open.pop(shard, None)
         if descriptor is None:
-            descriptor = os.open(self.index.shard_path(shard), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(self.index.ready(shard), os.O_RDONLY | os.O_CLOEXEC)
         self._open[shard] = descriptor  # last in the dict: most recently used
         if len(self._open) > OPEN_SHARDS:
             os.close(self._open.pop(next(iter(self._open))))

@@ -9,18 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fdscale.config.errors import UserError
-from fdscale.data.scan import CLASSES_FILE, SAMPLE, member_name, scan_shard
+from fdscale.data.indexing import scan_shards
+from fdscale.data.scan import CLASSES_FILE, SAMPLE, member_name
 
-VERSION = 1
+if TYPE_CHECKING:
+    from fdscale.data.cache import Cache
+
+VERSION = 2
 INDEX_FILE = "index.json"
 SAMPLES_FILE = "samples.npy"
 
@@ -37,7 +42,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """Every sample of a shard folder; `samples` (N,) are `scan.SAMPLE` rows (label -1: none)."""
+    """Every sample of a shard folder; `samples` (N,) are `scan.SAMPLE` rows (label -1: none), ordered by shard.
+
+    `written` are the shards' times of change (ns) when the index was loaded: a reader notices one that changes after
+    that. None where `fetch` brings shards from elsewhere, on first use, to the path that it returns.
+    """
 
     setting: ClassVar[str] = "shards"
 
@@ -45,17 +54,31 @@ class Index:
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] | None
     samples: NDArray[np.void]
+    written: tuple[int, ...] | None = None
+    fetch: Callable[[int], Path] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """First row of each shard, and N: int64 (S + 1,)."""
+        counts = np.array([shard.samples for shard in self.shards], np.int64)
+        if len(self.samples) != counts.sum():  # some of its rows
+            return np.searchsorted(self.samples["shard"], np.arange(len(counts) + 1)).astype(np.int64)
+        return np.concatenate([[0], counts.cumsum()])
 
     def fingerprint(self) -> str:
         """The SHA-256 of the index, which holds every shard's."""
         return hashlib.sha256((self.folder / INDEX_FILE).read_bytes()).hexdigest()
 
     def shard_path(self, shard: int) -> Path:
-        """Path of the shard with this number."""
+        """Path of the shard with this number, whether it is there or not."""
         return self.folder / self.shards[shard].name
+
+    def ready(self, shard: int) -> Path:
+        """Path of the shard with this number, fetched first where it is not on this machine."""
+        return self.shard_path(shard) if self.fetch is None else self.fetch(shard)
 
     def name(self, sample: int) -> str:
         """`SHARD:MEMBER` of a sample, for messages."""
@@ -64,34 +87,50 @@ class Index:
         return f"{path.name}:{member_name(path, int(row['offset']), int(row['key']))}"
 
 
-def build_index(folder: str | Path) -> Index:
+def build_index(folder: str | Path, workers: int | None = None) -> Index:
     """Scan every `*.tar` of `folder` (KEY.jpg|jpeg|png|webp + optional KEY.cls) and write the index there.
 
-    Class names come from `classes.json` (a list) where the folder has one. Raises UserError for a missing or
-    empty folder, a shard that is no whole tar or holds no image, a key met twice, and a wrong label.
+    `workers` processes read the shards (None: one per CPU). Class names come from `classes.json` (a list) where the
+    folder has one. Raises UserError for a missing or empty folder, a key met twice, and as `scan.scan_shard` does.
     """
     folder = Path(folder)
     paths = _shard_paths(folder)
-    classes = _read_classes(folder)
-    rows = [scan_shard(path, number, classes) for number, path in enumerate(paths)]
-    shards = [_describe(path, len(samples)) for path, samples in zip(paths, rows, strict=True)]
-    index = Index(folder, tuple(shards), classes, np.concatenate(rows))
-    _refuse_duplicates(index)
-    _write_index(index)
-    return index
+    classes = read_classes(folder)
+    scanned = scan_shards(paths, classes, workers)
+    shards = [
+        Shard(path.name, len(shard.samples), shard.bytes, shard.sha256)
+        for path, shard in zip(paths, scanned, strict=True)
+    ]
+    index = Index(folder, tuple(shards), classes, np.concatenate([shard.samples for shard in scanned]))
+    write_index(index)
+    return load_index(folder)
 
 
-def load_index(folder: str | Path) -> Index:
+def load_index(folder: str | Path, cache: Cache | None = None) -> Index:
     """Open the index of `folder` (samples memory-mapped) after checking every shard's presence and size.
 
-    Raises UserError for a folder without index, a damaged index, and shards missing, changed or not indexed.
+    A URL's shards are fetched into `cache`. Raises UserError for a folder without index, a damaged index, and shards
+    missing, changed or not indexed.
     """
+    if is_remote(folder):
+        from fdscale.data.remote import open_remote
+
+        return open_remote(str(folder), cache)
     folder = Path(folder)
-    on_disk = {path.name for path in _shard_paths(folder)}
-    manifest = _read_manifest(folder)
-    index = _described(folder, manifest)
-    _check_shards(folder, index.shards, on_disk)
-    _check_samples(index)
+    on_disk = _shard_files(folder)
+    index = read_index(folder)
+    return replace(index, written=_checked_shards(folder, index.shards, on_disk))
+
+
+def is_remote(folder: str | Path) -> bool:
+    """Whether this is one of the URLs that WebDataset takes rather than a folder."""
+    return isinstance(folder, str) and ("://" in folder or folder.startswith("pipe:"))
+
+
+def read_index(folder: Path) -> Index:
+    """The index files of `folder` alone, whether its shards are there or not; UserError where they are damaged."""
+    index = _described(folder, _read_manifest(folder))
+    _check_ends(index)
     return index
 
 
@@ -105,26 +144,31 @@ def _described(folder: Path, manifest: Mapping[str, Any]) -> Index:
     return Index(folder, shards, None if classes is None else tuple(classes), _read_samples(folder, samples))
 
 
-def _check_samples(index: Index) -> None:
-    """Every row lies inside a shard: a damaged row must not have gigabytes read elsewhere."""
-    rows, sizes = index.samples, np.array([shard.bytes for shard in index.shards])
-    inside = (rows["shard"] >= 0) & (rows["shard"] < len(sizes)) & (rows["offset"] >= 0) & (rows["size"] > 0)
-    inside[inside] = (rows["offset"] + rows["size"])[inside] <= sizes[rows["shard"][inside]]
-    if not inside.all():
-        first, path = int(np.flatnonzero(~inside)[0]), index.folder / SAMPLES_FILE
-        raise UserError(f"{path}: row {first} lies outside its shard; make it again: {_index_again(index.folder)}")
+def _check_ends(index: Index) -> None:
+    """Rows and shards belong together; each row's bounds are checked when it is read, since there may be millions."""
+    counts = [shard.samples for shard in index.shards]
+    ends = index.samples["shard"][[0, -1]].tolist() if len(index) else []
+    if sum(counts) != len(index) or min(counts, default=0) < 1 or ends != [0, len(counts) - 1]:
+        path, again = index.folder / SAMPLES_FILE, _index_again(index.folder)
+        raise UserError(f"{path} does not belong to its {INDEX_FILE}; make both again: {again}")
+
+
+def _shard_files(folder: Path) -> dict[str, os.stat_result]:
+    if not folder.is_dir():
+        raise UserError(f"shard folder {folder} does not exist; make one with 'fdscale shards pack'")
+    with os.scandir(folder) as entries:
+        found = {entry.name: entry.stat() for entry in entries if entry.name.endswith(".tar") and entry.is_file()}
+    if not found:
+        raise UserError(f"shard folder {folder} holds no *.tar file; make shards with 'fdscale shards pack'")
+    return found
 
 
 def _shard_paths(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise UserError(f"shard folder {folder} does not exist; make one with 'fdscale shards pack'")
-    paths = sorted(folder.glob("*.tar"))
-    if not paths:
-        raise UserError(f"shard folder {folder} holds no *.tar file; make shards with 'fdscale shards pack'")
-    return paths
+    return [folder / name for name in sorted(_shard_files(folder))]
 
 
-def _read_classes(folder: Path) -> tuple[str, ...] | None:
+def read_classes(folder: Path) -> tuple[str, ...] | None:
+    """The names in `classes.json` of a folder, where it has one."""
     path = folder / CLASSES_FILE
     if not path.exists():
         return None
@@ -135,12 +179,6 @@ def _read_classes(folder: Path) -> tuple[str, ...] | None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path} holds something else than names; allowed: a list with one string per class")
     return tuple(names)
-
-
-def _describe(path: Path, samples: int) -> Shard:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Shard(path.name, samples, path.stat().st_size, digest)
 
 
 def _refuse_duplicates(index: Index) -> None:
@@ -155,7 +193,9 @@ def _refuse_duplicates(index: Index) -> None:
         )
 
 
-def _write_index(index: Index) -> None:
+def write_index(index: Index) -> None:
+    """Write the files of an index beside its shards; UserError for a key met twice."""
+    _refuse_duplicates(index)
     manifest = {
         "version": VERSION,
         "samples": len(index),
@@ -188,18 +228,20 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _check_shards(folder: Path, shards: tuple[Shard, ...], on_disk: set[str]) -> None:
+def _checked_shards(folder: Path, shards: tuple[Shard, ...], on_disk: Mapping[str, os.stat_result]) -> tuple[int, ...]:
+    """Times of change (ns) of the shards, each of which is there and as long as it was."""
     again = f"put the right shards there, or index these: {_index_again(folder)}"
     indexed = {shard.name for shard in shards}
-    if missing := sorted(indexed - on_disk):
+    if missing := sorted(indexed - on_disk.keys()):
         raise UserError(f"{len(missing)} indexed shard(s) missing from {folder}: {_few(missing)}; {again}")
-    if unknown := sorted(on_disk - indexed):
+    if unknown := sorted(on_disk.keys() - indexed):
         raise UserError(f"{len(unknown)} shard(s) in {folder} are not in its index: {_few(unknown)}; {again}")
     for shard in shards:
-        size = (folder / shard.name).stat().st_size
+        size = on_disk[shard.name].st_size
         if size != shard.bytes:
             path = folder / shard.name
             raise UserError(f"shard {path} has {size} bytes, its index says {shard.bytes}; {again}")
+    return tuple(on_disk[shard.name].st_mtime_ns for shard in shards)
 
 
 def _few(names: list[str]) -> str:

@@ -10,7 +10,6 @@ import signal
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from fdscale.config.errors import UserError
 from fdscale.data.batches import PADDING, Request
-from fdscale.data.order import GlobalOrder, accumulation_steps
+from fdscale.data.holding import NOTHING, Holding, note
+from fdscale.data.order import Order, accumulation_steps
 
 # Forking starts a worker at once and shares the index and the parent's pages; spawn and forkserver import
 # torch again in each (seconds and 300 MB). It is safe here: a worker decodes with PIL and NumPy and touches
@@ -28,9 +28,14 @@ START_METHOD = "fork"
 
 
 class MicroBatches(Protocol):
-    """A data set whose items are micro batches, which `to(device)` and `pin_memory()` copy."""
+    """A data set whose items are micro batches, which `to(device)` and `pin_memory()` copy.
+
+    It says by `holding.note` which sample it decodes.
+    """
 
     def __getitem__(self, request: Request) -> Any: ...
+
+    def name(self, sample: int) -> str: ...
 
     def close(self) -> None: ...
 
@@ -45,7 +50,7 @@ class TrainLoader:
     def __init__(
         self,
         batches: MicroBatches,
-        order: GlobalOrder,
+        order: Order,
         rank: int,
         world_size: int,
         micro_batch: int,
@@ -71,11 +76,11 @@ class TrainLoader:
     def _requests(self, first_step: int, last_step: int) -> Iterator[Request]:
         first_row = self._rank * self.accumulation * self._micro_batch
         for step in range(first_step, last_step):
-            samples = self._order.batch(step)
+            samples, views = self._order.batch(step), self._order.views(step)
             for micro in range(self.accumulation):
                 start = first_row + micro * self._micro_batch
                 rows = slice(start, start + self._micro_batch)
-                yield Request(samples[rows], self._order.epoch(step), rows)
+                yield Request(samples[rows], views[rows], rows)
 
 
 class EvalLoader:
@@ -111,7 +116,7 @@ class EvalLoader:
         for start in range(0, self._samples, self._together):
             samples = np.arange(start, start + self._together)
             samples[samples >= self._samples] = PADDING
-            yield Request(samples[self._rows], 0, self._rows)
+            yield Request(samples[self._rows], np.zeros_like(samples[self._rows]), self._rows)
 
 
 class _Feed:
@@ -129,6 +134,7 @@ class _Feed:
         self._workers = workers
         self._device = device
         self._where = f"rank {rank} of {world_size}"
+        self._holding = Holding(workers)
         self._exiting = multiprocessing.get_context(START_METHOD).RawValue(ctypes.c_bool, False)
         # Registered after multiprocessing's exit handler, hence run before that one stops and joins workers.
         atexit.register(setattr, self._exiting, "value", True)
@@ -142,9 +148,10 @@ class _Feed:
         except (RuntimeError, ConnectionError) as error:
             if not (isinstance(error, ConnectionError) or str(error).startswith("DataLoader worker")):
                 raise
+            held = self._holding.held_by(str(error), self._dataset.name)
             raise RuntimeError(
-                f"{self._where}: a data worker of {self._workers} died ({error}); the usual cause is too "
-                "little memory or /dev/shm: lower data.workers or the micro batch and start again"
+                f"{self._where}: a data worker of {self._workers} died{f' at {held}' if held else ''} ({error}); the "
+                "usual cause is too little memory or /dev/shm: lower data.workers or the micro batch and start again"
             ) from error
         finally:
             self._dataset.close()
@@ -155,12 +162,17 @@ class _Feed:
             batch_size=None,  # one item is one micro batch already
             sampler=requests,
             num_workers=self._workers,
-            collate_fn=_as_it_is,
+            collate_fn=_put_down,
             pin_memory=self._device.type == "cuda",
             multiprocessing_context=START_METHOD if self._workers else None,
-            worker_init_fn=partial(_leave_signals_to_the_rank, self._exiting),
+            worker_init_fn=self._begin,
             generator=torch.Generator(),  # else DataLoader draws a seed from the rank's generator
         )
+
+    def _begin(self, worker: int) -> None:
+        """In a new worker."""
+        _leave_signals_to_the_rank(self._exiting)
+        self._holding.begin(worker)
 
 
 def check_bad_ratio(bad: int, samples: int, max_ratio: float, names: Sequence[str]) -> None:
@@ -186,11 +198,13 @@ def _quiet_iterator(loader: DataLoader[Any]) -> Iterator[Any]:
     return iterator
 
 
-def _as_it_is(batch: Any) -> Any:
+def _put_down(batch: Any) -> Any:
+    """The batch as it is; its worker holds no sample now."""
+    note(NOTHING)
     return batch
 
 
-def _leave_signals_to_the_rank(exiting: ctypes.c_bool, worker: int) -> None:
+def _leave_signals_to_the_rank(exiting: ctypes.c_bool) -> None:
     """In a worker: stop signals reach whole process groups (SLURM, Ctrl-C), but the rank finishes its step.
 
     So a worker outlives them and ends with its loader; only the SIGTERM that multiprocessing sends at the

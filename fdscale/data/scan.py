@@ -1,10 +1,14 @@
-"""One tar shard to sample rows: where each image's bytes lie, its label and its key; no torch."""
+"""One tar shard to sample rows: where each image's bytes lie, their checksum, its label and its key; no torch."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import tarfile
-from pathlib import Path
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +18,33 @@ from fdscale.config.errors import UserError
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CLASSES_FILE = "classes.json"
 NO_LABEL = -1
-SAMPLE = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("key", "<u8")])
+# crc: zlib.crc32 of the image's bytes
+SAMPLE = np.dtype(
+    [("shard", "<i4"), ("offset", "<i8"), ("size", "<i4"), ("label", "<i4"), ("key", "<u8"), ("crc", "<u4")]
+)
+LARGEST_IMAGE = 256 * 2**20  # bytes: a worker reads an image whole
+LARGEST_HEADER = 2**20  # bytes of a long name or of PAX records, which tarfile reads whole
+LABEL_BYTES = 64
+BLOCK = 64 * 1024  # bytes read at once
+NAME_BLOCKS = 8  # that a long name may take before the header of its member, to be found again
+DAMAGED = (tarfile.TarError, EOFError, ValueError, ArithmeticError, LookupError, RecursionError)  # tarfile on garbage
+
+
+class Scanned(NamedTuple):
+    """One shard: `SAMPLE` rows of its images in their order, its size in bytes and its SHA-256."""
+
+    samples: NDArray[np.void]
+    bytes: int
+    sha256: str
+
+
+class Member(NamedTuple):
+    """One image in a shard: its member's name, where its bytes lie, how many, and their CRC-32."""
+
+    name: str
+    offset: int
+    size: int
+    crc: int
 
 
 def key_hash(key: str) -> int:
@@ -23,39 +53,160 @@ def key_hash(key: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def scan_shard(path: Path, number: int, classes: tuple[str, ...] | None) -> NDArray[np.void]:
-    """`SAMPLE` rows of one tar's images, in its order, with the labels of their KEY.cls members.
+def key_of(member: str) -> str:
+    """The sample key of a member's name: all of it up to the first dot of the base name, as WebDataset has it."""
+    return _split_key(member)[0]
 
-    Raises UserError for a file that is no whole tar, one without images, and a label that is no class number.
+
+def scan_shard(path: Path, number: int, classes: tuple[str, ...] | None) -> Scanned:
+    """Read a tar once: the rows of its images, with the labels of their KEY.cls members, and its SHA-256.
+
+    Raises UserError for a file that is no whole tar, one without images, a member whose name leads out of the folder
+    it would be unpacked to, an image that is a link, sparse or larger than 256 MiB, and a label that is no class.
     """
-    images: list[tuple[str, int, int]] = []
+    images: list[Member] = []
     labels: dict[str, int] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, suffix = _split_key(member.name)
-                if member.isreg() and suffix in IMAGE_SUFFIXES:
-                    images.append((key, member.offset_data, member.size))
-                elif member.isreg() and suffix == "cls":
-                    labels[key] = _read_label(tar, member, path, classes)
-            _check_end(path, tar.offset)
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"shard {path} is not a whole tar file ({error}); copy or pack it again") from error
+    with path.open("rb") as file:
+        hashed = _Hashed(file)
+        try:
+            with tarfile.open(fileobj=cast(BinaryIO, hashed), mode="r|", bufsize=BLOCK, tarinfo=BoundedHeader) as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
+                    _take(tar, member, path, classes, images, labels)
+                _check_end(path, tar.offset)
+        except DAMAGED as error:
+            raise UserError(f"shard {path} is not a whole tar file ({error}); copy or pack it again") from error
+        size, sha256 = hashed.finish()
     if not images:
         raise UserError(f"shard {path} holds no image; expected members KEY.{{{','.join(IMAGE_SUFFIXES)}}}")
-    rows = [(number, offset, size, labels.get(key, NO_LABEL), key_hash(key)) for key, offset, size in images]
-    return np.array(rows, dtype=SAMPLE)
+    return Scanned(_rows(images, labels, number), size, sha256)
 
 
 def member_name(path: Path, offset: int, key: int) -> str:
-    """Name of the member whose data start at `offset`, from its tar header (the key if that is damaged)."""
+    """Name of the member of this key hash whose data start at `offset`, from its tar header (the key if damaged)."""
+    start = max(0, offset - (1 + NAME_BLOCKS) * tarfile.BLOCKSIZE)
     try:
         with path.open("rb") as file:
-            file.seek(offset - tarfile.BLOCKSIZE)
-            header = file.read(tarfile.BLOCKSIZE)
-        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
-    except (OSError, tarfile.HeaderError):
+            file.seek(start)
+            before = file.read(offset - start)
+    except OSError:
         return f"key {key:016x}"
+    for blocks in range(1, len(before) // tarfile.BLOCKSIZE + 1):
+        name = _first_name(before[-blocks * tarfile.BLOCKSIZE :])
+        if name is not None and key_hash(key_of(name)) == key:
+            return printable(name)
+    return f"key {key:016x}"
+
+
+def printable(name: str) -> str:
+    """A member's name for a message: line ends, escape sequences and bytes that are no UTF-8 are written out."""
+    return "".join(c if c.isprintable() else c.encode("utf-8", "surrogateescape").hex() for c in name)
+
+
+class _Hashed:
+    """A file that hashes whatever is read of it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._digest.update(data)
+        self._bytes += len(data)
+        return data
+
+    def finish(self) -> tuple[int, str]:
+        """Read the rest; the file's size and its SHA-256."""
+        while self.read(2**20):
+            pass
+        return self._bytes, self._digest.hexdigest()
+
+
+class BoundedHeader(tarfile.TarInfo):
+    """A header whose size is possible: tarfile reads long names whole, and goes back where a size is negative."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> BoundedHeader:
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0:
+            raise tarfile.ReadError(f"a header says {header.size} bytes")
+        of_name = header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        if (of_name or header.type in tarfile.GNU_TYPES[:2]) and header.size > LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {header.size} bytes; allowed: {LARGEST_HEADER}")
+        return header
+
+
+def _take(
+    tar: tarfile.TarFile,
+    member: tarfile.TarInfo,
+    path: Path,
+    classes: tuple[str, ...] | None,
+    images: list[Member],
+    labels: dict[str, int],
+) -> None:
+    key, suffix = _split_key(member.name)
+    _refuse(member, path, suffix in IMAGE_SUFFIXES or suffix == "cls")
+    if not member.isreg():
+        return
+    if suffix in IMAGE_SUFFIXES:
+        crc = 0
+        for block in _blocks(tar, member):
+            crc = zlib.crc32(block, crc)
+        images.append(Member(member.name, member.offset_data, member.size, crc))
+    elif suffix == "cls":
+        label = _read_label(tar, member, path, classes)
+        if labels.setdefault(key, label) != label:
+            raise UserError(f"label {printable(member.name)} appears twice in shard {path}, and differs; remove one")
+
+
+def _refuse(member: tarfile.TarInfo, path: Path, used: bool) -> None:
+    """Raise UserError for a member that leads out of its folder, or that would be a sample but is no plain file."""
+    name = f"shard {path}: member {printable(member.name)}"
+    parts = PurePosixPath(member.name).parts
+    if member.name.startswith("/") or ".." in parts:
+        raise UserError(f"{name} leads out of the folder it would be unpacked to; rename it, and pack again")
+    if used and (member.issym() or member.islnk()):
+        target = printable(member.linkname)
+        raise UserError(
+            f"{name} is a link to {target}; allowed: files themselves (tar --dereference --hard-dereference)"
+        )
+    if used and not member.isdir() and (not member.isreg() or member.issparse()):
+        raise UserError(f"{name} is a sparse or special file; allowed: plain files; pack it again")
+    if used and member.size > LARGEST_IMAGE:
+        raise UserError(f"{name} has {member.size} bytes; allowed: {LARGEST_IMAGE}; make it smaller, or remove it")
+
+
+def _blocks(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[bytes]:
+    stream = tar.extractfile(member)
+    assert stream is not None, "a regular member has a stream"
+    left = member.size
+    while left:
+        block = stream.read(min(left, BLOCK))
+        if not block:
+            raise tarfile.ReadError(f"unexpected end of data in {printable(member.name)}")
+        left -= len(block)
+        yield block
+
+
+def _rows(images: list[Member], labels: dict[str, int], number: int) -> NDArray[np.void]:
+    keys = [key_of(image.name) for image in images]
+    rows = [
+        (number, image.offset, image.size, labels.get(key, NO_LABEL), key_hash(key), image.crc)
+        for image, key in zip(images, keys, strict=True)
+    ]
+    return np.array(rows, dtype=SAMPLE)
+
+
+def _first_name(blocks: bytes) -> str | None:
+    """Name of the first member of a tar's blocks when they hold all its headers and nothing else."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(blocks), mode="r:", tarinfo=BoundedHeader) as tar:
+            member = tar.firstmember  # type: ignore[attr-defined]
+    except DAMAGED:
+        return None
+    return member.name if member is not None and member.offset_data == len(blocks) else None
 
 
 def _split_key(member: str) -> tuple[str, str]:
@@ -66,20 +217,22 @@ def _split_key(member: str) -> tuple[str, str]:
 
 
 def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path, classes: tuple[str, ...] | None) -> int:
-    stream = tar.extractfile(member)
-    assert stream is not None, "a regular member has a stream"
-    text = stream.read(64).decode("utf-8", "replace").strip()
+    text = next(_blocks(tar, member), b"")[:LABEL_BYTES].decode("utf-8", "replace").strip()
     highest = (2**31 if classes is None else len(classes)) - 1
     if not (text.isascii() and text.isdigit() and int(text) <= highest):
         of_these = "" if classes is None else f" to {highest}, the {len(classes)} names in {CLASSES_FILE}"
-        raise UserError(f"label {member.name} in shard {path} is {text!r}; allowed: an integer from 0{of_these}")
+        name = printable(member.name)
+        raise UserError(f"label {name} in shard {path} is {text!r}; allowed: an integer from 0{of_these}")
     return int(text)
 
 
 def _check_end(path: Path, offset: int) -> None:
-    """`tarfile` ends quietly at a damaged header and between members: samples would be lost unseen."""
+    """`tarfile` ends quietly at a damaged header, between members and at a zero block: samples would be lost unseen."""
     with path.open("rb") as file:
         file.seek(offset)
-        block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):
-        raise tarfile.ReadError(f"truncated or damaged at byte {offset}")
+        block, zeros = file.read(tarfile.BLOCKSIZE), b"\0"
+        if len(block) < tarfile.BLOCKSIZE or block.strip(zeros):
+            raise tarfile.ReadError(f"truncated or damaged at byte {offset}")
+        while block := file.read(BLOCK):
+            if block.strip(zeros):
+                raise tarfile.ReadError(f"it ends at byte {offset}, but something follows")

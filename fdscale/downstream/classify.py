@@ -37,7 +37,10 @@ def finetune(settings: FinetuneSettings) -> bool:
     run = open_run(settings, shards_of(settings))
     if run.is_complete():
         return True
-    for name, index in (("data.shards", run.samples), ("eval.shards", run.held_out)):
+    for name, index in {
+        **dict(zip(run.samples.names, run.samples.indices, strict=True)),
+        "eval.shards": run.held_out,
+    }.items():
         _check_labels(name, index, settings.classes)
     mix = mixing(settings)
     student = student_of(run)

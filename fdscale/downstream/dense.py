@@ -38,7 +38,7 @@ Look = Callable[[Any, Iterator[Any], str], dict[str, float]]
 The text ends the names of what is written beside: "" or AVERAGED."""
 
 
-def dense_loader(run: Run[Any], batches: MicroBatches) -> TrainLoader:
+def dense_loader(run: Run[Any, Any], batches: MicroBatches) -> TrainLoader:
     """The training micro batches of this rank."""
     rank, workers = run.connection.rank, run.settings.data.workers
     return TrainLoader(batches, run.order, rank.rank, rank.world_size, run.micro_batch, workers, run.device)

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from fdscale.config.errors import UserError, attempt
+from fdscale.config.errors import SettingsError, UserError, attempt
 from fdscale.config.programs import ShardSettings
 from fdscale.config.settings import FinetuneSettings, RunSettings
 from fdscale.data.index import Index, load_index
+from fdscale.data.mixture import Mixture, mixed
 from fdscale.data.randaugment import refuse_unknown_policy
 
 DIGITS = "digits"  # the embedded sample, packed on first use
 DIGITS_CLASSES = 10
-SPLITS = ("data.shards", "eval.shards")
 
 
 @dataclass(frozen=True)
 class DataFacts:
     """Shards, samples and steps of the training data; None where they are packed on first use."""
 
-    index: Index | None
+    mixture: Mixture | None
     shards: int | None
     samples: int | None
     steps_per_epoch: int | None
@@ -28,14 +29,20 @@ class DataFacts:
 
 
 def data_facts(settings: ShardSettings) -> DataFacts:
-    """Read the training index; raises UserError as `load_index` does."""
-    if settings.data.shards == DIGITS:
+    """Read the training indices; raises SettingsError with what is wrong with each, as `load_index` tells it."""
+    named = settings.data.data_sets
+    if any(where == DIGITS for where, _ in named.values()):
         return DataFacts(None, None, None, None, None)
-    index = _named_index("data.shards", settings.data.shards)
+    problems: list[str] = []
+    indices = [attempt(partial(_named_index, name, where), problems) for name, (where, _) in named.items()]
+    if problems:
+        raise SettingsError(problems)
+    there = [index for index in indices if index is not None]
+    mixture = mixed(there, list(named), [weight for _, weight in named.values()], settings.data.shuffle)
     labelled = settings.labelled if isinstance(settings, FinetuneSettings) else None
-    used = min(len(index), labelled or len(index))
-    steps_per_epoch = used // settings.data.global_batch
-    return DataFacts(index, len(index.shards), len(index), steps_per_epoch, settings.total_steps(steps_per_epoch))
+    steps_per_epoch = min(len(mixture), labelled or len(mixture)) // settings.data.global_batch
+    shards = sum(len(index.shards) for index in there)
+    return DataFacts(mixture, shards, len(mixture), steps_per_epoch, settings.total_steps(steps_per_epoch))
 
 
 def data_problems(settings: ShardSettings, facts: DataFacts | None) -> Iterator[str]:
@@ -105,12 +112,18 @@ def _size_problems(settings: ShardSettings, facts: DataFacts | None) -> Iterator
     samples = facts.samples if facts is not None else None
     if labelled is not None and labelled < global_batch:
         yield f"labelled: got {labelled}, allowed: at least one global batch of {global_batch} images"
-    if samples is None:
+    if samples is None or facts is None:
         return
     if labelled is not None and labelled > samples:
         yield f"labelled: got {labelled}, allowed: at most the {samples} samples of data.shards"
     if samples < global_batch:
         yield f"data.global_batch: got {global_batch}, allowed: at most the {samples} samples of data.shards"
+    elif facts.mixture is not None and settings.data.further_shards:
+        if labelled is not None:
+            yield "labelled: it is data.shards that few are taken of; leave it out, or data.further_shards"
+        problems: list[str] = []
+        attempt(partial(facts.mixture.order, global_batch, settings.seed), problems)
+        yield from problems
 
 
 def _label_problems(settings: FinetuneSettings, facts: DataFacts | None) -> Iterator[str]:
@@ -118,15 +131,19 @@ def _label_problems(settings: FinetuneSettings, facts: DataFacts | None) -> Iter
     if digits and settings.classes < DIGITS_CLASSES:
         yield f"classes: got {settings.classes}, but the embedded digits have {DIGITS_CLASSES}"
     held_out = settings.eval.shards
-    named: dict[str, Index | None] = {"data.shards": facts.index if facts is not None else None}
+    mixture = facts.mixture if facts is not None else None
+    named: dict[str, Index | None] = {}
+    if mixture is not None:
+        named |= zip(mixture.names, mixture.indices, strict=True)
     if held_out not in (None, DIGITS):
         named["eval.shards"] = attempt(lambda: load_index(str(held_out)), [])  # what is wrong with it was told
     for where, index in named.items():
         if index is not None:
             yield from _labels_out_of_range(where, index, settings.classes)
-    trained, evaluated = (None if index is None else index.classes for index in (named.get(w) for w in SPLITS))
-    if trained is not None and evaluated is not None and trained != evaluated:
-        yield _other_classes(settings, trained, evaluated)
+    trained, *others = [(where, index.classes) for where, index in named.items() if index is not None] or [("", None)]
+    for where, classes in others:
+        if trained[1] is not None and classes is not None and trained[1] != classes:
+            yield _other_classes(settings, where, trained[1], classes)
 
 
 def _labels_out_of_range(where: str, index: Index, classes: int) -> Iterator[str]:
@@ -138,13 +155,13 @@ def _labels_out_of_range(where: str, index: Index, classes: int) -> Iterator[str
         yield f"classes: got {classes}, but {where} has label {highest}; allowed: at least {highest + 1}"
 
 
-def _other_classes(settings: FinetuneSettings, trained: Sequence[str], evaluated: Sequence[str]) -> str:
-    """Class folders that the two splits do not share move the numbers of all that follow."""
-    missing, unknown = sorted(set(trained) - set(evaluated)), sorted(set(evaluated) - set(trained))
+def _other_classes(settings: FinetuneSettings, where: str, trained: Sequence[str], others: Sequence[str]) -> str:
+    """Class folders that two data sets do not share move the numbers of all that follow."""
+    missing, unknown = sorted(set(trained) - set(others)), sorted(set(others) - set(trained))
     lists = (("without", missing), ("with unknown", unknown))
     told = ", ".join(f"{how} {', '.join(names[:3])}" for how, names in lists if names) or "in another order"
     remedy = f"`fdscale shards pack FOLDER OUTPUT --classes-of {settings.data.shards}`"
     return (
-        f"eval.shards: its {len(evaluated)} classes are not the {len(trained)} of data.shards ({told}), so that one "
+        f"{where}: its {len(others)} classes are not the {len(trained)} of data.shards ({told}), so that one "
         f"number means two classes; pack it again with {remedy}"
     )

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdscale.config.errors import UserError
-from fdscale.data.order import GlobalOrder, accumulation_steps
+from fdscale.data.order import LANES, GlobalOrder, MixedOrder, WindowedOrder, accumulation_steps, rows_by_share
 
 
 @settings(deadline=None, max_examples=50)
@@ -16,7 +18,7 @@ def test_an_epoch_holds_each_sample_at_most_once(samples, batch, seed, epoch):
     order = GlobalOrder(samples, batch, seed)
     steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
     seen = np.concatenate([order.batch(step) for step in steps])
-    assert {order.epoch(step) for step in steps} == {epoch}
+    assert {view for step in steps for view in order.views(step).tolist()} == {epoch}
     assert len(seen) == samples // batch * batch
     assert len(set(seen.tolist())) == len(seen)
     assert set(seen.tolist()) <= set(range(samples))
@@ -46,6 +48,126 @@ def test_nobody_can_write_into_the_order():
 def test_fewer_samples_than_a_global_batch():
     with pytest.raises(UserError, match=r"data\.global_batch is 8, but the training data holds 7.*1 to 7"):
         GlobalOrder(7, 8, seed=0)
+
+
+shards = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(lambda sizes: sum(sizes) >= 1)
+
+
+def starts_of(sizes: list[int]) -> np.ndarray:
+    return np.cumsum([0, *sizes])
+
+
+def epoch_of(order: WindowedOrder, epoch: int) -> np.ndarray:
+    steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+    return np.stack([order.batch(step) for step in steps])
+
+
+@settings(deadline=None, max_examples=100)
+@given(shards, st.integers(1, 200), st.integers(1, 200), st.integers(0, 3), st.integers(0, 2))
+def test_a_windowed_epoch_holds_each_sample_at_most_once(sizes, batch, shuffle, seed, epoch):
+    batch = min(batch, sum(sizes))
+    order = WindowedOrder(starts_of(sizes), batch, seed, shuffle)
+    seen = epoch_of(order, epoch).ravel()
+    assert len(seen) == len(set(seen.tolist())) == sum(sizes) // batch * batch
+    assert set(seen.tolist()) <= set(range(sum(sizes)))
+    assert order.views(epoch * order.steps_per_epoch).tolist() == [epoch] * batch
+
+
+@settings(deadline=None, max_examples=60)
+@given(shards, st.integers(1, 70), st.integers(1, 300), st.lists(st.integers(0, 60), min_size=1, max_size=12))
+def test_a_windowed_batch_depends_on_the_step_alone(sizes, batch, shuffle, steps):
+    batch = min(batch, sum(sizes))
+    order = WindowedOrder(starts_of(sizes), batch, 3, shuffle)
+    for step in steps:
+        assert np.array_equal(order.batch(step), WindowedOrder(starts_of(sizes), batch, 3, shuffle).batch(step))
+
+
+def test_numpy_still_draws_the_recorded_windowed_order():
+    order = WindowedOrder(starts_of([5] * 6), 4, 0, 12)
+    assert order.batch(0).tolist() == [20, 2, 19, 11]
+    assert order.batch(7).tolist() == [22, 8, 29, 11]
+
+
+def test_a_rank_reads_few_shards_at_a_time_and_each_of_them_once():
+    sizes, batch, shuffle, ranks = [100] * 640, 128, 8192, 4
+    order = WindowedOrder(starts_of(sizes), batch, 1, shuffle)
+    epoch = epoch_of(order, 2) // 100  # (steps, rows): the shard of each sample
+    readers = np.zeros(len(sizes), int)
+    for rank in range(ranks):
+        mine = epoch[:, rank * batch // ranks : (rank + 1) * batch // ranks]
+        first, last = (np.full(len(sizes), fill) for fill in (len(epoch), -1))
+        for step, shards_of_step in enumerate(mine):
+            np.minimum.at(first, shards_of_step, step)
+            np.maximum.at(last, shards_of_step, step)
+        used = last >= 0
+        readers += used
+        # One window of the line holds parts of at most so many shards, and a shard lies in two windows at most.
+        assert (last - first)[used].max() < 2 * order.window_steps
+        assert max(len(set(mine[s : s + order.window_steps].ravel().tolist())) for s in range(len(mine) - 64)) <= 96
+    assert readers.mean() < 1.08  # a shard at the border of two ranks' lanes is read by both
+
+
+def mixing_of(batches: np.ndarray, classes: int) -> float:
+    """Mean number of distinct classes in a batch (steps, rows)."""
+    return float(np.mean([len(set(batch.tolist())) for batch in batches]))
+
+
+def test_shards_that_were_packed_in_order_of_class_are_mixed_over_the_lanes():
+    sizes, batch = [100] * 640, 128
+    order = WindowedOrder(starts_of(sizes), batch, 0, 32768)
+    true = np.random.default_rng(0).permutation(64000)[: len(epoch_of(order, 0)) * batch].reshape(-1, batch)
+    windowed, shuffled = (mixing_of(batches // 100, 640) for batches in (epoch_of(order, 0), true))
+    assert shuffled == pytest.approx(116, abs=1)
+    assert windowed > 0.9 * shuffled
+
+
+def test_samples_of_one_shard_meet_others_in_each_epoch():
+    order = WindowedOrder(starts_of([50] * 200), 100, 0, 5000)
+    together = [
+        {frozenset(pair) for batch in epoch_of(order, epoch) for pair in pairwise(batch.tolist())} for epoch in (0, 1)
+    ]
+    assert len(together[0] & together[1]) < 30  # of 9,900 neighbours; a true shuffle repeats two
+
+
+def test_every_sample_has_its_chance():
+    order = WindowedOrder(starts_of([7] * 13), 20, 0, 40)  # 91 samples: 11 are left out of each epoch
+    assert len({sample for epoch in range(40) for sample in epoch_of(order, epoch).ravel().tolist()}) == 91
+
+
+def test_lanes_are_as_many_as_a_batch_has_rows_at_most():
+    assert len(set(WindowedOrder(starts_of([10] * 50), 3, 0, 30).batch(5).tolist())) == 3
+    assert len(WindowedOrder(starts_of([10] * 500), LANES + 36, 0, 300).batch(5)) == 100
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 60)), min_size=1, max_size=4), st.integers(0, 40))
+def test_a_mixture_has_the_same_rows_of_each_data_set_in_every_step(parts, step):
+    rows, sizes = [row for row, _ in parts], [row + more for row, more in parts]
+    order = MixedOrder(
+        [GlobalOrder(size, row, i) for i, (row, size) in enumerate(zip(rows, sizes, strict=True))], sizes
+    )
+    ends = np.cumsum(sizes)
+    owners = np.searchsorted(ends, order.batch(step), side="right")
+    assert np.bincount(owners, minlength=len(rows)).tolist() == rows
+    for place, (row, size) in enumerate(zip(rows, sizes, strict=True)):
+        own = GlobalOrder(size, row, place)
+        mine = owners == place
+        assert (order.batch(step)[mine] - (ends[place] - size)).tolist() == own.batch(step).tolist()
+        assert order.views(step)[mine].tolist() == own.views(step).tolist()
+
+
+def test_rows_of_a_mixture_are_spread_evenly():
+    order = MixedOrder([GlobalOrder(60, 6, 0), GlobalOrder(30, 2, 0)], [60, 30])
+    assert (order.batch(0) >= 60).tolist() == [False, False, True, False, False, False, True, False]
+    assert order.steps_per_epoch == 90 // 8
+
+
+@pytest.mark.parametrize(
+    ("batch", "shares", "rows"),
+    [(8, [3, 1], [6, 2]), (10, [1, 1, 1], [4, 3, 3]), (2048, [2, 1], [1365, 683]), (4, [99, 1], [4, 0])],
+)
+def test_rows_by_share(batch, shares, rows):
+    assert rows_by_share(batch, shares) == rows
 
 
 def test_accumulation_steps():

@@ -17,6 +17,7 @@ from PIL import Image
 
 from fdscale.config.errors import UserError
 from fdscale.data.images import BadImage, decode_rgb
+from fdscale.data.order import GlobalOrder, Order
 from fdscale.data.scan import key_hash
 
 SPLITS = ("training", "validation")
@@ -60,6 +61,10 @@ class ScenePairs:
             sizes = (path.stat().st_size for path in (self.image_path(scene), self.mask_path(scene)))
             digest.update(f"{name} {' '.join(map(str, sizes))}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+    def order(self, global_batch: int, seed: int) -> Order:
+        """All scenes, shuffled as one in each epoch."""
+        return GlobalOrder(len(self), global_batch, seed)
 
     def image(self, scene: int) -> Image.Image:
         """A scene's RGB image; raises BadImage where it cannot be decoded.

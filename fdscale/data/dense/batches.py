@@ -18,6 +18,7 @@ from fdscale.data.dense.coco import CocoScenes
 from fdscale.data.dense.crops import Cropping, crop_scene
 from fdscale.data.dense.jitter import Jitter, Seen, jitter_scene
 from fdscale.data.dense.masks import draw_masks
+from fdscale.data.holding import note
 from fdscale.data.images import BadImage, Decoded, decode_or_next
 
 BLANK = 32  # side in pixels of an image that is padding
@@ -162,8 +163,8 @@ class SegmentTrain(Dataset[SegmentBatch]):
         decoded = [decode_or_next(self._scene, int(sample), len(self), where, AGAIN) for sample in request.samples]
         keys = [self._pairs.key(found.sample) for found in decoded]
         views = [
-            crop_scene(*found.image, key, request.view, self._seed, self._cropping)
-            for found, key in zip(decoded, keys, strict=True)
+            crop_scene(*found.image, key, int(view), self._seed, self._cropping)
+            for found, key, view in zip(decoded, keys, request.views, strict=True)
         ]
         images, labels = (torch.from_numpy(np.stack(part)) for part in zip(*views, strict=True))
         return SegmentBatch(images, labels, _key_bits(keys), request.rows, _bad(decoded))
@@ -171,7 +172,12 @@ class SegmentTrain(Dataset[SegmentBatch]):
     def close(self) -> None:
         """Nothing stays open between two items."""
 
+    def name(self, sample: int) -> str:
+        """Path of a sample's image."""
+        return str(self._pairs.image_path(sample))
+
     def _scene(self, sample: int) -> tuple[Image.Image, NDArray[np.uint8]]:
+        note(sample)
         image = self._pairs.image(sample)
         return image, self._pairs.labels(sample, image.size)
 
@@ -189,16 +195,24 @@ class DetectTrain(Dataset[DetectBatch]):
 
     def __getitem__(self, request: Request) -> DetectBatch:
         where = str(self._scenes.images_folder)
-        decoded = [
-            decode_or_next(self._scenes.image, int(sample), len(self), where, AGAIN) for sample in request.samples
+        decoded = [decode_or_next(self._image, int(sample), len(self), where, AGAIN) for sample in request.samples]
+        views = [
+            self._view(found.image, found.sample, int(view)) for found, view in zip(decoded, request.views, strict=True)
         ]
-        views = [self._view(found.image, found.sample, request.view) for found in decoded]
         images = torch.from_numpy(np.stack([view.image for view in views]))
         keys = [self._scenes.key(found.sample) for found in decoded]
         return DetectBatch(images, tuple(map(_objects, views)), _key_bits(keys), request.rows, _bad(decoded))
 
     def close(self) -> None:
         """Nothing stays open between two items."""
+
+    def name(self, sample: int) -> str:
+        """Path of a sample's image."""
+        return str(self._scenes.path(sample))
+
+    def _image(self, sample: int) -> Image.Image:
+        note(sample)
+        return self._scenes.image(sample)
 
     def _view(self, image: Image.Image, sample: int, view: int) -> Seen:
         scenes = self._scenes
@@ -224,12 +238,17 @@ class SegmentEval(Dataset[SegmentImage]):
         bad = []
         try:
             if number != PADDING:
+                note(number)
                 image = self._pairs.image(number)
                 labels = torch.from_numpy(self._pairs.labels(number, image.size))
                 return SegmentImage(_channels_first(image), labels, number)
         except BadImage as error:
             bad.append(str(error))
         return SegmentImage(_blank(), torch.full((BLANK, BLANK), IGNORED, dtype=torch.uint8), PADDING, bad)
+
+    def name(self, sample: int) -> str:
+        """Path of a sample's image."""
+        return str(self._pairs.image_path(sample))
 
     def close(self) -> None:
         """Nothing stays open between two items."""
@@ -249,10 +268,15 @@ class DetectEval(Dataset[DetectImage]):
         bad = []
         try:
             if number != PADDING:
+                note(number)
                 return DetectImage(_channels_first(self._scenes.image(number)), self._scenes.image_id(number), number)
         except BadImage as error:
             bad.append(str(error))
         return DetectImage(_blank(), PADDING, PADDING, bad)
+
+    def name(self, sample: int) -> str:
+        """Path of a sample's image."""
+        return str(self._scenes.path(sample))
 
     def close(self) -> None:
         """Nothing stays open between two items."""

@@ -19,6 +19,7 @@ from fdscale.config.errors import UserError
 from fdscale.data.dense.coco_rows import AnnotationRows, ImageRows, segmentation_of
 from fdscale.data.dense.json_lists import JsonLists
 from fdscale.data.images import BadImage, decode_rgb
+from fdscale.data.order import GlobalOrder, Order
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,10 @@ class CocoScenes:
     def fingerprint(self) -> str:
         """SHA-256 of the JSON: what this run learns from."""
         return self.sha256
+
+    def order(self, global_batch: int, seed: int) -> Order:
+        """All scenes, shuffled as one in each epoch."""
+        return GlobalOrder(len(self), global_batch, seed)
 
     def image(self, scene: int) -> Image.Image:
         """A scene's RGB image; raises BadImage where it cannot be decoded, and UserError for another size.
