@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver, resource_tracker
 from typing import TypeVar
 
 from fdscale.config.errors import UserError
@@ -56,11 +57,17 @@ def _started_pool(workers: int) -> ProcessPoolExecutor:
     """Forked off a server that has imported what is slow once, and has no threads as this process may have."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "webdataset", "fdscale.data.packing.shards"])
+    resource_tracker.ensure_running()  # first: it would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is this process's to tell
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return ProcessPoolExecutor(workers, context, initializer=_serve)
 
 
 def _serve() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to tell: jobs under way are finished
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # jobs under way are finished
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

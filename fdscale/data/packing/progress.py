@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from fdscale.terminal import terminal
@@ -24,18 +25,29 @@ def progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
     if not console.is_terminal:
         yield _Lines(total, done).advance
         return
-    columns = TextColumn("packing"), BarColumn(), _Images(), _Rate(), TimeRemainingColumn(), TextColumn("left")
-    with Progress(*columns, console=console, transient=True) as bar:
+    line = BarColumn(bar_width=None, table_column=Column(ratio=1))  # a narrow terminal loses this first
+    columns = (
+        _Images(Column(no_wrap=True)),
+        line,
+        _Rate(Column(no_wrap=True)),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console, transient=True, expand=True) as bar:
         task = bar.add_task("packing", total=total, completed=done)
         yield lambda images: bar.advance(task, images)
 
 
 class _Images(ProgressColumn):
+    """`12,000 of 1,281,167 images`."""
+
     def render(self, task: Task) -> Text:
         return Text(f"{int(task.completed):,} of {int(task.total or 0):,} images")
 
 
 class _Rate(ProgressColumn):
+    """`2,400 images/s`, once it is known."""
+
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:,.0f} images/s" if task.speed else "", style="bold cyan")
 
