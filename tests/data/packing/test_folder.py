@@ -9,20 +9,8 @@ import webdataset
 from PIL import Image
 
 from fdscale.config.errors import UserError
-from fdscale.data.index import Index
 from fdscale.data.packing.folder import pack_folder
-
-
-def images(index: Index) -> dict[str, tuple[bytes, int]]:
-    """Member name -> encoded bytes and label."""
-    found = {}
-    for sample, row in enumerate(index.samples):
-        data = index.shard_path(int(row["shard"])).read_bytes()
-        found[index.name(sample).split(":")[1]] = (
-            data[row["offset"] : row["offset"] + row["size"]],
-            int(row["label"]),
-        )
-    return found
+from tests.data.packing.small import packed
 
 
 @pytest.fixture
@@ -43,7 +31,7 @@ def test_class_folders_give_sorted_labels_and_keep_the_bytes(class_folders, png,
     assert index.classes == ("cat", "dog")
     assert [shard.samples for shard in index.shards] == [3, 3, 1]
     expected = {f"cat/inner/i{n}.png": (png(n), 0) for n in (0, 2, 4, 6)}
-    assert images(index) == expected | {f"dog/i{n}.png": (png(n), 1) for n in (1, 3, 5)}
+    assert packed(index) == expected | {f"dog/i{n}.png": (png(n), 1) for n in (1, 3, 5)}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *(f"shard-{number:05d}.tar" for number in range(3)),
         "index.json",
@@ -70,9 +58,9 @@ def test_a_flat_folder_has_no_labels_and_other_formats_become_png(tmp_path, png)
     bitmap.save(source / "c.bmp")
     index = pack_folder(source, tmp_path / "out", samples_per_shard=10)
     assert index.classes is None
-    packed = images(index)
-    assert packed["a_b.webp"] == ((source / "a.b.webp").read_bytes(), -1)
-    decoded = Image.open(io.BytesIO(packed["c.png"][0]))
+    found = packed(index)
+    assert found["a_b.webp"] == ((source / "a.b.webp").read_bytes(), -1)
+    decoded = Image.open(io.BytesIO(found["c.png"][0]))
     assert (decoded.format, np.asarray(decoded).tolist()) == ("PNG", np.asarray(bitmap).tolist())
 
 
@@ -116,8 +104,8 @@ def test_links_out_of_the_source_are_refused(class_folders, tmp_path, png, targe
 
 def test_a_link_inside_the_source_is_packed(class_folders, tmp_path, png):
     (class_folders / "dog/again.png").symlink_to(class_folders / "cat/inner/i2.PNG")
-    packed = images(pack_folder(class_folders, tmp_path / "out", samples_per_shard=30))
-    assert packed["dog/again.png"] == (png(2), 1)
+    found = packed(pack_folder(class_folders, tmp_path / "out", samples_per_shard=30))
+    assert found["dog/again.png"] == (png(2), 1)
 
 
 def test_two_images_of_one_key_are_named(class_folders, tmp_path, png):
