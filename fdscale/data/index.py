@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fdscale.config.errors import UserError
 from fdscale.data.indexing import scan_shards
-from fdscale.data.scan import CLASSES_FILE, SAMPLE, member_name
+from fdscale.data.scan import CLASSES_FILE, SAMPLE, Scanned, member_name
 
 if TYPE_CHECKING:
     from fdscale.data.cache import Cache
@@ -112,12 +112,7 @@ def build_index(folder: str | Path, workers: int | None = None) -> Index:
     paths = _shard_paths(folder)
     classes = read_classes(folder)
     scanned = scan_shards(paths, classes, workers)
-    shards = [
-        Shard(path.name, len(shard.samples), shard.bytes, shard.sha256, zlib.crc32(shard.samples.tobytes()))
-        for path, shard in zip(paths, scanned, strict=True)
-    ]
-    index = Index(folder, tuple(shards), classes, np.concatenate([shard.samples for shard in scanned]))
-    write_index(index)
+    write_index(folder, classes, {path.name: shard for path, shard in zip(paths, scanned, strict=True)})
     return load_index(folder)
 
 
@@ -208,9 +203,23 @@ def _refuse_duplicates(index: Index) -> None:
         )
 
 
-def write_index(index: Index) -> None:
-    """Write the files of an index beside its shards; UserError for a key met twice."""
+def write_index(folder: Path, classes: tuple[str, ...] | None, scanned: Mapping[str, Scanned]) -> None:
+    """Write the index of the shards in `folder`, by name (and sorted so), from what was scanned of each.
+
+    Raises UserError for a key met twice.
+    """
+    for number, shard in enumerate(scanned.values()):
+        shard.samples["shard"] = number
+    shards = tuple(
+        Shard(name, len(shard.samples), shard.bytes, shard.sha256, zlib.crc32(shard.samples.tobytes()))
+        for name, shard in scanned.items()
+    )
+    index = Index(folder, shards, classes, np.concatenate([shard.samples for shard in scanned.values()]))
     _refuse_duplicates(index)
+    _write(index)
+
+
+def _write(index: Index) -> None:
     manifest = {
         "version": VERSION,
         "samples": len(index),

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from fdscale.config.errors import UserError
 from fdscale.data.index import INDEX_FILE
 from fdscale.data.packing.sources import Source
+from fdscale.data.scan import Scanned
 
 FORMAT = 1  # of the shards' bytes: another one cannot go on with what an earlier version began
 OPTIONS = {
@@ -75,9 +76,6 @@ class Work:
     def shard_path(self, number: int) -> Path:
         return self.shards / f"shard-{number:05d}.tar"
 
-    def rows_path(self, number: int) -> Path:
-        return self._record_path(number).with_suffix(".npy")
-
     @contextmanager
     def opened(self, plan: Plan, source: Source) -> Iterator[None]:
         """Begin, or go on with what lies there; UserError where it was begun with another source or other options."""
@@ -99,6 +97,15 @@ class Work:
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             return None
         return record if size == record.bytes else None
+
+    def scanned(self, record: Record) -> Scanned:
+        """What was scanned of a whole shard."""
+        rows = np.load(self._record_path(record.number).with_suffix(".npy"))
+        return Scanned(rows, record.bytes, record.sha256)
+
+    def write_rows(self, number: int, scanned: Scanned) -> None:
+        """Keep the rows of a shard; they count once its record is there."""
+        write_whole(self._record_path(number).with_suffix(".npy"), lambda file: np.save(file, scanned.samples))
 
     def write_record(self, record: Record) -> None:
         """From here on the shard is whole, whatever ends this process."""

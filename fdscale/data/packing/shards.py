@@ -11,10 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-import numpy as np
-
 from fdscale.config.errors import UserError
-from fdscale.data.index import Index, Shard, load_index, write_index
+from fdscale.data.index import Index, load_index, write_index
 from fdscale.data.packing.plan import Plan, Record, Work, refuse_taken, write_whole
 from fdscale.data.packing.processes import in_processes
 from fdscale.data.packing.progress import progress
@@ -23,6 +21,7 @@ from fdscale.data.scan import CLASSES_FILE, scan_shard
 
 LEFT_OUT_FILE = "left_out.txt"
 MAX_BAD_RATIO = 0.01
+MOST_SHARDS = 100_000  # their numbers have five digits, so that they are sorted by name
 TOLD = 5  # images left out that the terminal names
 
 LOG = logging.getLogger(__name__)
@@ -54,6 +53,11 @@ def write_shards(
         raise UserError(f"samples_per_shard is {samples_per_shard}; allowed: 1 or more")
     output = Path(os.path.abspath(output))
     refuse_taken(output)
+    if len(source) > samples_per_shard * MOST_SHARDS:
+        fewest = -(-len(source) // MOST_SHARDS)
+        raise UserError(
+            f"samples_per_shard is {samples_per_shard}; allowed for {len(source):,} images: {fewest} or more"
+        )
     plan, work = Plan(len(source), samples_per_shard, seed, source.classes), Work(output)
     with _disk_told(work.folder), work.opened(plan, source):
         records = _write_missing(plan, work, source, workers, max_bad_ratio)
@@ -74,7 +78,7 @@ def write_shard(job: ShardJob) -> Record:
             record = Record(number, 0, 0, "", tuple(left_out))
         else:
             scanned = scan_shard(path, number, None)
-            write_whole(work.rows_path(number), lambda file: np.save(file, scanned.samples))
+            work.write_rows(number, scanned)
             record = Record(number, len(scanned.samples), scanned.bytes, scanned.sha256, tuple(left_out))
         work.write_record(record)
     return record
@@ -122,17 +126,12 @@ def _write_index(records: Sequence[Record], work: Work, source: Source) -> None:
     filled = [record for record in records if record.samples]
     if not filled:
         raise UserError(f"none of {len(source):,} images can be read, the first is {records[0].left_out[0]}")
-    rows = [np.load(work.rows_path(record.number)) for record in filled]
-    for number, part in enumerate(rows):
-        part["shard"] = number
-    shards = [
-        Shard(work.shard_path(record.number).name, record.samples, record.bytes, record.sha256) for record in filled
-    ]
+    scanned = {work.shard_path(record.number).name: work.scanned(record) for record in filled}
     if source.classes is not None:
         (work.shards / CLASSES_FILE).write_text(json.dumps(list(source.classes), indent=1) + "\n", encoding="utf-8")
     if lines := _left_out(records, source):
         (work.shards / LEFT_OUT_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    write_index(Index(work.shards, tuple(shards), source.classes, np.concatenate(rows)))
+    write_index(work.shards, source.classes, scanned)
 
 
 def _left_out(records: Sequence[Record | None], source: Source) -> list[str]:
