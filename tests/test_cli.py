@@ -157,7 +157,7 @@ def test_an_image_folder_becomes_shards_that_check_counts(tmp_path: Path) -> Non
     (tmp_path / "shards" / "index.json").unlink()
     assert "fdscale shards index shards" in told("check", *SHARDS, folder=tmp_path)
     indexed = fdscale("shards", "index", "shards", folder=tmp_path)
-    assert (indexed.returncode, indexed.stdout) == (0, packed.stdout), indexed.stderr
+    assert (indexed.returncode, indexed.stdout) == (0, "40 samples in 3 shards: shards\n"), indexed.stderr
 
     checked = fdscale("check", *SHARDS, folder=tmp_path)
     assert checked.returncode == 0, checked.stderr
