@@ -18,7 +18,7 @@ from fdscale.data.cache import Cache
 from fdscale.data.index import Index, load_index
 from fdscale.data.loader import EvalLoader, TrainLoader
 from fdscale.data.mixture import Mixture, mixed
-from fdscale.data.pack import pack_digits
+from fdscale.data.packing.digits import pack_digits
 from fdscale.data.randaugment import RandAugment
 from fdscale.planning.data_check import DIGITS, cache_of
 from fdscale.students.student import Student

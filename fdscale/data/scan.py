@@ -69,7 +69,7 @@ def scan_shard(path: Path, number: int, classes: tuple[str, ...] | None) -> Scan
     with path.open("rb") as file:
         hashed = _Hashed(file)
         try:
-            with tarfile.open(fileobj=cast(BinaryIO, hashed), mode="r|", bufsize=BLOCK, tarinfo=_BoundedHeader) as tar:
+            with tarfile.open(fileobj=cast(BinaryIO, hashed), mode="r|", bufsize=BLOCK, tarinfo=BoundedHeader) as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
                     _take(tar, member, path, classes, images, labels)
@@ -124,11 +124,11 @@ class _Hashed:
         return self._bytes, self._digest.hexdigest()
 
 
-class _BoundedHeader(tarfile.TarInfo):
+class BoundedHeader(tarfile.TarInfo):
     """A header whose size is possible: tarfile reads long names whole, and goes back where a size is negative."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _BoundedHeader:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> BoundedHeader:
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0:
             raise tarfile.ReadError(f"a header says {header.size} bytes")
@@ -202,7 +202,7 @@ def _rows(images: list[Member], labels: dict[str, int], number: int) -> NDArray[
 def _first_name(blocks: bytes) -> str | None:
     """Name of the first member of a tar's blocks when they hold all its headers and nothing else."""
     try:
-        with tarfile.open(fileobj=io.BytesIO(blocks), mode="r:", tarinfo=_BoundedHeader) as tar:
+        with tarfile.open(fileobj=io.BytesIO(blocks), mode="r:", tarinfo=BoundedHeader) as tar:
             member = tar.firstmember  # type: ignore[attr-defined]
     except DAMAGED:
         return None
