@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from fdscale.config.errors import UserError
 from fdscale.data.batches import PADDING, Request
-from fdscale.data.holding import Holding
+from fdscale.data.holding import NOTHING, Holding, note
 from fdscale.data.order import Order, accumulation_steps
 
 # Forking starts a worker at once and shares the index and the parent's pages; spawn and forkserver import
@@ -162,7 +162,7 @@ class _Feed:
             batch_size=None,  # one item is one micro batch already
             sampler=requests,
             num_workers=self._workers,
-            collate_fn=_as_it_is,
+            collate_fn=_put_down,
             pin_memory=self._device.type == "cuda",
             multiprocessing_context=START_METHOD if self._workers else None,
             worker_init_fn=self._begin,
@@ -198,7 +198,9 @@ def _quiet_iterator(loader: DataLoader[Any]) -> Iterator[Any]:
     return iterator
 
 
-def _as_it_is(batch: Any) -> Any:
+def _put_down(batch: Any) -> Any:
+    """The batch as it is; its worker holds no sample now."""
+    note(NOTHING)
     return batch
 
 

@@ -48,13 +48,19 @@ class Mixture:
         return orders[0] if len(orders) == 1 else MixedOrder(orders, [len(index) for index in self.indices])
 
     def rows(self, global_batch: int) -> list[int]:
-        """How many rows of each global batch are of each index; raises UserError where that is none."""
-        rows = rows_by_share(global_batch, self.weights or [len(index) for index in self.indices])
-        for name, own in zip(self.names, rows, strict=True):
+        """How many rows of each global batch are of each index; raises UserError for none, and for more than it has."""
+        sizes = [len(index) for index in self.indices]
+        rows = rows_by_share(global_batch, self.weights or sizes)
+        for name, own, size in zip(self.names, rows, sizes, strict=True) if len(rows) > 1 else ():
             if not own:
                 raise UserError(
                     f"{name}: its share of a global batch of {global_batch} images is less than one image; "
                     "raise its weight or data.global_batch"
+                )
+            if own > size:
+                raise UserError(
+                    f"{name}: its share of a global batch of {global_batch} is {own} images, but it holds {size}; "
+                    "lower its weight or data.global_batch"
                 )
         return rows
 

@@ -6,12 +6,16 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fdscale.build.run import Run
 from fdscale.build.run_info import code_commit, open_live, run_info
 from fdscale.cluster.ranks import Rank
 from fdscale.config.recipe import load_recipe
+from fdscale.data.index import Index, Shard
+from fdscale.data.mixture import Mixture
+from fdscale.data.scan import SAMPLE
 from fdscale.training.attempts import claim
 from fdscale.training.engine import Connection
 from fdscale.training.metrics import INFO
@@ -26,8 +30,8 @@ def run_of(folder: Path, rank: int = 0) -> Run:
     connection = Connection(among, torch.device("cpu"), ABSENT)
     attempt = claim(folder, 8, 3, {})
     attempt.end(0, "stops its heartbeat")
-    index = [None] * 100_000
-    return Run(settings, {}, connection, ABSENT, attempt, ABSENT, index, ABSENT, {}, {})  # type: ignore[arg-type]
+    index = Index(ABSENT, (Shard("a.tar", 100_000, 1, ""),), None, np.zeros(100_000, SAMPLE))
+    return Run(settings, {}, connection, ABSENT, attempt, ABSENT, Mixture((index,)), ABSENT, {}, {})
 
 
 def test_the_labels_of_a_run(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ def test_few_labels_are_few_before_a_run_counts_its_steps(tmp_path: Path) -> Non
 
     def keys(*more: str) -> Any:
         settings = load_recipe("digits_finetune", [*given, *more])
-        index, _ = shards_of(settings)(RunDirectory(tmp_path / "run"), nobody)  # type: ignore[arg-type]
+        mixture, _ = shards_of(settings)(RunDirectory(tmp_path / "run"), nobody)  # type: ignore[arg-type]
+        (index,) = mixture.indices
         return index.samples["key"]
 
     assert len(keys()) == 50

@@ -8,8 +8,8 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from fdscale.config.keeping import CheckpointSettings, LogSettings
 from fdscale.config.data_settings import DataSettings
+from fdscale.config.keeping import CheckpointSettings, LogSettings
 from fdscale.config.settings import OptimSettings, StudentSettings
 
 

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,8 +23,10 @@ from hypothesis import strategies as st
 from fdscale.config.errors import UserError
 from fdscale.data.augment import Augmentation
 from fdscale.data.batches import Batch, EvalBatches, TrainBatches
+from fdscale.data.holding import note
 from fdscale.data.index import Index, build_index, load_index
 from fdscale.data.loader import EvalLoader, TrainLoader, check_bad_ratio
+from fdscale.data.mixture import Mixture
 from fdscale.data.order import GlobalOrder
 
 CPU = torch.device("cpu")
@@ -32,9 +40,25 @@ def index(plain_folder: Path) -> Index:
     return load_index(plain_folder)
 
 
-def train_loader(index: Index, rank=0, world_size=1, micro_batch=2, workers=0, batch=GLOBAL_BATCH) -> TrainLoader:
-    order = GlobalOrder(len(index), batch, seed=5)
-    return TrainLoader(TrainBatches(index, 6, VIEWS, 5), order, rank, world_size, micro_batch, workers, CPU)
+@pytest.fixture(scope="module")
+def mixture(index: Index, tmp_path_factory, png) -> Mixture:
+    """26 and 41 images, each read in windows: of 67, 8 steps an epoch."""
+    folder = tmp_path_factory.mktemp("further")
+    for shard in range(4):
+        with tarfile.open(folder / f"s{shard}.tar", "w") as tar:
+            for number in range(8 + shard, 19 + shard - shard // 2):
+                info = tarfile.TarInfo(f"{shard}/{number}.png")
+                info.size = len(data := png(100 * shard + number))
+                tar.addfile(info, io.BytesIO(data))
+    return Mixture((index, build_index(folder)), ("data.shards", "data.further_shards.more.shards"), None, shuffle=9)
+
+
+def train_loader(
+    read: Index | Mixture, rank=0, world_size=1, micro_batch=2, workers=0, batch=GLOBAL_BATCH, views=None
+) -> TrainLoader:
+    mixture = read if isinstance(read, Mixture) else Mixture((read,))
+    batches, order = TrainBatches(mixture, 6, VIEWS, 5, views), mixture.order(batch, 5)
+    return TrainLoader(batches, order, rank, world_size, micro_batch, workers, CPU)
 
 
 def rows_of(batches: list[Batch]) -> list[tuple[int, int, bytes]]:
@@ -71,27 +95,68 @@ def test_what_a_batch_is(index):
     assert loader.data_wait_seconds > 0
 
 
-@settings(deadline=None, max_examples=12)
-@given(
-    st.sampled_from([1, 2, 4]),
-    st.sampled_from([0, 0, 1, 3]),
-    st.sampled_from([1, 2]),
-    st.integers(0, 7),
-    st.integers(1, 4),
-)
-def test_any_ranks_workers_and_start_give_the_global_batches_of_the_undisturbed_run(
-    index, world_size, workers, micro_batch, first, count
-):
-    loaders = [train_loader(index, rank, world_size, micro_batch, workers) for rank in range(world_size)]
-    runs = [loader.steps(first, first + count) for loader in loaders]
-    for expected in plain_steps(index, first, first + count):
+class Life(NamedTuple):
+    """One start of a run: so many ranks, workers and images a micro batch, stopped after so many steps."""
+
+    world_size: int
+    workers: int
+    micro_batch: int
+    steps: int
+
+
+def lived(read: Index | Mixture, life: Life, first: int) -> Iterator[list[tuple[int, int, bytes]]]:
+    """The rows of each global batch that the ranks of one life see together."""
+    size, last = life.world_size, first + life.steps
+    runs = [train_loader(read, rank, size, life.micro_batch, life.workers).steps(first, last) for rank in range(size)]
+    for _ in range(life.steps):
         steps = [next(run) for run in runs]
-        assert [row for step in steps for row in rows_of(step)] == expected
         edges = [(batch.rows.start, batch.rows.stop) for step in steps for batch in step]
         assert edges[0][0] == 0
         assert edges[-1][1] == GLOBAL_BATCH
         assert all(left[1] == right[0] for left, right in pairwise(edges))
-    assert [next(run, None) for run in runs] == [None] * world_size
+        yield [row for step in steps for row in rows_of(step)]
+    assert [next(run, None) for run in runs] == [None] * size
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_any_ranks_and_workers_give_the_same_ids_and_bytes_of_an_epoch(mixture, world_size, workers):
+    epoch = mixture.order(GLOBAL_BATCH, 5).steps_per_epoch
+    assert list(lived(mixture, Life(world_size, workers, 2, epoch), 0)) == plain_steps(mixture, 0, epoch)
+
+
+lives = st.builds(
+    Life, st.sampled_from([1, 2, 4]), st.sampled_from([0, 0, 1, 3]), st.sampled_from([1, 2]), st.integers(1, 7)
+)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.lists(lives, min_size=1, max_size=4), st.booleans())
+def test_a_run_stopped_anywhere_and_resumed_on_any_ranks_sees_what_the_undisturbed_one_sees(
+    index, mixture, stretches, mixes
+):
+    read, step = mixture if mixes else index, 0
+    expected = plain_steps(read, 0, sum(life.steps for life in stretches))
+    for life in stretches:
+        assert list(lived(read, life, step)) == expected[step : (step := step + life.steps)]
+
+
+def test_views_repeat_where_they_are_bounded(index):
+    loader = train_loader(index, micro_batch=26, batch=26, views=2)
+    shown = [{key: image for key, _, image in rows_of(step)} for step in loader.steps(0, 4)]
+    assert shown[0] == shown[2]
+    assert shown[1] == shown[3]
+    assert not set(shown[0].values()) & set(shown[1].values())
+
+
+def test_a_data_set_seen_more_often_shows_new_views_each_time(index, mixture):
+    weighted = Mixture(mixture.indices, mixture.names, (3.0, 1.0))
+    loader = train_loader(weighted, micro_batch=GLOBAL_BATCH)
+    keys = set(index.samples["key"].astype(np.int64).tolist())
+    shown = [(key, image) for step in loader.steps(0, 9) for key, _, image in rows_of(step) if key in keys]
+    assert len(shown) == 9 * 6
+    assert len({key for key, _ in shown}) == 26
+    assert len(set(shown)) == len(shown)
 
 
 def test_epochs_show_other_views_of_the_same_samples(index):
@@ -179,9 +244,34 @@ def test_a_worker_that_dies_is_told_with_its_rank_by_the_next_batch(index):
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
     sum(range(10**6))  # the rank goes on working: nothing is raised here
-    with pytest.raises(RuntimeError, match=r"rank 1 of 2: a data worker of 1 died .*lower data\.workers"):
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2: a data worker of 1 died \(.*lower data\.workers"):
         for _ in run:
             pass
+
+
+class Deadly(TrainBatches):
+    """Whose worker is killed, as by the kernel for want of memory, at the sample `deadly`."""
+
+    deadly = -1
+
+    def __getitem__(self, request):
+        before = request.samples.tolist().index(self.deadly) if self.deadly in request.samples else len(request.samples)
+        super().__getitem__(replace(request, samples=request.samples[:before], views=request.views[:before]))
+        return super().__getitem__(request) if before == len(request.samples) else self._die()
+
+    def _die(self):
+        note(self.deadly)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_worker_that_dies_is_told_with_the_sample_that_it_held(mixture, workers):
+    batches, order = Deadly(mixture, 6, VIEWS, 5), mixture.order(GLOBAL_BATCH, 5)
+    batches.deadly = int(order.batch(3)[5])
+    name = re.escape(batches.name(batches.deadly))
+    run = TrainLoader(batches, order, 0, 1, 4, workers, CPU).steps(0, 9)
+    with pytest.raises(RuntimeError, match=rf"rank 0 of 1: a data worker of {workers} died at {name} \(.*workers"):
+        list(run)
 
 
 CRASH = """
@@ -191,11 +281,12 @@ from fdscale.data.augment import Augmentation
 from fdscale.data.index import load_index
 from fdscale.data.batches import TrainBatches
 from fdscale.data.loader import TrainLoader
+from fdscale.data.mixture import Mixture
 from fdscale.data.order import GlobalOrder
 signal.signal(signal.SIGTERM, lambda *_: None)  # as a rank that only notes the wish to stop
 index = load_index({folder!r})
 augmentation = Augmentation((1.0, 1.0), (1.0, 1.0), "bilinear", 0.5)
-batches = TrainBatches(index, 6, augmentation, 0)
+batches = TrainBatches(Mixture((index,)), 6, augmentation, 0)
 loader = TrainLoader(batches, GlobalOrder(26, 8, 0), 0, 1, 2, 2, torch.device("cpu"))
 run = loader.steps(0, 100)  # still alive, as in the frames of a traceback, when Python exits
 next(run)

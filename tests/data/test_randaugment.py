@@ -17,6 +17,7 @@ from fdscale.data.batches import TrainBatches
 from fdscale.data.draws import Purpose, generator
 from fdscale.data.index import build_index, load_index
 from fdscale.data.loader import TrainLoader
+from fdscale.data.mixture import Mixture
 from fdscale.data.order import GlobalOrder
 from fdscale.data.randaugment import RandAugment
 
@@ -92,7 +93,15 @@ def test_the_same_images_whatever_rank_worker_and_global_generator(plain_folder)
         np.random.seed(disturbance)
         order, device = GlobalOrder(len(index), 8, 5), torch.device("cpu")
         loaders = [
-            TrainLoader(TrainBatches(index, 24, with_policy(OFFICIAL), 5), order, rank, world_size, 2, workers, device)
+            TrainLoader(
+                TrainBatches(Mixture((index,)), 24, with_policy(OFFICIAL), 5),
+                order,
+                rank,
+                world_size,
+                2,
+                workers,
+                device,
+            )
             for rank in range(world_size)
         ]
         steps = [step for batches in zip(*(loader.steps(2, 4) for loader in loaders), strict=True) for step in batches]

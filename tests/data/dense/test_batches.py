@@ -19,7 +19,7 @@ CROPPING, JITTER = Cropping(48, 64, 256), Jitter(64)
 
 
 def request(*samples: int, view: int = 0) -> Request:
-    return Request(np.array(samples), view, slice(4, 4 + len(samples)))
+    return Request(np.array(samples), np.full(len(samples), view), slice(4, 4 + len(samples)))
 
 
 def scenes_of(folder, masks: bool = True, split: str = "train2017") -> CocoScenes:

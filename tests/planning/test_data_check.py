@@ -1,0 +1,59 @@
+"""Several data sets: their shares of a batch, and what does not fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fdscale.config.errors import SettingsError
+from fdscale.config.recipe import load_recipe
+from fdscale.planning.check import Plan, check
+
+Shards = Callable[..., str]
+DEEPSPEED: dict[str, Any] = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}}
+
+
+def plan_of(*overrides: str) -> Plan:
+    given = ["teacher.weights=random", "data.global_batch=8", "data.workers=0", "epochs=30", "checkpoint.every=5"]
+    return check(load_recipe("vit_b_clip_b", [*given, *overrides]), DEEPSPEED, 2)
+
+
+def problems(*overrides: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        plan_of(*overrides)
+    return "\n".join(caught.value.problems)
+
+
+def test_an_epoch_of_several_data_sets_is_as_long_as_all_of_them(shards: Shards) -> None:
+    plan = plan_of(f"data.shards={shards(20)}", f"data.further_shards.more.shards={shards(13)}")
+    assert (plan.samples, plan.steps_per_epoch) == (33, 4)
+
+
+def test_what_is_wrong_with_each_data_set_is_told_at_once(shards: Shards, tmp_path: Any) -> None:
+    nowhere = [f"data.further_shards.{name}.shards={tmp_path / name}" for name in ("one", "two")]
+    told = problems(f"data.shards={shards(20)}", *nowhere)
+    assert "data.further_shards.one.shards: shard folder" in told
+    assert "data.further_shards.two.shards: shard folder" in told
+
+
+def test_a_share_of_less_than_one_image_and_one_of_more_than_there_is(shards: Shards) -> None:
+    two = [f"data.shards={shards(20)}", f"data.further_shards.more.shards={shards(3)}"]
+    told = problems(*two, "data.weight=99", "data.further_shards.more.weight=1")
+    assert "data.further_shards.more.shards: its share of a global batch of 8 images is less than one image" in told
+    told = problems(*two, "data.weight=1", "data.further_shards.more.weight=1")
+    assert "more.shards: its share of a global batch of 8 is 4 images, but it holds 3; lower its weight" in told
+
+
+def test_weights_are_given_to_all_or_to_none(shards: Shards) -> None:
+    two = [f"data.shards={shards(20)}", f"data.further_shards.more.shards={shards(9)}"]
+    assert plan_of(*two, "data.weight=1", "data.further_shards.more.weight=2.5").steps_per_epoch == 3
+    with pytest.raises(SettingsError, match=r"data\.further_shards.*a weight of each data set .* or of none"):
+        plan_of(*two, "data.further_shards.more.weight=2")
+
+
+def test_few_labels_are_of_one_data_set(shards: Shards) -> None:
+    two = [f"data.shards={shards(20)}", f"data.further_shards.more.shards={shards(9)}", "labelled=8", "classes=4"]
+    with pytest.raises(SettingsError, match="labelled: it is data.shards that few are taken of"):
+        check(load_recipe("digits_finetune", ["data.global_batch=8", *two]), DEEPSPEED, 2)
