@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 import zlib
 from collections.abc import Callable
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from fdscale.config.errors import UserError
+from fdscale.data.cache import RENEWED_SECONDS
 from fdscale.data.index import SAMPLES_FILE, Index
 from fdscale.data.scan import LARGEST_IMAGE
 
@@ -91,6 +93,7 @@ class ImageReader:
     def __init__(self, index: Index) -> None:
         self.index = index
         self._open: dict[int, int] = {}
+        self._until = 0.0
 
     def decode(self, sample: int) -> Image.Image:
         """The sample's RGB image; raises BadImage where it cannot be decoded."""
@@ -151,11 +154,25 @@ class ImageReader:
             )
 
     def _descriptor(self, shard: int) -> int:
+        now = time.monotonic()
+        if (
+            self.index.remote is not None and now > self._until
+        ):  # asking again tells the cache which shards are in use, and removed ones free their disk
+            self.close()
+            self._until = now + RENEWED_SECONDS
         descriptor = self._open.pop(shard, None)
         if descriptor is None:
             self.index.refuse_damaged_rows(shard)
-            descriptor = os.open(self.index.ready(shard), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._opened(shard)
         self._open[shard] = descriptor  # last in the dict: most recently used
         if len(self._open) > OPEN_SHARDS:
             os.close(self._open.pop(next(iter(self._open))))
         return descriptor
+
+    def _opened(self, shard: int) -> int:
+        while True:
+            try:
+                return os.open(self.index.ready(shard), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if self.index.remote is None:  # else it was removed from the cache before it was opened
+                    raise

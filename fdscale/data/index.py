@@ -1,7 +1,8 @@
 """The index beside a folder of tar shards, so that any sample is one read away; no torch.
 
-Two files: `index.json` (version, sample count, class names; name, samples, bytes and SHA-256 of each shard)
-and `samples.npy` (one `scan.SAMPLE` row per image: shards by name, images in the order of the tar).
+Two files: `index.json` (version, sample count, class names; name, samples, bytes and SHA-256 of each shard; bytes and
+SHA-256 of the other file) and `samples.npy` (one `scan.SAMPLE` row per image: shards by name, images in the order of
+the tar).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +23,11 @@ from numpy.typing import NDArray
 from fdscale.config.errors import UserError
 from fdscale.data.indexing import scan_shards
 from fdscale.data.scan import CLASSES_FILE, SAMPLE, member_name
+from fdscale.data.urls import is_remote
 
 if TYPE_CHECKING:
     from fdscale.data.cache import Cache
+    from fdscale.data.remote import RemoteShards
 
 VERSION = 2
 INDEX_FILE = "index.json"
@@ -47,7 +50,7 @@ class Index:
     """Every sample of a shard folder; `samples` (N,) are `scan.SAMPLE` rows (label -1: none), ordered by shard.
 
     `written` are the shards' times of change (ns) when the index was loaded: a reader notices one that changes after
-    that. None where `fetch` brings shards from elsewhere, on first use, to the path that it returns.
+    that. None where they are `remote`, and fetched on use.
     """
 
     setting: ClassVar[str] = "shards"
@@ -57,7 +60,7 @@ class Index:
     classes: tuple[str, ...] | None
     samples: NDArray[np.void]
     written: tuple[int, ...] | None = None
-    fetch: Callable[[int], Path] | None = None
+    remote: RemoteShards | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -84,7 +87,7 @@ class Index:
 
     def ready(self, shard: int) -> Path:
         """Path of the shard with this number, fetched first where it is not on this machine."""
-        return self.shard_path(shard) if self.fetch is None else self.fetch(shard)
+        return self.shard_path(shard) if self.remote is None else self.remote.ready(shard)
 
     def refuse_damaged_rows(self, shard: int) -> None:
         """Raise UserError where a shard's rows are not as they were written; a chosen few cannot be told."""
@@ -136,11 +139,6 @@ def load_index(folder: str | Path, cache: Cache | None = None) -> Index:
     on_disk = _shard_files(folder)
     index = read_index(folder)
     return replace(index, written=_checked_shards(folder, index.shards, on_disk))
-
-
-def is_remote(folder: str | Path) -> bool:
-    """Whether this is one of the URLs that WebDataset takes rather than a folder."""
-    return isinstance(folder, str) and ("://" in folder or folder.startswith("pipe:"))
 
 
 def read_index(folder: Path) -> Index:
@@ -209,17 +207,20 @@ def _refuse_duplicates(index: Index) -> None:
 
 
 def _write_index(index: Index) -> None:
-    manifest = {
-        "version": VERSION,
-        "samples": len(index),
-        "classes": None if index.classes is None else list(index.classes),
-        "shards": [asdict(shard) for shard in index.shards],
-    }
     # A kill between the two files leaves "no index", never an old index.json beside new samples.
     (index.folder / INDEX_FILE).unlink(missing_ok=True)
     temporary = index.folder / f".{SAMPLES_FILE}.{os.getpid()}"
     with temporary.open("wb") as file:
         np.save(file, index.samples)
+    with temporary.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    manifest = {
+        "version": VERSION,
+        "samples": len(index),
+        "classes": None if index.classes is None else list(index.classes),
+        "samples_file": {"bytes": temporary.stat().st_size, "sha256": digest},
+        "shards": [asdict(shard) for shard in index.shards],
+    }
     os.replace(temporary, index.folder / SAMPLES_FILE)
     temporary = index.folder / f".{INDEX_FILE}.{os.getpid()}"
     temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -264,8 +265,8 @@ def _few(names: list[str]) -> str:
 def _read_samples(folder: Path, expected: int) -> NDArray[np.void]:
     path = folder / SAMPLES_FILE
     try:
-        # As a plain array, over the same mapped file: np.memmap takes microseconds more for each row
-        samples: NDArray[np.void] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        # Which opens no archives and no pickles; as a plain array, since np.memmap takes microseconds more for each row
+        samples: NDArray[np.void] = np.asarray(np.lib.format.open_memmap(path, mode="r"))
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be read ({error}); make it again: {_index_again(folder)}") from error
     if samples.dtype != SAMPLE or samples.shape != (expected,):
