@@ -95,7 +95,7 @@ class Index:
             return
         rows = self.samples[self.starts[shard] : self.starts[shard + 1]]
         if zlib.crc32(rows.tobytes()) != self.shards[shard].rows_crc:
-            path, again = self.folder / SAMPLES_FILE, _index_again(self.folder)
+            path, again = self.folder / SAMPLES_FILE, index_again(self.folder)
             raise UserError(f"{path}: the rows of shard {self.shards[shard].name} are damaged; make it again: {again}")
 
     def name(self, sample: int) -> str:
@@ -153,7 +153,7 @@ def _described(folder: Path, manifest: Mapping[str, Any]) -> Index:
         shards = tuple(Shard(**shard) for shard in manifest["shards"])
         classes, samples = manifest["classes"], manifest["samples"]
     except (KeyError, TypeError) as error:
-        path, again = folder / INDEX_FILE, _index_again(folder)
+        path, again = folder / INDEX_FILE, index_again(folder)
         raise UserError(f"{path} is damaged (no {error} as it should be); make it again: {again}") from error
     return Index(folder, shards, None if classes is None else tuple(classes), _read_samples(folder, samples))
 
@@ -163,7 +163,7 @@ def _check_ends(index: Index) -> None:
     counts = [shard.samples for shard in index.shards]
     ends = index.samples["shard"][[0, -1]].tolist() if len(index) else []
     if sum(counts) != len(index) or min(counts, default=0) < 1 or ends != [0, len(counts) - 1]:
-        path, again = index.folder / SAMPLES_FILE, _index_again(index.folder)
+        path, again = index.folder / SAMPLES_FILE, index_again(index.folder)
         raise UserError(f"{path} does not belong to its {INDEX_FILE}; make both again: {again}")
 
 
@@ -230,21 +230,21 @@ def _write_index(index: Index) -> None:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / INDEX_FILE
     if not path.exists():
-        raise UserError(f"shard folder {folder} has no {INDEX_FILE}; make it: {_index_again(folder)}")
+        raise UserError(f"shard folder {folder} has no {INDEX_FILE}; make it: {index_again(folder)}")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); make it again: {_index_again(folder)}") from error
+        raise UserError(f"{path} is damaged ({error}); make it again: {index_again(folder)}") from error
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if version != VERSION:
-        again = _index_again(folder)
+        again = index_again(folder)
         raise UserError(f"{path} has version {version!r}, allowed: {VERSION}; make it again: {again}")
     return dict(manifest)
 
 
 def _checked_shards(folder: Path, shards: tuple[Shard, ...], on_disk: Mapping[str, os.stat_result]) -> tuple[int, ...]:
     """Times of change (ns) of the shards, each of which is there and as long as it was."""
-    again = f"put the right shards there, or index these: {_index_again(folder)}"
+    again = f"put the right shards there, or index these: {index_again(folder)}"
     indexed = {shard.name for shard in shards}
     if missing := sorted(indexed - on_disk.keys()):
         raise UserError(f"{len(missing)} indexed shard(s) missing from {folder}: {_few(missing)}; {again}")
@@ -268,12 +268,13 @@ def _read_samples(folder: Path, expected: int) -> NDArray[np.void]:
         # Which opens no archives and no pickles; as a plain array, since np.memmap takes microseconds more for each row
         samples: NDArray[np.void] = np.asarray(np.lib.format.open_memmap(path, mode="r"))
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read ({error}); make it again: {_index_again(folder)}") from error
+        raise UserError(f"{path} cannot be read ({error}); make it again: {index_again(folder)}") from error
     if samples.dtype != SAMPLE or samples.shape != (expected,):
-        again = _index_again(folder)
+        again = index_again(folder)
         raise UserError(f"{path} does not belong to its {INDEX_FILE}; make both again: {again}")
     return samples
 
 
-def _index_again(folder: Path) -> str:
+def index_again(folder: Path) -> str:
+    """The command that makes the index of a folder again."""
     return f"fdscale shards index {folder}"
