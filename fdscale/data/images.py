@@ -56,6 +56,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image.info.pop("transparency", None)  # of which PIL would warn, and drop it all the same
     return image.convert("RGB")
 
 

@@ -12,7 +12,7 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -43,6 +43,9 @@ class Shard:
     bytes: int
     sha256: str
     rows_crc: int
+
+
+SHARD_FIELDS = tuple(field.name for field in fields(Shard))
 
 
 @dataclass(frozen=True)
@@ -149,13 +152,24 @@ def read_index(folder: Path) -> Index:
 
 
 def _described(folder: Path, manifest: Mapping[str, Any]) -> Index:
+    path, again = folder / INDEX_FILE, index_again(folder)
     try:
-        shards = tuple(Shard(**shard) for shard in manifest["shards"])
+        shards = tuple(_shard(shard) for shard in manifest["shards"])
         classes, samples = manifest["classes"], manifest["samples"]
+        if not (classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))):
+            raise KeyError("classes")
     except (KeyError, TypeError) as error:
-        path, again = folder / INDEX_FILE, index_again(folder)
         raise UserError(f"{path} is damaged (no {error} as it should be); make it again: {again}") from error
     return Index(folder, shards, None if classes is None else tuple(classes), _read_samples(folder, samples))
+
+
+def _shard(shard: Mapping[str, Any]) -> Shard:
+    """One shard's entry, whatever else it holds; KeyError where a value is not what it should be."""
+    for name in SHARD_FIELDS:
+        text = name in ("name", "sha256")
+        if not (isinstance(shard[name], str) if text else type(shard[name]) is int and shard[name] >= 0):
+            raise KeyError(name)
+    return Shard(**{name: shard[name] for name in SHARD_FIELDS})
 
 
 def _check_ends(index: Index) -> None:
@@ -267,7 +281,7 @@ def _read_samples(folder: Path, expected: int) -> NDArray[np.void]:
     try:
         # Which opens no archives and no pickles; as a plain array, since np.memmap takes microseconds more for each row
         samples: NDArray[np.void] = np.asarray(np.lib.format.open_memmap(path, mode="r"))
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy parses a header as Python text, and raises anything on garbage
         raise UserError(f"{path} cannot be read ({error}); make it again: {index_again(folder)}") from error
     if samples.dtype != SAMPLE or samples.shape != (expected,):
         again = index_again(folder)

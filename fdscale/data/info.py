@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -119,13 +120,12 @@ def _sides(sizes: list[tuple[int, int]]) -> tuple[int, int, int, int] | None:
 
 
 def _lines(found: Info) -> list[tuple[str, str]]:
-    gib = found.bytes / 2**30
     lines = [
-        ("samples", f"{found.samples:,} in {found.shards:,} shards, {gib:,.2f} GiB"),
-        ("an image", f"{found.image_bytes / 1024:,.1f} KiB on average{_pixels(found)}"),
+        ("samples", f"{found.samples:,} in {found.shards:,} shards, {decimal(found.bytes)}"),
+        ("an image", f"{decimal(round(found.image_bytes))} on average{_pixels(found)}"),
         ("labels", _labels(found)),
         ("order", _order(found)),
-        ("index", f"{found.index_bytes / 2**20:,.1f} MiB, mapped: the processes of a node share it"),
+        ("index", f"{decimal(found.index_bytes)}, mapped: the processes of a node share it"),
     ]
     if found.unreadable:
         few = "; ".join(found.unreadable[:3])

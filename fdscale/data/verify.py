@@ -92,9 +92,10 @@ def _differences(
     shard: Shard, path: Path, rows: NDArray[np.void], scanned: Scanned
 ) -> Iterator[tuple[str | None, str]]:
     """Where the tar is another than the one indexed; other bytes of an image are told when it is read."""
-    if scanned.sha256 != shard.sha256:
-        sizes = f"{scanned.bytes} bytes, indexed {shard.bytes}; " if scanned.bytes != shard.bytes else ""
-        yield None, f"{sizes}SHA-256 {scanned.sha256[:12]}…, indexed {shard.sha256[:12]}…"
+    if scanned.bytes != shard.bytes:
+        yield None, f"{scanned.bytes} bytes, indexed {shard.bytes}"
+    elif scanned.sha256 != shard.sha256:
+        yield None, f"SHA-256 {scanned.sha256[:12]}…, indexed {shard.sha256[:12]}…"
     indexed, there = ({int(row["key"]): row for row in table} for table in (rows, scanned.samples))
     for key, row in indexed.items():
         name = member_name(path, int(row["offset"]), key)
@@ -118,8 +119,8 @@ def _undecodable(path: Path, size: int, rows: NDArray[np.void]) -> Iterator[tupl
         except BadImage as error:
             _, _, reason = str(error).partition(" (")
             yield member_name(path, int(row["offset"]), int(row["key"])), reason.removesuffix(")")
-        except UserError as error:
-            yield member_name(path, int(row["offset"]), int(row["key"])), str(error)
+        except UserError:
+            yield member_name(path, int(row["offset"]), int(row["key"])), "outside of the shard"
     reader.close()
 
 
