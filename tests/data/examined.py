@@ -145,8 +145,9 @@ def life(folder: Path, case: Mutated) -> dict[str, Any]:
     pixels = accounted(folder, index, case)
     labels = dict(zip(index.samples["key"].tolist(), index.samples["label"].tolist(), strict=True))
     assert set(os.listdir(folder)) == {*(shard.name for shard in index.shards), "index.json", "samples.npy"}
+    loaded = load_index(folder) if case.under_the_run else None
     afterwards = [] if case.afterwards is None else [case.afterwards(folder)]
-    found = read_all(folder, pixels, labels)
+    found = read_all(folder, loaded, pixels, labels)
     return {**found, "afterwards": afterwards, **verified(folder, found, untouched=case.afterwards is None)}
 
 
@@ -190,10 +191,10 @@ def shown(data: bytes) -> np.ndarray | None:
         return None
 
 
-def read_all(folder: Path, pixels: Pixels, labels: dict[int, int]) -> dict[str, Any]:
+def read_all(folder: Path, loaded: Index | None, pixels: Pixels, labels: dict[int, int]) -> dict[str, Any]:
     """One epoch of training and one of evaluation; every sample is seen as it was indexed, or named."""
     try:
-        index = load_index(folder)
+        index = load_index(folder) if loaded is None else loaded
     except UserError as error:
         return refused("refused when loaded", folder, error)
     assert len(index) == len(pixels)

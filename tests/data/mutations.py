@@ -46,12 +46,16 @@ Shards = list[list[Member]]
 
 @dataclass(frozen=True)
 class Mutated:
-    """What was done to a folder before it is indexed, whether to bytes of its tars, and what is done afterwards."""
+    """What was done to a folder before it is indexed, and whether to bytes of its tars.
+
+    And what is done to it afterwards: before it is loaded, or under the run.
+    """
 
     done: list[str]
     members: Shards
     bytes_changed: bool
     afterwards: Callable[[Path], str] | None
+    under_the_run: bool
 
 
 def mutated(folder: Path, number: int) -> Mutated:
@@ -74,8 +78,11 @@ def mutated(folder: Path, number: int) -> Mutated:
     folder.mkdir()
     for place, data in enumerate(tars):
         (folder / f"s{place}.tar").write_bytes(data)
-    afterwards = partial_of(AFTERWARDS[draw.integers(len(AFTERWARDS))], draw) if draw.random() < 0.5 else None
-    return Mutated(done, shards, of_bytes, afterwards)
+    later = AFTERWARDS[draw.integers(len(AFTERWARDS))] if draw.random() < 0.5 else None
+    afterwards = None if later is None else partial_of(later, draw)
+    # fdscale replaces its index files, and never writes into one that is mapped
+    under_the_run = later in (shard_changed, image_swapped, shard_gone) and draw.random() < 0.5
+    return Mutated(done, shards, of_bytes, afterwards, under_the_run)
 
 
 def partial_of(change: Callable[[Path, Draw], None], draw: Draw) -> Callable[[Path], str]:
