@@ -73,6 +73,9 @@ def _found(index: Index, number: int) -> Iterator[tuple[str | None, str]]:
     try:
         path = index.ready(number)
         size = path.stat().st_size
+    except FileNotFoundError:
+        yield None, "missing"
+        return
     except (UserError, OSError) as error:
         yield None, str(error)
         return
