@@ -115,4 +115,5 @@ def _centre_box(width: int, height: int, ratio: tuple[float, float]) -> Box:
 
 
 def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    """(3, H, W), in memory as Pillow has it: channels last."""
+    return np.array(image).transpose(2, 0, 1)

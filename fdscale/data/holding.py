@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
-from collections.abc import Callable
 from typing import Any
 
 NOTHING = -1
@@ -24,12 +22,17 @@ class Holding:
         self._processes[worker] = os.getpid()
         _place = (self._samples, worker)
 
-    def held_by(self, told: str, name: Callable[[int], str]) -> str:
-        """The names of the samples that the dead processes held whose numbers stand in DataLoader's words."""
-        dead = set(map(int, re.findall(r"\d+", told)))
+    def of_the_dead(self) -> list[int]:
+        """The samples that workers held which have ended since; of a rank, whose children they are."""
         held = zip(self._processes, self._samples, strict=True)
-        names = [name(sample) for process, sample in held if process in dead and sample != NOTHING]
-        return ", ".join(names)
+        return [sample for process, sample in held if sample != NOTHING and _has_ended(process)]
+
+
+def _has_ended(child: int) -> bool:
+    try:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # whoever started it has waited for it
+        return True
 
 
 _place: tuple[Any, int] | None = None  # of this process: there is one worker in each

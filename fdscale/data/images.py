@@ -102,7 +102,7 @@ class ImageReader:
 
     def seen(self, sample: int, view: Callable[[Image.Image], Found]) -> Found:
         """What `view` makes of the sample's image, opened and not yet decoded; BadImage where that fails."""
-        data = self._read(sample)
+        data = self.read(sample)
         try:
             with open_image(io.BytesIO(data)) as image:
                 return view(image)
@@ -120,7 +120,7 @@ class ImageReader:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def _read(self, sample: int) -> bytes:
+    def read(self, sample: int) -> bytes:
         """The sample's bytes as they were indexed, or BadImage."""
         shard, offset, size, _, _, crc = self.index.samples[sample].item()
         self._refuse_outside(sample, shard, offset, size)

@@ -148,7 +148,7 @@ class _Feed:
         except (RuntimeError, ConnectionError) as error:
             if not (isinstance(error, ConnectionError) or str(error).startswith("DataLoader worker")):
                 raise
-            held = self._holding.held_by(str(error), self._dataset.name)
+            held = ", ".join(map(self._dataset.name, self._holding.of_the_dead()))
             raise RuntimeError(
                 f"{self._where}: a data worker of {self._workers} died{f' at {held}' if held else ''} ({error}); the "
                 "usual cause is too little memory or /dev/shm: lower data.workers or the micro batch and start again"
