@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from typing import Any
 
 NOTHING = -1
+PATIENCE = 2.0  # seconds: a process closes its connections before it has ended
 
 
 class Holding:
@@ -23,9 +25,13 @@ class Holding:
         _place = (self._samples, worker)
 
     def of_the_dead(self) -> list[int]:
-        """The samples that workers held which have ended since; of a rank, whose children they are."""
-        held = zip(self._processes, self._samples, strict=True)
-        return [sample for process, sample in held if sample != NOTHING and _has_ended(process)]
+        """The samples that workers held which have ended, or are about to; for their rank, whose children they are."""
+        patience = time.monotonic() + PATIENCE
+        while not (ended := [i for i, process in enumerate(self._processes) if _has_ended(process)]):
+            if time.monotonic() > patience:
+                break
+            time.sleep(0.01)
+        return [self._samples[i] for i in ended if self._samples[i] != NOTHING]
 
 
 def _has_ended(child: int) -> bool:

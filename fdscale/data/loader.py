@@ -145,13 +145,13 @@ class _Feed:
                 yield batch.to(self._device)
         except UserError as error:  # out of a worker it comes wrapped in the text of a traceback
             raise UserError(f"{self._where}: {str(error).rpartition('UserError: ')[2].strip()}") from error
-        except (RuntimeError, ConnectionError) as error:
-            if not (isinstance(error, ConnectionError) or str(error).startswith("DataLoader worker")):
+        except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: within the handing over of a batch
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
-            held = ", ".join(map(self._dataset.name, self._holding.of_the_dead()))
+            told = f"a data worker of {self._workers} died{self._told_at()} ({error or 'it sent no more'})"
             raise RuntimeError(
-                f"{self._where}: a data worker of {self._workers} died{f' at {held}' if held else ''} ({error}); the "
-                "usual cause is too little memory or /dev/shm: lower data.workers or the micro batch and start again"
+                f"{self._where}: {told}; the usual cause is too little memory or /dev/shm: lower data.workers or the "
+                "micro batch and start again"
             ) from error
         finally:
             self._dataset.close()
@@ -168,6 +168,10 @@ class _Feed:
             worker_init_fn=self._begin,
             generator=torch.Generator(),  # else DataLoader draws a seed from the rank's generator
         )
+
+    def _told_at(self) -> str:
+        held = ", ".join(map(self._dataset.name, self._holding.of_the_dead()))
+        return f" at {held}" if held else ""
 
     def _begin(self, worker: int) -> None:
         """In a new worker."""
