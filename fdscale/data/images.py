@@ -156,14 +156,11 @@ class ImageReader:
 
     def _descriptor(self, shard: int) -> int:
         now = time.monotonic()
-        if (
-            self.index.remote is not None and now > self._until
-        ):  # asking again tells the cache which shards are in use, and removed ones free their disk
-            self.close()
+        if self.index.remote is not None and now > self._until:
+            self.close()  # asking again tells the cache which shards are in use, and removed ones free their disk
             self._until = now + RENEWED_SECONDS
         descriptor = self._open.pop(shard, None)
         if descriptor is None:
-            self.index.refuse_damaged_rows(shard)
             descriptor = self._opened(shard)
         self._open[shard] = descriptor  # last in the dict: most recently used
         if len(self._open) > OPEN_SHARDS:
@@ -171,6 +168,7 @@ class ImageReader:
         return descriptor
 
     def _opened(self, shard: int) -> int:
+        self.index.refuse_damaged_rows(shard)
         while True:
             try:
                 return os.open(self.index.ready(shard), os.O_RDONLY | os.O_CLOEXEC)

@@ -7,7 +7,6 @@ data. A changed index is another data set, in another folder of the cache.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -19,8 +18,9 @@ from fdscale.config.errors import UserError
 from fdscale.config.kinds import Settings
 from fdscale.data.cache import GIB, Cache, Fill
 from fdscale.data.index import INDEX_FILE, SAMPLES_FILE, VERSION, Index, Shard, read_index
+from fdscale.data.order import LANES
 from fdscale.data.transfer import fetch_bytes, fetch_file
-from fdscale.data.urls import SHARD_NAME, is_remote, readable_name, refuse_url, url_of
+from fdscale.data.urls import SHARD_NAME, readable_name, refuse_url, url_of
 
 LARGEST_INDEX = 2**28  # bytes of index.json: more than a million shards
 Count = Annotated[int, Field(gt=0, lt=2**48)]
@@ -81,7 +81,10 @@ def open_remote(url: str, cache: Cache | None) -> Index:
     opened or does not answer, without a cache, and for an index that is damaged or names anything but shards.
     """
     if cache is None:
-        raise UserError(_without_cache(url))
+        raise UserError(
+            f"the shards of {url} are fetched to the nodes that read them: set data.cache to a folder on a disk of the "
+            "node's own, such as /local/shards"
+        )
     refuse_url(url, cache.allow_pipe)
     content = fetch_bytes(url_of(url, INDEX_FILE), LARGEST_INDEX, cache.allow_pipe)
     rows = _checked(url_of(url, INDEX_FILE), content).samples_file
@@ -92,18 +95,6 @@ def open_remote(url: str, cache: Cache | None) -> Index:
     return replace(index, remote=RemoteShards(url, folder, index.shards, cache))
 
 
-def cache_problems(urls: Mapping[str, str], cache: Cache | None) -> Iterator[str]:
-    """Why URLs, by the settings that name them, may not be opened, one sentence each; folders pass. Opens nothing."""
-    remote = {setting: url for setting, url in urls.items() if is_remote(url)}
-    for setting, url in remote.items():
-        try:
-            refuse_url(url, cache is not None and cache.allow_pipe)
-        except UserError as error:
-            yield f"{setting}: {error}"
-    if remote and cache is None:
-        yield _without_cache(next(iter(remote)))
-
-
 def room_problem(cache: Cache, needed: int) -> str | None:
     """What to tell where the shards that a node reads at once, of `needed` bytes, do not fit into the cache."""
     if needed <= cache.limit:
@@ -111,18 +102,22 @@ def room_problem(cache: Cache, needed: int) -> str | None:
     least = f"{needed / GIB:.3g}"
     return (
         f"data.cache_gib: got {cache.limit / GIB:.3g}, allowed: at least {least}, what a node reads at once and would "
-        "fetch again and again (twice that is room to fetch ahead); or lower data.shuffle"
+        "fetch again and again; or lower data.shuffle, or make the shards smaller"
     )
 
 
-def bytes_at_once(index: Index, samples: float, lanes: float) -> int:
-    """Bytes of the shards of which a node reads `samples` samples in one window, `lanes` stretches of the data.
+def bytes_at_once(index: Index, shuffle: int, share: float) -> int:
+    """Bytes of the shards that a node reads at once which has this share of the ranks; all of them, at most.
 
-    Each stretch begins and ends within a shard. All shards, at most.
+    One window of each of its lanes (`order.WindowedOrder`), which begins and ends within a shard, and a quarter more:
+    lanes do not move on together, and the next windows' shards come early. A cache below that fetches everything many
+    times over.
     """
-    shards = len(index.shards)
-    at_once = min(float(shards), samples * shards / len(index) + lanes)
-    return ceil(at_once * sum(shard.bytes for shard in index.shards) / shards)
+    total, shards = sum(shard.bytes for shard in index.shards), len(index.shards)
+    if len(index) <= shuffle:
+        return total
+    at_once = share * (shuffle * shards / len(index) + LANES)
+    return ceil(min(1.0, 1.25 * at_once / shards) * total)
 
 
 def _checked(url: str, content: bytes) -> _Manifest:
@@ -141,7 +136,3 @@ def _checked(url: str, content: bytes) -> _Manifest:
 def _filling(url: str, name: str, size: int, sha256: str, cache: Cache) -> Fill:
     """Fills a file of the cache with the one of this name."""
     return lambda file: fetch_file(url_of(url, name), file, size, sha256, cache.allow_pipe)
-
-
-def _without_cache(where: str) -> str:
-    return f"data.cache: name a folder on the node's own disk, into which the shards of {where} are fetched"

@@ -85,26 +85,26 @@ def _tried(url: str, once: Callable[[], Found]) -> Found:
     raise AssertionError("the last try returns or raises")
 
 
-def _pieces(url: str, most: int, allow_pipe: bool) -> Generator[bytes, None, None]:
-    """What a URL gives, piece by piece, as it comes; raises Broken where it is more than `most` or breaks off."""
-    came = 0
+def _pieces(url: str, most: int, allow_pipe: bool) -> Generator[memoryview, None, None]:
+    """What a URL gives as it comes, each piece in the place of the last; Broken where it is too much or breaks off."""
+    came, place = 0, memoryview(bytearray(PIECE))
     with _opened(url, allow_pipe) as (stream, process):
-        while piece := _next(stream, came):
-            came += len(piece)
+        while size := _next(stream, place, came):
+            came += size
             if came > most:
                 raise Broken(f"more than {most} bytes came")
-            yield piece
+            yield place[:size]
         if process is not None:
             _refuse_failure(process, came)
 
 
-def _next(stream: IO[bytes], came: int) -> bytes:
-    """The next bytes, b"" at the end; past the stream's own buffer, so that nothing waits in there unseen."""
+def _next(stream: IO[bytes], place: memoryview, came: int) -> int:
+    """How many bytes come next, 0 at the end; past the stream's own buffer, so that nothing waits in there unseen."""
     waiting = select.poll()
     waiting.register(stream.fileno(), select.POLLIN)
     if not waiting.poll(SILENCE_SECONDS * 1000):
         raise Broken(f"nothing came for {SILENCE_SECONDS:.0f} s, after {came} bytes")
-    return os.read(stream.fileno(), PIECE)
+    return os.readv(stream.fileno(), [place])
 
 
 def _refuse_failure(process: subprocess.Popen[bytes], came: int) -> None:

@@ -7,12 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from fdscale.config.errors import UserError
-from fdscale.data import cache as cache_module
 from fdscale.data import fetching
 from fdscale.data.cache import Cache
 from fdscale.data.fetching import FetchAhead
@@ -48,7 +48,13 @@ def bringing(cache: Cache, folder: Path, log: Path) -> Callable[[int], bool]:
     return bring
 
 
-def until(holds: Callable[[], object], seconds: float = 10.0) -> None:
+def age(shard: Path) -> None:
+    """As if it had not been used for long."""
+    with suppress(FileNotFoundError):
+        os.utime(shard, (time.time() - 1000, shard.stat().st_mtime))
+
+
+def until(holds: Callable[[], object], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it does not come about"
@@ -79,15 +85,28 @@ def test_it_ends_with_the_last_step(home, tmp_path):
     assert shards_in(folder) == {0, 1}
 
 
-def test_it_fetches_within_the_bound_and_goes_on_when_there_is_room(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "IN_USE_SECONDS", 0.4)
+def test_it_fetches_within_the_bound_and_goes_on_when_there_is_room(home, tmp_path):
     cache, folder = home
     with FetchAhead(lambda step: (step,), bringing(cache, folder, tmp_path / "log"), 0, 100, ahead=20) as ahead:
         until(lambda: shards_in(folder) == {0, 1, 2, 3, 4})
-        time.sleep(0.6)
-        assert shards_in(folder) == {0, 1, 2, 3, 4}  # in use, since they are asked for again and again
+        time.sleep(0.1)
+        assert shards_in(folder) == {0, 1, 2, 3, 4}  # all in use
         ahead.note(3)
-        until(lambda: shards_in(folder) == {3, 4, 5, 6, 7})
+
+        def unused_and_given_way() -> bool:
+            for shard in shards_in(folder) & {0, 1, 2}:
+                age(folder / f"{shard}.tar")
+            return shards_in(folder) == {3, 4, 5, 6, 7}
+
+        until(unused_and_given_way)
+
+
+def test_what_is_wanted_stays_in_use(home, tmp_path):
+    cache, folder = home
+    with FetchAhead(lambda step: (step,), bringing(cache, folder, tmp_path / "log"), 0, 100, ahead=2):
+        until(lambda: shards_in(folder) == {0, 1})
+        age(folder / "1.tar")
+        until(lambda: (folder / "1.tar").stat().st_atime > time.time() - 100)
 
 
 def test_what_cannot_be_fetched_is_left_and_the_rest_comes(home, tmp_path):

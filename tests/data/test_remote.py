@@ -20,9 +20,11 @@ from fdscale.data import images, transfer
 from fdscale.data.batches import EvalBatches
 from fdscale.data.cache import GIB, Cache
 from fdscale.data.images import ImageReader
-from fdscale.data.index import Index, build_index, load_index
+from fdscale.data.index import Index, Shard, build_index, load_index
 from fdscale.data.loader import EvalLoader
-from fdscale.data.remote import bytes_at_once, cache_problems, open_remote, room_problem
+from fdscale.data.order import WindowedOrder
+from fdscale.data.remote import bytes_at_once, room_problem
+from fdscale.data.scan import SAMPLE
 from fdscale.data.urls import readable_name, refuse_url, url_of
 from tests.data.shard_server import ShardServer
 
@@ -106,7 +108,7 @@ def test_a_reader_lets_go_of_removed_shards_and_has_them_fetched_again(folder, c
     reader.decode(0)
     index.shard_path(0).unlink()
     reader.decode(2)
-    assert [link for link in open_links() if ".tar" in link] == [str(index.shard_path(1))]
+    assert [link for link in open_links() if str(cache.folder) in link and ".tar" in link] == [str(index.shard_path(1))]
     assert np.array_equal(reader.decode(0), ImageReader(load_index(folder)).decode(0))
     assert index.shard_path(0).exists()
 
@@ -294,9 +296,14 @@ def test_rows_that_are_none_are_told(folder, cache, content):
 COMMANDS = [
     "http://host/$(touch marker)",
     "http://host/`touch marker`",
-    "http://host/a;touch marker",
-    "http://host/a|touch marker",
-    "http://host/a&touch marker",
+    "http://host/$HOME",
+    "http://host/a;b",
+    "http://host/a|b",
+    "http://host/a&b",
+    "http://host/a>b",
+    "http://host/(a)",
+    "http://host/a#b",
+    "http://host/~!a",
     "http://host/'a'",
     'http://host/"a"',
     "http://host/a\nb",
@@ -381,17 +388,10 @@ def test_hostile_rows_read_nothing_outside_their_shards(folder, server, cache):
             reader.decode(sample)
 
 
-def test_problems_before_a_start(tmp_path):
-    urls = {"data.shards": "pipe:cat {}", "eval.shards": "/a/folder", "data.further_shards.x.shards": "http://h/$x"}
-    pipe, hostile = cache_problems(urls, Cache(tmp_path, GIB))
-    assert pipe.startswith("data.shards: 'pipe:cat {}' runs a command")
-    assert hostile.startswith("data.further_shards.x.shards: 'http://h/$x' is not the URL of a folder")
-    assert list(cache_problems({"data.shards": "https://host/in1k"}, None)) == [
-        "data.cache: name a folder on the node's own disk, into which the shards of data.shards are fetched"
-    ]
-    assert list(cache_problems({"data.shards": "/a/folder"}, None)) == []
-    with pytest.raises(UserError, match=r"data\.cache: name a folder on the node's own disk"):
-        open_remote("https://host/in1k", None)
+@pytest.mark.parametrize("url", ["https://host/in1k", "pipe:cat /in1k/{}"])
+def test_a_url_takes_a_cache(url):
+    with pytest.raises(UserError, match=r"are fetched to the nodes that read them: set data\.cache to a folder"):
+        load_index(url)
 
 
 def test_a_cache_that_cannot_be_written_is_told(folder, tmp_path):
@@ -402,12 +402,31 @@ def test_a_cache_that_cannot_be_written_is_told(folder, tmp_path):
 
 def test_room_for_what_is_read_at_once(folder):
     index = load_index(folder)
-    mean = sum(shard.bytes for shard in index.shards) / SHARDS
-    assert bytes_at_once(index, samples=2, lanes=1) == pytest.approx(2 * mean, abs=1)
-    assert bytes_at_once(index, samples=100, lanes=64) == pytest.approx(3 * mean, abs=1)  # no more than all
+    assert bytes_at_once(index, shuffle=6, share=0.1) == sum(shard.bytes for shard in index.shards)  # shuffled as one
     cache = Cache(folder, 3 * GIB)
     assert room_problem(cache, 3 * GIB) is None
     assert room_problem(cache, 6 * GIB).startswith("data.cache_gib: got 3, allowed: at least 6, ")
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+@pytest.mark.parametrize("per_shard", [50, 500])
+def test_the_room_that_is_asked_for_suffices_to_fetch_each_shard_about_once(nodes, per_shard):
+    shards = tuple(Shard(f"{n}.tar", per_shard, 1000, "", 0) for n in range(100_000 // per_shard))
+    index = Index(Path(), shards, None, np.empty(100_000, SAMPLE))
+    order = WindowedOrder(index.starts, 256, 0, shuffle=16_384)
+    room, fetched = bytes_at_once(index, 16_384, 1 / nodes) // 1000, 0
+    assert room < len(shards)
+    for node in range(nodes):
+        cached: dict[int, None] = {}
+        for step in range(order.steps_per_epoch):
+            own = order.batch(step)[node * 256 // nodes : (node + 1) * 256 // nodes]
+            for shard in np.unique(np.searchsorted(index.starts, own, side="right") - 1).tolist():
+                fetched += shard not in cached
+                cached.pop(shard, None)
+                cached[shard] = None  # last in the dict: most recently used
+                if len(cached) > room:
+                    cached.pop(next(iter(cached)))
+    assert fetched / len(shards) < 1.1 + 64 / len(shards)  # lanes begin within shards; half the room: 16 times
 
 
 @pytest.mark.parametrize(
