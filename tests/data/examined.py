@@ -72,16 +72,23 @@ def in_a_process(numbers: Sequence[int], folder: Path) -> list[Case]:
     child = os.fork()
     if child == 0:
         os.close(reader)
-        limit_memory()
-        with os.fdopen(writer, "w", buffering=1) as pipe:
-            for number in numbers:
-                pipe.write(json.dumps(asdict(examine(number, folder / str(number)))) + "\n")
-        os._exit(0)
+        try:
+            tell(numbers, folder, writer)
+            os._exit(0)
+        finally:
+            os._exit(1)
     os.close(writer)
     cases, ended = lines_of(reader, child)
     if len(cases) < len(numbers):
         cases.append(replace(NOTHING, number=numbers[len(cases)], wrong=ended))
     return cases
+
+
+def tell(numbers: Sequence[int], folder: Path, writer: int) -> None:
+    limit_memory()
+    with os.fdopen(writer, "w", buffering=1) as pipe:
+        for number in numbers:
+            pipe.write(json.dumps(asdict(examine(number, folder / str(number)))) + "\n")
 
 
 def lines_of(reader: int, child: int) -> tuple[list[Case], str]:

@@ -17,3 +17,9 @@ def test_a_hundred_mutated_folders(tmp_path):
     assert {case.ended for case in cases} >= {"read", "refused when indexed", "refused when loaded"}
     assert sum(case.read for case in cases) > 200
     assert sum(case.bad for case in cases) > 20
+
+
+def test_a_process_that_ends_early_is_told_with_the_case_that_it_held(tmp_path):
+    (tmp_path / "3" / "outside").mkdir(parents=True)  # which case 3 cannot make again
+    cases = examine_all([2, 3, 4], tmp_path)
+    assert [case.wrong for case in cases] == [None, "it crashed: status 256", None]
