@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -14,6 +15,8 @@ from fdscale.terminal import terminal
 if TYPE_CHECKING:
     from fdscale.data.index import Index
     from fdscale.data.packing.imagenet import Split
+
+SHOWN = 20  # lines of what is wrong
 
 
 def pack(
@@ -75,3 +78,41 @@ def index(
 
     built = build_index(folder, workers)
     terminal().print(f"{len(built)} samples in {len(built.shards)} shards: {escape(str(folder))}")
+
+
+def info(
+    folder: Annotated[Path, typer.Argument(help="A folder of shards with their index.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For a script.")] = False,
+) -> None:
+    """Print what a folder of shards holds: samples, bytes, classes, formats and sizes of images, their order."""
+    from fdscale.data import info as information
+    from fdscale.data.index import load_index
+
+    found = information.info(load_index(folder))
+    if as_json:
+        print(json.dumps(information.as_json(found)))
+    else:
+        terminal().print(information.info_table(found, str(folder)))
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder of shards with their index.")],
+    workers: Annotated[int | None, typer.Option(help="Processes; else one per CPU.")] = None,
+    list_: Annotated[Path | None, typer.Option("--list", help="A file for all that is wrong, a line each.")] = None,
+) -> None:
+    """Read every byte of the shards, decode every image, name whatever is wrong; fails where something is."""
+    from fdscale.data.index import read_index
+    from fdscale.data.verify import verify as verify_index
+
+    found = verify_index(read_index(folder), workers)
+    lines = [str(fault) for fault in found.faults]
+    if list_ is not None:
+        list_.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    for line in lines[:SHOWN]:
+        terminal().print(escape(line), soft_wrap=True)
+    if len(lines) > SHOWN:
+        terminal().print(f"… {len(lines) - SHOWN} more: --list FILE writes them all")
+    wrong = f"{found.bad_samples} bad images, {found.bad_shards} bad shards" if lines else "all of them good"
+    terminal().print(f"{found.samples} images in {found.shards} shards: {wrong}")
+    if lines:
+        raise typer.Exit(1)

@@ -56,6 +56,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image.info.pop("transparency", None)  # of which PIL would warn, and drop it all the same
     return image.convert("RGB")
 
 
@@ -155,8 +156,8 @@ class ImageReader:
 
     def _descriptor(self, shard: int) -> int:
         now = time.monotonic()
-        if now > self._until:  # asking again tells the cache which shards are in use, and removed ones free their disk
-            self.close()
+        if self.index.remote is not None and now > self._until:
+            self.close()  # asking again tells the cache which shards are in use, and removed ones free their disk
             self._until = now + RENEWED_SECONDS
         descriptor = self._open.pop(shard, None)
         if descriptor is None:

@@ -7,7 +7,7 @@ import io
 import tarfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
@@ -147,7 +147,8 @@ def _take(
     labels: dict[str, int],
 ) -> None:
     key, suffix = _split_key(member.name)
-    _refuse(member, path, suffix in IMAGE_SUFFIXES or suffix == "cls")
+    if why := _why_refused(member, suffix in IMAGE_SUFFIXES or suffix == "cls"):
+        raise UserError(f"shard {path}: member {printable(member.name)} {why}")
     if not member.isreg():
         return
     if suffix in IMAGE_SUFFIXES:
@@ -161,21 +162,19 @@ def _take(
             raise UserError(f"label {printable(member.name)} appears twice in shard {path}, and differs; remove one")
 
 
-def _refuse(member: tarfile.TarInfo, path: Path, used: bool) -> None:
-    """Raise UserError for a member that leads out of its folder, or that would be a sample but is no plain file."""
-    name = f"shard {path}: member {printable(member.name)}"
-    parts = PurePosixPath(member.name).parts
-    if member.name.startswith("/") or ".." in parts:
-        raise UserError(f"{name} leads out of the folder it would be unpacked to; rename it, and pack again")
-    if used and (member.issym() or member.islnk()):
-        target = printable(member.linkname)
-        raise UserError(
-            f"{name} is a link to {target}; allowed: files themselves (tar --dereference --hard-dereference)"
-        )
-    if used and not member.isdir() and (not member.isreg() or member.issparse()):
-        raise UserError(f"{name} is a sparse or special file; allowed: plain files; pack it again")
-    if used and member.size > LARGEST_IMAGE:
-        raise UserError(f"{name} has {member.size} bytes; allowed: {LARGEST_IMAGE}; make it smaller, or remove it")
+def _why_refused(member: tarfile.TarInfo, used: bool) -> str | None:
+    """Why a member is not taken: it leads out of its folder, or would be `used` as a sample and is no plain file."""
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "leads out of the folder it would be unpacked to; rename it, and pack again"
+    if not used or member.isdir():
+        return None
+    if member.issym() or member.islnk():
+        return f"is a link to {printable(member.linkname)}; allowed: files (tar --dereference --hard-dereference)"
+    if not member.isreg() or member.issparse():
+        return "is a sparse or special file; allowed: plain files; pack it again"
+    if member.size > LARGEST_IMAGE:
+        return f"has {member.size} bytes; allowed: {LARGEST_IMAGE}; make it smaller, or remove it"
+    return None
 
 
 def _blocks(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[bytes]:
