@@ -12,6 +12,7 @@ from fdscale.build.run import OpenData, Run
 from fdscale.build.training import Measured
 from fdscale.config.programs import ShardSettings
 from fdscale.config.settings import FinetuneSettings
+from fdscale.data.ahead import ShardsAhead
 from fdscale.data.augment import FILTERS, Augmentation
 from fdscale.data.batches import EvalBatches, TrainBatches
 from fdscale.data.cache import Cache
@@ -72,7 +73,8 @@ def shard_loader(run: Run[Mixture, Index], settings: ShardSettings, student: Stu
     rank, view = run.connection.rank, augmentation(settings, student)
     batches = TrainBatches(run.samples, student.image_size, view, settings.seed, settings.data.views)
     ranks = (rank.rank, rank.world_size, run.micro_batch)
-    return TrainLoader(batches, run.order, *ranks, settings.data.workers, run.device, run.samples)
+    ahead = ShardsAhead(run.samples, rank.local_world_size / rank.world_size)
+    return TrainLoader(batches, run.order, *ranks, settings.data.workers, run.device, ahead)
 
 
 def augmentation(settings: ShardSettings, student: Student) -> Augmentation:

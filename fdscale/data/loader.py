@@ -18,17 +18,16 @@ import torch
 from torch.utils.data import DataLoader
 
 from fdscale.config.errors import UserError
+from fdscale.data.ahead import Shard, ShardsAhead
 from fdscale.data.batches import PADDING, Request
 from fdscale.data.fetching import FetchAhead
 from fdscale.data.holding import NOTHING, Holding, note
-from fdscale.data.mixture import Mixture
 from fdscale.data.order import Order, accumulation_steps
 
 # Forking starts a worker at once and shares the index and the parent's pages; spawn and forkserver import
 # torch again in each (seconds and 300 MB). It is safe here: a worker decodes with PIL and NumPy and touches
 # neither CUDA nor OpenMP, the two things that do not survive a fork beside torch's threads.
 START_METHOD = "fork"
-STEPS_AHEAD = 8  # at least, whose remote shards are fetched
 
 
 class MicroBatches(Protocol):
@@ -49,7 +48,7 @@ class TrainLoader:
 
     The same bytes for any number of workers, and the same global batch for any world size.
     `data_wait_seconds`, the time spent waiting for micro batches, counts upwards over the loader's life, on this rank.
-    `remote` is what `batches` reads where its shards may lie behind URLs: those of coming steps are fetched ahead.
+    `ahead` are the shards that are brought before their steps.
     """
 
     def __init__(
@@ -61,41 +60,41 @@ class TrainLoader:
         micro_batch: int,
         workers: int,
         device: torch.device,
-        remote: Mixture | None = None,
+        ahead: ShardsAhead | None = None,
     ) -> None:
         self.accumulation = accumulation_steps(order.global_batch, world_size, micro_batch)
         self.data_wait_seconds = 0.0
         self._order = order
         self._rank = rank
         self._micro_batch = micro_batch
-        self._remote = remote
+        self._ahead = ahead
         self._feed = _Feed(batches, workers, device, rank, world_size)
 
     def steps(self, first_step: int, last_step: int) -> Generator[list[Any], None, None]:
         """For each step of [first_step, last_step): this rank's `accumulation` micro batches, in order."""
-        with self._fetching(first_step, last_step) as ahead:
+        with self._fetching(first_step, last_step) as fetching:
             batches = self._feed.batches(self._requests(first_step, last_step))
             for number in range(first_step, last_step):
-                if ahead is not None:
-                    ahead.note(number)
+                if fetching is not None:
+                    fetching.note(number)
                 start = time.perf_counter()
                 step = [next(batches) for _ in range(self.accumulation)]
                 self.data_wait_seconds += time.perf_counter() - start
                 yield step
 
-    def _fetching(self, first_step: int, last_step: int) -> AbstractContextManager[FetchAhead[tuple[int, int]] | None]:
-        """Brings the remote shards of this rank's coming steps; forked before the workers and their threads."""
-        remote = self._remote
-        if remote is None or all(index.remote is None for index in remote.indices):
+    def _fetching(self, first_step: int, last_step: int) -> AbstractContextManager[FetchAhead[Shard] | None]:
+        """Brings the shards of this rank's coming steps; forked before the workers and their threads."""
+        ahead = self._ahead
+        if not ahead:
             return nullcontext()
         own = self.accumulation * self._micro_batch
         rows = slice(self._rank * own, (self._rank + 1) * own)
-        ahead = max(STEPS_AHEAD, remote.shuffle // self._order.global_batch // 8)  # an eighth of a window
 
-        def shards_of(step: int) -> list[tuple[int, int]]:
-            return remote.remote_shards(self._order.batch(step)[rows])
+        def shards_of(step: int) -> list[Shard]:
+            return ahead.of(self._order.batch(step)[rows])
 
-        return FetchAhead(shards_of, remote.fetch_ahead, first_step, last_step, ahead)
+        steps = ahead.steps(self._order.global_batch)
+        return FetchAhead(shards_of, ahead.bring, first_step, last_step, steps)
 
     def _requests(self, first_step: int, last_step: int) -> Iterator[Request]:
         first_row = self._rank * self.accumulation * self._micro_batch

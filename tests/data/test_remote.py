@@ -17,6 +17,7 @@ import torch
 
 from fdscale.config.errors import UserError
 from fdscale.data import images, transfer
+from fdscale.data.ahead import ShardsAhead
 from fdscale.data.augment import Augmentation
 from fdscale.data.batches import EvalBatches, TrainBatches
 from fdscale.data.cache import GIB, Cache
@@ -66,7 +67,7 @@ def shown(index: Index, workers: int, world_size: int = 1) -> list[bytes]:
             2 // world_size,
             workers,
             torch.device("cpu"),
-            mixture,
+            ShardsAhead(mixture, 1.0),
         ).steps(0, 5)
         for rank in range(world_size)
     ]
