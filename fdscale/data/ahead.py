@@ -1,4 +1,4 @@
-"""Which shards of a mixture are brought before their steps: remote ones into the node's cache, local ones into memory."""
+"""Which shards of a mixture are brought before their steps: remote ones into a cache, local ones into memory."""
 
 from __future__ import annotations
 

@@ -72,10 +72,8 @@ def write_images(folder: Path, rows: np.ndarray, photo: bytes, size: int) -> Non
 
 def indexed(folder: Path, rows: np.ndarray, size: int) -> None:
     """As `fdscale shards index` does it, without reading the shards."""
-    parts = np.split(rows, SHARDS)
-    write_index(
-        folder, None, {f"shard-{number:05}.tar": Scanned(part, size, "0" * 64) for number, part in enumerate(parts)}
-    )
+    scanned = [Scanned(part, size, "0" * 64) for part in np.split(rows, SHARDS)]
+    write_index(folder, None, {f"shard-{number:05}.tar": shard for number, shard in enumerate(scanned)})
 
 
 def resumed(folder: Path, workers: int, cold: bool) -> dict[str, Any]:
