@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 import os
 import pickle
 import socket
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection, Listener
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-WORKER = Path(__file__).parent / "rank_worker.py"
-REPOSITORY = WORKER.parent.parent
+from tests import rank_worker
+
+REPOSITORY = Path(__file__).parent.parent
+FORKS = multiprocessing.get_context("forkserver")  # torch and DeepSpeed are imported once, for all ranks of a session
+FORKS.set_forkserver_preload([rank_worker.__name__, *rank_worker.IMPORTED])
 LONGEST = (  # files begun first, so that two workers end together
     "tests/test_runs.py",
     "tests/downstream/test_dense.py",
@@ -74,7 +77,7 @@ class Ranks:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
 
     def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float = 200) -> list[Any]:
@@ -109,17 +112,23 @@ class Ranks:
 
     def _start(self) -> None:
         port = free_port()
-        with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/ranks", family="AF_UNIX") as listener:
-            for rank in range(self.world_size):
-                command = [sys.executable, str(WORKER), listener.address]
-                environment = rank_environment(rank, self.world_size, port)
-                self._processes.append(subprocess.Popen(command, env=environment, cwd=tempfile.gettempdir()))
-                self._pipes.append(listener.accept())
+        with pytest.MonkeyPatch.context() as patch:  # what is read as torch and DeepSpeed are imported
+            for name, value in rank_environment(0, self.world_size, port).items():
+                patch.setenv(name, value)
+            forkserver.ensure_running()
+        for rank in range(self.world_size):
+            ours, theirs = FORKS.Pipe()
+            environment = rank_environment(rank, self.world_size, port)
+            process = FORKS.Process(target=rank_worker.serve, args=(theirs, environment), daemon=False)
+            process.start()
+            theirs.close()  # a rank that dies ends its pipe
+            self._processes.append(process)
+            self._pipes.append(ours)
 
     def stop(self) -> None:
         for process in self._processes:
             process.kill()
-            process.wait()
+            process.join()
         self._processes, self._pipes = [], []
 
 

@@ -6,10 +6,13 @@ import importlib.util
 import os
 import pickle
 import sys
+import tempfile
 import traceback
-from multiprocessing.connection import Client, Connection
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
 from types import ModuleType
 
+IMPORTED = ("fdscale.train", "deepspeed.runtime.zero.muon.muon_optimizer")  # before ranks are forked; no threads yet
 MODULES: dict[str, ModuleType] = {}
 
 
@@ -32,8 +35,11 @@ def forget_engines() -> None:
         offload.FWD_MODULE_STACK.clear()
 
 
-def serve(pytest_session: Connection) -> None:
+def serve(pytest_session: Connection, environment: Mapping[str, str]) -> None:
     """Run what is asked for, one function at a time, and answer with its result or its traceback."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(tempfile.gettempdir())
     from fdscale.cluster.ranks import rank_from_environment
     from fdscale.training.engine import connect
 
@@ -47,8 +53,3 @@ def serve(pytest_session: Connection) -> None:
             answer = (False, traceback.format_exc())
         forget_engines()
         pytest_session.send_bytes(pickle.dumps(answer))
-
-
-if __name__ == "__main__":
-    with Client(sys.argv[1], family="AF_UNIX") as to_pytest:
-        serve(to_pytest)
