@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import pickle
@@ -44,6 +45,7 @@ def serve(pytest_session: Connection, environment: Mapping[str, str]) -> None:
     from fdscale.training.engine import connect
 
     connection = connect(rank_from_environment(os.environ))
+    gc.freeze()  # ZeRO-3 collects garbage at each start: what is imported is none
     # plain pickle: multiprocessing's own would send tensors as shared memory, which the receiver cannot open
     while True:
         path, function, arguments = pickle.loads(pytest_session.recv_bytes())
