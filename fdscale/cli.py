@@ -50,7 +50,10 @@ app.command()(cluster.doctor)
 app.command(hidden=True)(cluster.examine)
 app.command(hidden=True)(measuring.probe_rank)
 app.command(hidden=True)(measuring.evaluate_rank)
-app.add_typer(_group("Make and inspect the shards that training reads.", shards.pack, shards.index), name="shards")
+app.add_typer(
+    _group("Make and inspect the shards of training.", shards.pack, shards.index, shards.info, shards.verify),
+    name="shards",
+)
 app.add_typer(
     _group("List, verify and prune the checkpoints of a run.", runs.ls, runs.verify, runs.prune), name="checkpoint"
 )

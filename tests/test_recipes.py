@@ -19,7 +19,7 @@ from fdscale.config.deepspeed_json import load_deepspeed_json
 from fdscale.config.recipe import load_recipe, recipe_names
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.config.shipped import shipped
-from fdscale.data.pack import pack_digits
+from fdscale.data.packing.digits import pack_digits
 from fdscale.downstream.classify import finetune
 from fdscale.planning.check import Plan, check
 from fdscale.planning.dense_check import SCENE_CLASSES

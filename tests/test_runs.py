@@ -46,7 +46,7 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded sample, packed once for all runs."""
-    from fdscale.data.pack import pack_digits
+    from fdscale.data.packing.digits import pack_digits
 
     folder = tmp_path_factory.mktemp("shards") / "digits"
     pack_digits(folder, "test")

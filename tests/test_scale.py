@@ -14,7 +14,7 @@ from fdscale import train
 from fdscale.build import networks
 from fdscale.config.recipe import load_recipe
 from fdscale.config.settings import DistillSettings, FinetuneSettings
-from fdscale.data.pack import pack_digits
+from fdscale.data.packing.digits import pack_digits
 from fdscale.downstream import classify
 from fdscale.planning.smoke import smoke_patch
 from fdscale.training.engine import Connection

@@ -24,7 +24,7 @@ SWIN = ["student.geometry.depths=[1,1,2,1]", "student.geometry.extra_norm_period
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from fdscale.data.pack import pack_digits
+    from fdscale.data.packing.digits import pack_digits
 
     folder = tmp_path_factory.mktemp("shards") / "digits"
     pack_digits(folder, "test")

@@ -184,4 +184,4 @@ def seeded(seed: int) -> Iterator[None]:
 
 def as_pixels(images: Tensor) -> Tensor:
     """Images uint8 (B, 3, H, W) -> pixels fp32 in [0, 1]."""
-    return images.float() / 255
+    return images.to(torch.float32, memory_format=torch.contiguous_format) / 255

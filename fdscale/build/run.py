@@ -26,6 +26,7 @@ from fdscale.build.weights import (
 from fdscale.cluster.orphans import watch_launchers
 from fdscale.cluster.ranks import StopSignals, rank_from_environment
 from fdscale.config.dense_settings import DetectSettings
+from fdscale.config.errors import UserError
 from fdscale.config.programs import AnySettings
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.data.order import DataSet, Order, Samples
@@ -125,7 +126,7 @@ def open_run(settings: AnySettings, open_data: OpenData[D, H]) -> Run[D, H]:
     samples, held_out = open_data(directory, connection)
     placements = _agreed_placements(checked.placements, connection)
     run = Run(settings, deepspeed_json, connection, directory, attempt, stop, samples, held_out, weights, placements)
-    directory.check_data(run.fingerprints())
+    directory.check_data(_agreed_fingerprints(run))
     return run
 
 
@@ -140,6 +141,18 @@ def _claim(directory: RunDirectory, most_without_progress: int, connection: Conn
     connection.on_main(lambda: attempt.record_ranks(ranks))
     note_current(attempt)
     return attempt
+
+
+def _agreed_fingerprints(run: Run[D, H]) -> dict[str, str]:
+    """What tells the data from others, the same on every rank: nodes may have copies, or ask a URL at other moments."""
+    told = gather_lists([run.fingerprints()], run.connection)
+    for setting, own in told[0].items():
+        if others := [rank for rank, theirs in enumerate(told) if theirs[setting] != own]:
+            raise UserError(
+                f"{setting}: rank {others[0]} found other data than rank 0 ({len(others)} of {len(told)} ranks do); "
+                "copy the same shards with their index to every node, and start again"
+            )
+    return told[0]
 
 
 def _agreed_placements(mine: Mapping[str, Choice], connection: Connection) -> dict[str, Placement]:

@@ -14,12 +14,13 @@ from fdscale.config.programs import ShardSettings
 from fdscale.config.settings import FinetuneSettings
 from fdscale.data.augment import FILTERS, Augmentation
 from fdscale.data.batches import EvalBatches, TrainBatches
+from fdscale.data.cache import Cache
 from fdscale.data.index import Index, load_index
 from fdscale.data.loader import EvalLoader, TrainLoader
 from fdscale.data.mixture import Mixture, mixed
-from fdscale.data.pack import pack_digits
+from fdscale.data.packing.digits import pack_digits
 from fdscale.data.randaugment import RandAugment
-from fdscale.planning.data_check import DIGITS
+from fdscale.planning.data_check import DIGITS, cache_of
 from fdscale.students.student import Student
 from fdscale.training.engine import Connection
 from fdscale.training.evaluate import SampleTerms, evaluate, evaluate_average
@@ -37,17 +38,24 @@ def shards_of(settings: ShardSettings) -> OpenData[Mixture, Index]:
 
 def _open(settings: ShardSettings, directory: RunDirectory, connection: Connection) -> tuple[Mixture, Index | None]:
     named = settings.data.data_sets
-    indices = [_index(shards, "train", directory, connection) for shards, _ in named.values()]
+    cache = cache_of(settings.data)  # one, which counts what this rank fetches
+    indices = [_index(shards, "train", cache, directory, connection) for shards, _ in named.values()]
     if isinstance(settings, FinetuneSettings) and settings.labelled is not None:
         indices[0] = _first(indices[0], settings.labelled, settings.seed)
     mixture = mixed(indices, list(named), [weight for _, weight in named.values()], settings.data.shuffle)
-    held_out = settings.eval.shards and _index(settings.eval.shards, "test", directory, connection)
+    held_out = settings.eval.shards and _index(settings.eval.shards, "test", cache, directory, connection)
     return mixture, held_out or None
 
 
-def _index(shards: str, split: Literal["train", "test"], directory: RunDirectory, connection: Connection) -> Index:
+def _index(
+    shards: str,
+    split: Literal["train", "test"],
+    cache: Cache | None,
+    directory: RunDirectory,
+    connection: Connection,
+) -> Index:
     if shards != DIGITS:
-        return load_index(shards)
+        return load_index(shards, cache)
     folder = directory.folder / "digits" / split
     connection.on_main(lambda: folder.exists() or pack_digits(folder, split))
     return load_index(folder)
@@ -63,8 +71,8 @@ def shard_loader(run: Run[Mixture, Index], settings: ShardSettings, student: Stu
     """The training micro batches of this rank."""
     rank, view = run.connection.rank, augmentation(settings, student)
     batches = TrainBatches(run.samples, student.image_size, view, settings.seed, settings.data.views)
-    workers = settings.data.workers
-    return TrainLoader(batches, run.order, rank.rank, rank.world_size, run.micro_batch, workers, run.device)
+    ranks = (rank.rank, rank.world_size, run.micro_batch)
+    return TrainLoader(batches, run.order, *ranks, settings.data.workers, run.device, run.samples)
 
 
 def augmentation(settings: ShardSettings, student: Student) -> Augmentation:

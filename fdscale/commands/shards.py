@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.markup import escape
@@ -11,30 +12,61 @@ from rich.markup import escape
 from fdscale.config.errors import UserError
 from fdscale.terminal import terminal
 
+if TYPE_CHECKING:
+    from fdscale.data.index import Index
+    from fdscale.data.packing.imagenet import Split
+
+SHOWN = 20  # lines of what is wrong
+
 
 def pack(
-    source: Annotated[str, typer.Argument(help="An image folder (class sub-folders give labels), or `digits`.")],
+    source: Annotated[str, typer.Argument(help="Images: a folder, ImageNet as published, tars; or `digits`.")],
     output: Annotated[Path, typer.Argument(help="A new folder for the shards and their index.")],
     samples_per_shard: int = 1000,
-    split: Annotated[str, typer.Option(help="Of `digits`: train or test.")] = "train",
+    split: Annotated[
+        str | None, typer.Option(help="Of a source with both: train (unless named) or val; of `digits`: train or test.")
+    ] = None,
     classes_of: Annotated[
         Path | None, typer.Option(help="Of a val folder: its train's shards, by which it is numbered.")
     ] = None,
+    seed: Annotated[int, typer.Option(help="Of the one shuffle.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; else one per core. More help where each read takes long.")
+    ] = None,
+    max_bad_ratio: Annotated[float, typer.Option(help="Share of images that may be left out as broken.")] = 0.01,
 ) -> None:
-    """Turn an image folder, or the digits that scikit-learn carries, into shards with an index."""
-    from fdscale.data.pack import pack_digits, pack_folder
+    """Turn images into shuffled shards with an index: class folders, a flat folder, ImageNet's archives or its Kaggle
+    layout, tars of class tars, WebDataset tars, or the digits that scikit-learn carries.
 
-    if split not in ("train", "test"):
+    Stopped or killed, the same command goes on where it was.
+    """
+    from fdscale.data.packing.pack import pack as pack_source
+    from fdscale.data.packing.processes import usable_cores
+
+    if source == "digits" and not Path(source).exists():
+        packed = _pack_digits(output, split, classes_of)
+    else:
+        workers = usable_cores() if workers is None else workers
+        packed = pack_source(
+            source, output, samples_per_shard, seed, _split_of(split), classes_of, workers, max_bad_ratio
+        )
+    terminal().print(f"{len(packed)} samples in {len(packed.shards)} shards: {escape(str(output))}")
+
+
+def _pack_digits(output: Path, split: str | None, classes_of: Path | None) -> Index:
+    from fdscale.data.packing.digits import pack_digits
+
+    if split not in (None, "train", "test"):
         raise UserError(f"--split {split}: allowed: train, test")
-    digits = source == "digits" and not Path(source).exists()
-    if digits and classes_of is not None:
+    if classes_of is not None:
         raise UserError("--classes-of: the digits have their own numbers; leave it out")
-    index = (
-        pack_digits(output, "train" if split == "train" else "test")
-        if digits
-        else pack_folder(source, output, samples_per_shard, classes_of=classes_of)
-    )
-    terminal().print(f"{len(index)} samples in {len(index.shards)} shards: {escape(str(output))}")
+    return pack_digits(output, "test" if split == "test" else "train")
+
+
+def _split_of(split: str | None) -> Split | None:
+    if split is None or split == "train" or split == "val":
+        return cast("Split | None", split)
+    raise UserError(f"--split {split}: allowed: train, val")
 
 
 def index(
@@ -46,3 +78,41 @@ def index(
 
     built = build_index(folder, workers)
     terminal().print(f"{len(built)} samples in {len(built.shards)} shards: {escape(str(folder))}")
+
+
+def info(
+    folder: Annotated[Path, typer.Argument(help="A folder of shards with their index.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For a script.")] = False,
+) -> None:
+    """Print what a folder of shards holds: samples, bytes, classes, formats and sizes of images, their order."""
+    from fdscale.data import info as information
+    from fdscale.data.index import load_index
+
+    found = information.info(load_index(folder))
+    if as_json:
+        print(json.dumps(information.as_json(found)))
+    else:
+        terminal().print(information.info_table(found, str(folder)))
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder of shards with their index.")],
+    workers: Annotated[int | None, typer.Option(help="Processes; else one per CPU.")] = None,
+    list_: Annotated[Path | None, typer.Option("--list", help="A file for all that is wrong, a line each.")] = None,
+) -> None:
+    """Read every byte of the shards, decode every image, name whatever is wrong; fails where something is."""
+    from fdscale.data.index import read_index
+    from fdscale.data.verify import verify as verify_index
+
+    found = verify_index(read_index(folder), workers)
+    lines = [str(fault) for fault in found.faults]
+    if list_ is not None:
+        list_.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    for line in lines[:SHOWN]:
+        terminal().print(escape(line), soft_wrap=True)
+    if len(lines) > SHOWN:
+        terminal().print(f"… {len(lines) - SHOWN} more: --list FILE writes them all")
+    wrong = f"{found.bad_samples} bad images, {found.bad_shards} bad shards" if lines else "all of them good"
+    terminal().print(f"{found.samples} images in {found.shards} shards: {wrong}")
+    if lines:
+        raise typer.Exit(1)

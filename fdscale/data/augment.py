@@ -11,10 +11,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fdscale.data.draws import Purpose, generator
+from fdscale.data.images import to_rgb
 from fdscale.data.randaugment import RandAugment
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 TRIES = 10
+# A crop is decoded at a reduced scale where its sides stay so many times as long as the view's: the median difference
+# from decoding it whole is then a PSNR of 40 dB on photos, as between bilinear and bicubic; at 1.0 it would be 36 dB.
+REDUCED_AT_LEAST = 1.25
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Augmentation:
 def augment(
     image: Image.Image, key: int, view: int, seed: int, size: int, augmentation: Augmentation
 ) -> NDArray[np.uint8]:
-    """One random view of an RGB image, uint8 (3, size, size).
+    """One random view of an image, uint8 (3, size, size); a JPEG that is not decoded yet is decoded as far as needed.
 
     RandomResizedCrop and horizontal flip, which is all that distillation has (official implementation), then
     RandAugment where that is wanted; nobody normalises here. `view` is the epoch.
@@ -39,7 +45,7 @@ def augment(
     draw = generator(seed, key, view, Purpose.VIEW)
     flip = draw.random() < augmentation.flip
     box = _crop_box(image.width, image.height, augmentation.crop_scale, augmentation.crop_ratio, draw)
-    crop = image.crop(box).resize((size, size), FILTERS[augmentation.interpolation])
+    crop = _resized_crop(image, box, size, FILTERS[augmentation.interpolation])
     seen = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop
     if augmentation.randaugment is not None:
         seen = augmentation.randaugment(seen, generator(seed, key, view, Purpose.RANDAUGMENT))
@@ -58,13 +64,35 @@ def centre_crop(image: Image.Image, size: int, interpolation: Literal["bilinear"
     return _channels_first(resized.crop((left, top, left + size, top + size)))
 
 
+def _resized_crop(image: Image.Image, box: Box, size: int, resampling: Image.Resampling) -> Image.Image:
+    """The box resized to an RGB square; nothing outside it enters, as in torchvision, where it is not reduced."""
+    times = _reduced(image, box, size)
+    left, top, right, bottom = (side / times for side in box)
+    whole = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
+    crop = image.crop(whole)  # copies no more than the box, of which alone other modes are made RGB
+    rgb = crop if crop.mode == "RGB" else to_rgb(crop)
+    inner = left - whole[0], top - whole[1], right - whole[0], bottom - whole[1]
+    return rgb.resize((size, size), resampling, box=inner)
+
+
+def _reduced(image: Image.Image, box: Box, size: int) -> int:
+    """Have a JPEG decoded at 1/8, 1/4 or 1/2 of its size where the box stays large enough; how many times smaller."""
+    side = min(box[2] - box[0], box[3] - box[1])
+    for times in (8, 4, 2):
+        if side >= times * size * REDUCED_AT_LEAST:
+            width = image.width
+            image.draft(image.mode, (width // times, image.height // times))  # nothing where it is no JPEG
+            return times if image.width < width else 1
+    return 1
+
+
 def _crop_box(
     width: int,
     height: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
     draw: np.random.Generator,
-) -> tuple[int, int, int, int]:
+) -> Box:
     """(left, top, right, bottom) by torchvision's rule: ten tries of (area, log ratio), then the centre."""
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(TRIES):
@@ -78,7 +106,7 @@ def _crop_box(
     return _centre_box(width, height, ratio)
 
 
-def _centre_box(width: int, height: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+def _centre_box(width: int, height: int, ratio: tuple[float, float]) -> Box:
     """The largest centred box whose ratio is allowed: torchvision's fallback for very long images."""
     crop_width = min(width, max(1, round(height * ratio[1])))
     crop_height = min(height, max(1, round(width / ratio[0])))
@@ -87,4 +115,5 @@ def _centre_box(width: int, height: int, ratio: tuple[float, float]) -> tuple[in
 
 
 def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    """(3, H, W), in memory as Pillow has it: channels last."""
+    return np.array(image).transpose(2, 0, 1)

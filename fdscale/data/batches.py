@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from fdscale.data.augment import Augmentation, augment, centre_crop
 from fdscale.data.holding import note
@@ -25,11 +28,10 @@ PADDING_LABEL = -2
 class Batch:
     """One micro batch of B images, as a person sees them; nothing is normalised yet.
 
-    `images` uint8 (B, 3, H, W); `labels` int64 (B,), -1 unknown, -2 padding (evaluation only); `keys` int64
-    (B,), the bit pattern of the uint64 sample key, always on the CPU, since they name samples and enter no
-    computation; `rows`: which rows of the step's global batch these are; `bad`: names of the undecodable samples
-    met here (in training each is replaced by the next decodable one,
-    label and key included).
+    `images` uint8 (B, 3, H, W), in training channels last in memory; `labels` int64 (B,), -1 unknown, -2 padding
+    (evaluation only); `keys` int64 (B,), the bit pattern of the uint64 sample key, always on the CPU, since they name
+    samples and enter no computation; `rows`: which rows of the step's global batch these are; `bad`: names of the
+    undecodable samples met here (in training each is replaced by the next decodable one, label and key included).
     """
 
     images: Tensor
@@ -87,7 +89,7 @@ class TrainBatches(Dataset[Batch]):
         views = request.views if self._views is None else request.views % self._views
         numbers = zip(*self._mixture.located(request.samples), views, request.samples, strict=True)
         seen = [self._seen(*map(int, each)) for each in numbers]
-        images = np.stack([found.image.pixels for found in seen])
+        images = _stacked([found.image.pixels for found in seen])
         labels = np.array([found.image.label for found in seen])
         keys = np.array([found.image.key for found in seen], np.uint64)
         return _batch(images, labels, keys, request.rows, [found.bad for found in seen if found.bad])
@@ -109,10 +111,12 @@ class TrainBatches(Dataset[Batch]):
         def view_of(candidate: int) -> View:
             note(first + candidate)
             label, key = reader.index.samples[["label", "key"]][candidate].item()
-            image = reader.decode(candidate)
-            return View(augment(image, key, view, self._seed, self._image_size, self._augmentation), label, key)
+            return View(reader.seen(candidate, partial(self._augmented, key, view)), label, key)
 
         return decode_or_next(view_of, own, len(reader.index), str(reader.index.folder), AGAIN)
+
+    def _augmented(self, key: int, view: int, image: Image.Image) -> NDArray[np.uint8]:
+        return augment(image, key, view, self._seed, self._image_size, self._augmentation)
 
 
 class EvalBatches(Dataset[Batch]):
@@ -136,7 +140,7 @@ class EvalBatches(Dataset[Batch]):
                 labels[row], keys[row] = self.reader.index.samples[["label", "key"]][sample]
             except BadImage as error:
                 bad.append(str(error))
-        return _batch(images, labels, keys, request.rows, bad)
+        return _batch(torch.from_numpy(images), labels, keys, request.rows, bad)
 
     def name(self, sample: int) -> str:
         """`SHARD:MEMBER` of a sample."""
@@ -147,17 +151,26 @@ class EvalBatches(Dataset[Batch]):
         self.reader.close()
 
 
+def _stacked(views: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """Views (3, H, W) as one (B, 3, H, W), channels last in memory as they are: each byte is copied once.
+
+    In a worker that is into memory which it shares with its rank.
+    """
+    whole: Tensor = default_collate([torch.from_numpy(view.transpose(1, 2, 0)) for view in views])
+    return whole.permute(0, 3, 1, 2)
+
+
 def _batch(
-    images: NDArray[np.uint8],
+    images: Tensor,
     labels: NDArray[np.integer],
     keys: NDArray[np.uint64],
     rows: slice,
     bad: list[str],
 ) -> Batch:
-    """`images` (B, 3, H, W) or one (3, H, W) per row, to tensors; uint64 keys keep their bits as int64."""
+    """`images` (B, 3, H, W) with the rest as tensors; uint64 keys keep their bits as int64."""
     key_bits = np.ascontiguousarray(keys).astype(np.uint64).view(np.int64)
     return Batch(
-        torch.from_numpy(images),
+        images,
         torch.from_numpy(labels.astype(np.int64)),
         torch.from_numpy(key_bits),
         rows,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
-from collections.abc import Callable
+import time
 from typing import Any
 
 NOTHING = -1
+PATIENCE = 2.0  # seconds: a process closes its connections before it has ended
 
 
 class Holding:
@@ -24,12 +24,21 @@ class Holding:
         self._processes[worker] = os.getpid()
         _place = (self._samples, worker)
 
-    def held_by(self, told: str, name: Callable[[int], str]) -> str:
-        """The names of the samples that the dead processes held whose numbers stand in DataLoader's words."""
-        dead = set(map(int, re.findall(r"\d+", told)))
-        held = zip(self._processes, self._samples, strict=True)
-        names = [name(sample) for process, sample in held if process in dead and sample != NOTHING]
-        return ", ".join(names)
+    def of_the_dead(self) -> list[int]:
+        """The samples that workers held which have ended, or are about to; for their rank, whose children they are."""
+        patience = time.monotonic() + PATIENCE
+        while not (ended := [i for i, process in enumerate(self._processes) if _has_ended(process)]):
+            if time.monotonic() > patience:
+                break
+            time.sleep(0.01)
+        return [self._samples[i] for i in ended if self._samples[i] != NOTHING]
+
+
+def _has_ended(child: int) -> bool:
+    try:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # whoever started it has waited for it
+        return True
 
 
 _place: tuple[Any, int] | None = None  # of this process: there is one worker in each

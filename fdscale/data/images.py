@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import io
 import os
+import time
 import zlib
 from collections.abc import Callable
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
+import numpy as np
 from PIL import Image
 
 from fdscale.config.errors import UserError
+from fdscale.data.cache import RENEWED_SECONDS
 from fdscale.data.index import SAMPLES_FILE, Index
 from fdscale.data.scan import LARGEST_IMAGE
 
 OPEN_SHARDS = 128  # per process: a data set of thousands of shards must not run into the limit on open files
 # PIL alone would try each of its plugins on what a shard holds, whatever its name: EPS starts Ghostscript
 FORMATS = ("JPEG", "PNG", "WEBP")
+# Above it PIL warns. A worker holds at most 341 MiB (4 bytes a pixel) of an image, and as much for a copy in RGB.
+MOST_PIXELS = 89_478_485
 LONGEST_BAD_RUN = 1000  # bad samples in a row that are skipped in search of a replacement
 AGAIN = "the shards are damaged: copy or pack them again, then run 'fdscale shards index'"
 
@@ -37,12 +42,21 @@ class Decoded(NamedTuple, Generic[Found]):
 
 
 def open_image(file: BinaryIO) -> Image.Image:
-    """The image that a file holds, not decoded yet: its size is known, and its pixels are not read."""
-    return Image.open(file, formats=FORMATS)
+    """The image that a file holds, not decoded yet: its header alone is read, and refused above MOST_PIXELS."""
+    image = Image.open(file, formats=FORMATS)
+    if image.width * image.height > MOST_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels; allowed: {MOST_PIXELS}")
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened image decoded to RGB, its pixels as they are stored."""
+    """An image decoded to RGB as PIL does it: palettes and CMYK converted, alpha dropped, no EXIF rotation.
+
+    Of 16 bits the high byte is kept, in grey images as in others; PIL alone would clip grey ones to white.
+    """
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image.info.pop("transparency", None)  # of which PIL would warn, and drop it all the same
     return image.convert("RGB")
 
 
@@ -80,6 +94,7 @@ class ImageReader:
     def __init__(self, index: Index) -> None:
         self.index = index
         self._open: dict[int, int] = {}
+        self._until = 0.0
 
     def decode(self, sample: int) -> Image.Image:
         """The sample's RGB image; raises BadImage where it cannot be decoded."""
@@ -87,10 +102,12 @@ class ImageReader:
 
     def seen(self, sample: int, view: Callable[[Image.Image], Found]) -> Found:
         """What `view` makes of the sample's image, opened and not yet decoded; BadImage where that fails."""
-        data = self._read(sample)
+        data = self.read(sample)
         try:
             with open_image(io.BytesIO(data)) as image:
                 return view(image)
+        except UserError:
+            raise
         except Exception as error:  # PIL's plugins raise anything on garbage; the caller counts and names it
             raise BadImage(f"{self.index.name(sample)} ({type(error).__name__}: {error})") from error
 
@@ -103,20 +120,18 @@ class ImageReader:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def _read(self, sample: int) -> bytes:
+    def read(self, sample: int) -> bytes:
         """The sample's bytes as they were indexed, or BadImage."""
-        row = self.index.samples[sample]
-        shard, size, offset = int(row["shard"]), int(row["size"]), int(row["offset"])
+        shard, offset, size, _, _, crc = self.index.samples[sample].item()
         self._refuse_outside(sample, shard, offset, size)
         try:
             descriptor = self._descriptor(shard)
             data = os.pread(descriptor, size, offset)
-            now = os.fstat(descriptor)
         except OSError as error:
             path = self.index.shard_path(shard)
             raise UserError(f"cannot read shard {path}: {error}; check the file and its disk") from error
-        self._refuse_changed(sample, shard, now)
-        if zlib.crc32(data) != row["crc"]:
+        if zlib.crc32(data) != crc:
+            self._refuse_changed(sample, shard, os.fstat(descriptor))
             raise BadImage(f"{self.index.name(sample)} (its bytes are not those that were indexed)")
         return data
 
@@ -129,20 +144,34 @@ class ImageReader:
             raise UserError(f"{path}: row {sample} lies outside its shard; make it again: {again}")
 
     def _refuse_changed(self, sample: int, shard: int, now: os.stat_result) -> None:
-        """A shard that is written anew under a run would give it other images, or none."""
+        """A shard written anew under a run would give it other images, or none; one that was touched alone is read."""
         expected, written = self.index.shards[shard], self.index.written
         if now.st_size != expected.bytes or (written is not None and now.st_mtime_ns != written[shard]):
-            path, key = self.index.shard_path(shard), self.index.name(sample).partition(":")[2]
+            path, member = self.index.shard_path(shard), self.index.name(sample).partition(":")[2]
             raise UserError(
-                f"shard {path} changed while the run reads it (at {key}: {now.st_size} bytes now, {expected.bytes} in "
-                f"its index); put the shard back, or index it and start again: fdscale shards index {path.parent}"
+                f"shard {path} changed while the run reads it: {member} is no longer what was indexed (the shard has "
+                f"{now.st_size} bytes, had {expected.bytes}); put it back, or index it again and resume: "
+                f"fdscale shards index {path.parent}"
             )
 
     def _descriptor(self, shard: int) -> int:
+        now = time.monotonic()
+        if self.index.remote is not None and now > self._until:
+            self.close()  # asking again tells the cache which shards are in use, and removed ones free their disk
+            self._until = now + RENEWED_SECONDS
         descriptor = self._open.pop(shard, None)
         if descriptor is None:
-            descriptor = os.open(self.index.ready(shard), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._opened(shard)
         self._open[shard] = descriptor  # last in the dict: most recently used
         if len(self._open) > OPEN_SHARDS:
             os.close(self._open.pop(next(iter(self._open))))
         return descriptor
+
+    def _opened(self, shard: int) -> int:
+        self.index.refuse_damaged_rows(shard)
+        while True:
+            try:
+                return os.open(self.index.ready(shard), os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                if self.index.remote is None:  # else it was removed from the cache before it was opened
+                    raise

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,13 +19,16 @@ from torch.utils.data import DataLoader
 
 from fdscale.config.errors import UserError
 from fdscale.data.batches import PADDING, Request
+from fdscale.data.fetching import FetchAhead
 from fdscale.data.holding import NOTHING, Holding, note
+from fdscale.data.mixture import Mixture
 from fdscale.data.order import Order, accumulation_steps
 
 # Forking starts a worker at once and shares the index and the parent's pages; spawn and forkserver import
 # torch again in each (seconds and 300 MB). It is safe here: a worker decodes with PIL and NumPy and touches
 # neither CUDA nor OpenMP, the two things that do not survive a fork beside torch's threads.
 START_METHOD = "fork"
+STEPS_AHEAD = 8  # at least, whose remote shards are fetched
 
 
 class MicroBatches(Protocol):
@@ -45,6 +49,7 @@ class TrainLoader:
 
     The same bytes for any number of workers, and the same global batch for any world size.
     `data_wait_seconds`, the time spent waiting for micro batches, counts upwards over the loader's life, on this rank.
+    `remote` is what `batches` reads where its shards may lie behind URLs: those of coming steps are fetched ahead.
     """
 
     def __init__(
@@ -56,22 +61,41 @@ class TrainLoader:
         micro_batch: int,
         workers: int,
         device: torch.device,
+        remote: Mixture | None = None,
     ) -> None:
         self.accumulation = accumulation_steps(order.global_batch, world_size, micro_batch)
         self.data_wait_seconds = 0.0
         self._order = order
         self._rank = rank
         self._micro_batch = micro_batch
+        self._remote = remote
         self._feed = _Feed(batches, workers, device, rank, world_size)
 
     def steps(self, first_step: int, last_step: int) -> Generator[list[Any], None, None]:
         """For each step of [first_step, last_step): this rank's `accumulation` micro batches, in order."""
-        batches = self._feed.batches(self._requests(first_step, last_step))
-        for _ in range(first_step, last_step):
-            start = time.perf_counter()
-            step = [next(batches) for _ in range(self.accumulation)]
-            self.data_wait_seconds += time.perf_counter() - start
-            yield step
+        with self._fetching(first_step, last_step) as ahead:
+            batches = self._feed.batches(self._requests(first_step, last_step))
+            for number in range(first_step, last_step):
+                if ahead is not None:
+                    ahead.note(number)
+                start = time.perf_counter()
+                step = [next(batches) for _ in range(self.accumulation)]
+                self.data_wait_seconds += time.perf_counter() - start
+                yield step
+
+    def _fetching(self, first_step: int, last_step: int) -> AbstractContextManager[FetchAhead[tuple[int, int]] | None]:
+        """Brings the remote shards of this rank's coming steps; forked before the workers and their threads."""
+        remote = self._remote
+        if remote is None or all(index.remote is None for index in remote.indices):
+            return nullcontext()
+        own = self.accumulation * self._micro_batch
+        rows = slice(self._rank * own, (self._rank + 1) * own)
+        ahead = max(STEPS_AHEAD, remote.shuffle // self._order.global_batch // 8)  # an eighth of a window
+
+        def shards_of(step: int) -> list[tuple[int, int]]:
+            return remote.remote_shards(self._order.batch(step)[rows])
+
+        return FetchAhead(shards_of, remote.fetch_ahead, first_step, last_step, ahead)
 
     def _requests(self, first_step: int, last_step: int) -> Iterator[Request]:
         first_row = self._rank * self.accumulation * self._micro_batch
@@ -145,13 +169,13 @@ class _Feed:
                 yield batch.to(self._device)
         except UserError as error:  # out of a worker it comes wrapped in the text of a traceback
             raise UserError(f"{self._where}: {str(error).rpartition('UserError: ')[2].strip()}") from error
-        except (RuntimeError, ConnectionError) as error:
-            if not (isinstance(error, ConnectionError) or str(error).startswith("DataLoader worker")):
+        except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: within the handing over of a batch
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
-            held = self._holding.held_by(str(error), self._dataset.name)
+            told = f"a data worker of {self._workers} died{self._told_at()} ({error or 'it sent no more'})"
             raise RuntimeError(
-                f"{self._where}: a data worker of {self._workers} died{f' at {held}' if held else ''} ({error}); the "
-                "usual cause is too little memory or /dev/shm: lower data.workers or the micro batch and start again"
+                f"{self._where}: {told}; the usual cause is too little memory or /dev/shm: lower data.workers or the "
+                "micro batch and start again"
             ) from error
         finally:
             self._dataset.close()
@@ -168,6 +192,10 @@ class _Feed:
             worker_init_fn=self._begin,
             generator=torch.Generator(),  # else DataLoader draws a seed from the rank's generator
         )
+
+    def _told_at(self) -> str:
+        held = ", ".join(map(self._dataset.name, self._holding.of_the_dead()))
+        return f" at {held}" if held else ""
 
     def _begin(self, worker: int) -> None:
         """In a new worker."""

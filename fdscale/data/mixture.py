@@ -70,6 +70,22 @@ class Mixture:
         places = np.searchsorted(ends, samples, side="right")
         return places, samples - np.concatenate([[0], ends])[places]
 
+    def remote_shards(self, samples: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """The shards behind URLs that hold these samples (B,): which index each is of, and its number there."""
+        places, own = self.located(samples)
+        return [
+            (place, shard)
+            for place, index in enumerate(self.indices)
+            if index.remote is not None
+            for shard in np.unique(np.searchsorted(index.starts, own[places == place], side="right") - 1).tolist()
+        ]
+
+    def fetch_ahead(self, shard: tuple[int, int]) -> bool:
+        """Fetch one of `remote_shards` that will be needed; False where the cache has no room for it yet."""
+        place, number = shard
+        remote = self.indices[place].remote
+        return remote is None or remote.ahead(number)
+
 
 def mixed(indices: Sequence[Index], names: Sequence[str], weights: Sequence[float | None], shuffle: int) -> Mixture:
     """The mixture that settings ask for: either each data set has a weight there, or none has."""

@@ -7,7 +7,7 @@ import io
 import tarfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
@@ -69,7 +69,7 @@ def scan_shard(path: Path, number: int, classes: tuple[str, ...] | None) -> Scan
     with path.open("rb") as file:
         hashed = _Hashed(file)
         try:
-            with tarfile.open(fileobj=cast(BinaryIO, hashed), mode="r|", bufsize=BLOCK, tarinfo=_BoundedHeader) as tar:
+            with tarfile.open(fileobj=cast(BinaryIO, hashed), mode="r|", bufsize=BLOCK, tarinfo=BoundedHeader) as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
                     _take(tar, member, path, classes, images, labels)
@@ -124,11 +124,11 @@ class _Hashed:
         return self._bytes, self._digest.hexdigest()
 
 
-class _BoundedHeader(tarfile.TarInfo):
+class BoundedHeader(tarfile.TarInfo):
     """A header whose size is possible: tarfile reads long names whole, and goes back where a size is negative."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _BoundedHeader:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> BoundedHeader:
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0:
             raise tarfile.ReadError(f"a header says {header.size} bytes")
@@ -147,7 +147,8 @@ def _take(
     labels: dict[str, int],
 ) -> None:
     key, suffix = _split_key(member.name)
-    _refuse(member, path, suffix in IMAGE_SUFFIXES or suffix == "cls")
+    if why := _why_refused(member, suffix in IMAGE_SUFFIXES or suffix == "cls"):
+        raise UserError(f"shard {path}: member {printable(member.name)} {why}")
     if not member.isreg():
         return
     if suffix in IMAGE_SUFFIXES:
@@ -161,21 +162,19 @@ def _take(
             raise UserError(f"label {printable(member.name)} appears twice in shard {path}, and differs; remove one")
 
 
-def _refuse(member: tarfile.TarInfo, path: Path, used: bool) -> None:
-    """Raise UserError for a member that leads out of its folder, or that would be a sample but is no plain file."""
-    name = f"shard {path}: member {printable(member.name)}"
-    parts = PurePosixPath(member.name).parts
-    if member.name.startswith("/") or ".." in parts:
-        raise UserError(f"{name} leads out of the folder it would be unpacked to; rename it, and pack again")
-    if used and (member.issym() or member.islnk()):
-        target = printable(member.linkname)
-        raise UserError(
-            f"{name} is a link to {target}; allowed: files themselves (tar --dereference --hard-dereference)"
-        )
-    if used and not member.isdir() and (not member.isreg() or member.issparse()):
-        raise UserError(f"{name} is a sparse or special file; allowed: plain files; pack it again")
-    if used and member.size > LARGEST_IMAGE:
-        raise UserError(f"{name} has {member.size} bytes; allowed: {LARGEST_IMAGE}; make it smaller, or remove it")
+def _why_refused(member: tarfile.TarInfo, used: bool) -> str | None:
+    """Why a member is not taken: it leads out of its folder, or would be `used` as a sample and is no plain file."""
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "leads out of the folder it would be unpacked to; rename it, and pack again"
+    if not used or member.isdir():
+        return None
+    if member.issym() or member.islnk():
+        return f"is a link to {printable(member.linkname)}; allowed: files (tar --dereference --hard-dereference)"
+    if not member.isreg() or member.issparse():
+        return "is a sparse or special file; allowed: plain files; pack it again"
+    if member.size > LARGEST_IMAGE:
+        return f"has {member.size} bytes; allowed: {LARGEST_IMAGE}; make it smaller, or remove it"
+    return None
 
 
 def _blocks(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[bytes]:
@@ -202,7 +201,7 @@ def _rows(images: list[Member], labels: dict[str, int], number: int) -> NDArray[
 def _first_name(blocks: bytes) -> str | None:
     """Name of the first member of a tar's blocks when they hold all its headers and nothing else."""
     try:
-        with tarfile.open(fileobj=io.BytesIO(blocks), mode="r:", tarinfo=_BoundedHeader) as tar:
+        with tarfile.open(fileobj=io.BytesIO(blocks), mode="r:", tarinfo=BoundedHeader) as tar:
             member = tar.firstmember  # type: ignore[attr-defined]
     except DAMAGED:
         return None

@@ -12,7 +12,14 @@ from fdscale.config.errors import SettingsError, attempt
 from fdscale.config.programs import AnySettings, DenseSettings
 from fdscale.config.settings import DistillSettings, FinetuneSettings
 from fdscale.data.order import accumulation_steps
-from fdscale.planning.data_check import DataFacts, augment_problems, data_facts, data_problems, schedule_problems
+from fdscale.planning.data_check import (
+    DataFacts,
+    augment_problems,
+    data_facts,
+    data_problems,
+    room_problems,
+    schedule_problems,
+)
 from fdscale.planning.dense_check import dense_facts, dense_problems, network_problems
 from fdscale.planning.dense_sizes import trained_parameters
 from fdscale.planning.engine_check import engine_problems
@@ -95,7 +102,7 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
         problems += head_problems(settings, None if student is None else student.width)
     if isinstance(settings, DenseSettings):
         problems += network_problems(settings, student, deepspeed_json)
-    facts = _facts(settings, micro_batch, problems)
+    facts = _facts(settings, micro_batch, None if local_ranks is None else local_ranks / ranks, problems)
     problems += schedule_problems(settings, facts)
     if problems:
         raise SettingsError(problems)
@@ -118,8 +125,8 @@ def check(settings: AnySettings, deepspeed_json: Mapping[str, Any], ranks: int, 
     )
 
 
-def _facts(settings: AnySettings, micro_batch: int, problems: list[str]) -> DataFacts | None:
-    """What is known of the data; what is wrong with it joins the problems."""
+def _facts(settings: AnySettings, micro_batch: int, share: float | None, problems: list[str]) -> DataFacts | None:
+    """What is known of the data, of which a node reads this share; what is wrong with it joins the problems."""
     if isinstance(settings, DenseSettings):
         facts = attempt(lambda: dense_facts(settings), problems)
         problems += dense_problems(settings, facts)
@@ -127,6 +134,7 @@ def _facts(settings: AnySettings, micro_batch: int, problems: list[str]) -> Data
     problems += augment_problems(settings, micro_batch)
     facts = attempt(lambda: data_facts(settings), problems)
     problems += data_problems(settings, facts)
+    problems += [] if share is None else room_problems(settings, facts, share)
     return facts
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+from fdscale.config.data_settings import DataSettings
 from fdscale.config.errors import SettingsError, UserError, attempt
 from fdscale.config.programs import ShardSettings
 from fdscale.config.settings import FinetuneSettings, RunSettings
+from fdscale.data.cache import GIB, Cache
 from fdscale.data.index import Index, load_index
 from fdscale.data.mixture import Mixture, mixed
 from fdscale.data.randaugment import refuse_unknown_policy
+from fdscale.data.remote import bytes_at_once, room_problem
 
 DIGITS = "digits"  # the embedded sample, packed on first use
 DIGITS_CLASSES = 10
@@ -34,7 +38,8 @@ def data_facts(settings: ShardSettings) -> DataFacts:
     if any(where == DIGITS for where, _ in named.values()):
         return DataFacts(None, None, None, None, None)
     problems: list[str] = []
-    indices = [attempt(partial(_named_index, name, where), problems) for name, (where, _) in named.items()]
+    cache = cache_of(settings.data)
+    indices = [attempt(partial(_named_index, name, where, cache), problems) for name, (where, _) in named.items()]
     if problems:
         raise SettingsError(problems)
     there = [index for index in indices if index is not None]
@@ -43,6 +48,21 @@ def data_facts(settings: ShardSettings) -> DataFacts:
     steps_per_epoch = min(len(mixture), labelled or len(mixture)) // settings.data.global_batch
     shards = sum(len(index.shards) for index in there)
     return DataFacts(mixture, shards, len(mixture), steps_per_epoch, settings.total_steps(steps_per_epoch))
+
+
+def cache_of(data: DataSettings) -> Cache | None:
+    """The node's cache that the settings name, for shards that lie behind URLs."""
+    return None if data.cache is None else Cache(Path(data.cache), int(data.cache_gib * GIB), data.allow_pipe)
+
+
+def room_problems(settings: ShardSettings, facts: DataFacts | None, share: float) -> Iterator[str]:
+    """Whether the cache of a node that has this share of the ranks holds what they read at once."""
+    cache = cache_of(settings.data)
+    if cache is None or facts is None or facts.mixture is None:
+        return
+    fetched = [index for index in facts.mixture.indices if index.remote is not None]
+    problem = room_problem(cache, sum(bytes_at_once(index, settings.data.shuffle, share) for index in fetched))
+    yield from () if problem is None else (problem,)
 
 
 def data_problems(settings: ShardSettings, facts: DataFacts | None) -> Iterator[str]:
@@ -72,9 +92,9 @@ def augment_problems(settings: ShardSettings, micro_batch: int) -> list[str]:
     return problems
 
 
-def _named_index(where: str, folder: str) -> Index:
+def _named_index(where: str, folder: str, cache: Cache | None) -> Index:
     try:
-        return load_index(folder)
+        return load_index(folder, cache)
     except UserError as error:
         raise UserError(f'{where}: {error} (allowed: a shard folder with its index, or "{DIGITS}")') from error
 
@@ -101,7 +121,7 @@ def _held_out_problems(settings: ShardSettings) -> Iterator[str]:
             yield f"eval.every: got {every} without eval.shards; name a held-out folder, or set it to 0"
     elif settings.eval.shards != DIGITS:
         try:
-            _named_index("eval.shards", settings.eval.shards)
+            _named_index("eval.shards", settings.eval.shards, cache_of(settings.data))
         except UserError as error:
             yield str(error)
 
@@ -136,7 +156,8 @@ def _label_problems(settings: FinetuneSettings, facts: DataFacts | None) -> Iter
     if mixture is not None:
         named |= zip(mixture.names, mixture.indices, strict=True)
     if held_out not in (None, DIGITS):
-        named["eval.shards"] = attempt(lambda: load_index(str(held_out)), [])  # what is wrong with it was told
+        cache = cache_of(settings.data)
+        named["eval.shards"] = attempt(lambda: load_index(str(held_out), cache), [])  # what is wrong was told
     for where, index in named.items():
         if index is not None:
             yield from _labels_out_of_range(where, index, settings.classes)

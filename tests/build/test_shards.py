@@ -9,7 +9,7 @@ import numpy as np
 
 from fdscale.build.shards import shards_of
 from fdscale.config.recipe import load_recipe
-from fdscale.data.pack import pack_digits
+from fdscale.data.packing.digits import pack_digits
 from fdscale.training.run_directory import RunDirectory
 
 

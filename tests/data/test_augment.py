@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import io
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
+from torchvision.transforms.functional import hflip, resized_crop
 
 from fdscale.data.augment import Augmentation, _centre_box, _crop_box, augment, centre_crop
 from fdscale.data.draws import Purpose, generator
+from fdscale.data.images import open_image
 
 PAPER = Augmentation(crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), interpolation="bilinear", flip=0.5)
 
@@ -32,6 +37,54 @@ def test_seed_key_and_view_each_change_the_view():
     image = noise(40, 30)
     views = [augment(image, *numbers, 16, PAPER) for numbers in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1))]
     assert len({view.tobytes() for view in views}) == 4
+
+
+def encoded(image: Image.Image, kind: str, **options: int) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def torchvisions(image: Image.Image, key: int, size: int) -> np.ndarray:
+    """What torchvision makes of the whole RGB image with the crop and the flip that are drawn for this key."""
+    draw = generator(3, key, 0, Purpose.VIEW)
+    flip = draw.random() < PAPER.flip
+    left, top, right, bottom = _crop_box(*image.size, PAPER.crop_scale, PAPER.crop_ratio, draw)
+    view = resized_crop(image.convert("RGB"), top, left, bottom - top, right - left, [size, size])
+    return np.asarray(hflip(view) if flip else view).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("RGB", "jpeg"), ("L", "jpeg"), ("CMYK", "jpeg"), ("P", "png"), ("RGBA", "webp"), ("1", "png")]
+)
+def test_a_view_of_an_image_not_yet_decoded_is_torchvisions_of_the_whole(mode, kind):
+    data = encoded(noise(61, 47).convert(mode), kind)
+    for key in range(8):
+        whole = torchvisions(Image.open(io.BytesIO(data)), key, 40)
+        assert np.array_equal(augment(open_image(io.BytesIO(data)), key, 0, 3, 40, PAPER), whole)
+
+
+@pytest.mark.parametrize(("size", "times"), [(20, 8), (40, 4), (80, 2), (150, 1)])
+def test_a_jpeg_is_decoded_as_small_as_its_crop_permits(size, times):
+    smooth = noise(12, 9).resize((331, 257), Image.Resampling.BICUBIC)
+    whole = Augmentation((1.0, 1.0), (1.2, 1.3), "bicubic", flip=0.5)
+    data = encoded(smooth, "jpeg", quality=95)
+    for key in range(4):
+        opened = open_image(io.BytesIO(data))
+        reduced = augment(opened, key, 0, 0, size, whole).astype(float)
+        assert opened.size == (math.ceil(331 / times), math.ceil(257 / times))
+        full = augment(Image.open(io.BytesIO(data)).convert("RGB"), key, 0, 0, size, whole)
+        assert 10 * math.log10(255**2 / max(((reduced - full) ** 2).mean(), 1e-9)) > 37
+        assert np.array_equal(reduced, full) == (times == 1)
+
+
+def test_a_reduced_crop_shows_the_place_that_was_drawn():
+    ramp = np.add.outer(np.arange(200) * 0.4, np.arange(400) * 0.4).astype(np.uint8)
+    data = encoded(Image.fromarray(np.stack([ramp] * 3, axis=2)), "jpeg", quality=100)
+    for key in range(20):
+        view = augment(open_image(io.BytesIO(data)), key, 0, 3, 12, PAPER).astype(float)
+        expected = torchvisions(Image.open(io.BytesIO(data)), key, 12)
+        assert np.abs(view - expected).mean() < 0.8  # a pixel of the reduced image is 0.8 to 3.2 levels
 
 
 def test_numpy_still_draws_the_recorded_crop():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +50,103 @@ def test_bad_images_are_named_with_the_reason(write_shards, png, bomb):
         with pytest.raises(BadImage, match=message):
             reader.decode(sample)
     assert reader.decode(4).mode == "RGB"
+    reader.close()
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(write_shards):
+    grey = (np.arange(256, dtype=np.uint32) * 257).astype(np.uint16).reshape(16, 16)
+    reader = ImageReader(build_index(write_shards([{"a.png": encoded(Image.fromarray(grey), "png")}])))
+    decoded = np.asarray(reader.decode(0))
+    assert (decoded == (grey >> 8)[..., None]).all()
+    reader.close()
+
+
+def test_of_an_animation_the_first_frame_is_read(write_shards):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    members = {}
+    for name, kind in (("a.png", "png"), ("b.webp", "webp")):
+        stream = io.BytesIO()
+        options = {"lossless": True} if kind == "webp" else {}
+        frames[0].save(stream, kind, save_all=True, append_images=frames[1:], duration=50, **options)
+        members[name] = stream.getvalue()
+    reader = ImageReader(build_index(write_shards([members])))
+    assert [reader.decode(sample).getpixel((3, 3)) for sample in (0, 1)] == [(255, 0, 0)] * 2
+    reader.close()
+
+
+def test_exif_does_not_turn_an_image(write_shards):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 8)).save(stream, "jpeg", exif=exif)
+    reader = ImageReader(build_index(write_shards([{"a.jpg": stream.getvalue()}])))
+    assert reader.decode(0).size == (16, 8)
+    reader.close()
+
+
+def test_more_pixels_than_a_worker_should_hold_are_refused_before_they_are_decoded(write_shards, monkeypatch):
+    monkeypatch.setattr(images, "MOST_PIXELS", 99)
+    reader = ImageReader(build_index(write_shards([{"a.png": encoded(Image.new("L", (10, 10)), "png")}])))
+    with pytest.raises(BadImage, match=r"a\.png \(DecompressionBombError: 10 x 10 pixels; allowed: 99\)"):
+        reader.seen(0, lambda image: pytest.fail("it was opened"))
+    reader.close()
+
+
+def test_what_fails_in_the_view_is_a_bad_image_but_for_a_sentence_to_the_user(write_shards, png):
+    reader = ImageReader(build_index(write_shards([{"a.png": png(0)}])))
+
+    def failing(error: Exception):
+        def view(image: Image.Image) -> None:
+            raise error
+
+        return view
+
+    with pytest.raises(BadImage, match=r"s0\.tar:a\.png \(ZeroDivisionError: of mine\)"):
+        reader.seen(0, failing(ZeroDivisionError("of mine")))
+    with pytest.raises(UserError, match=r"^a sentence$"):
+        reader.seen(0, failing(UserError("a sentence")))
+    reader.close()
+
+
+def test_a_truncated_jpeg_is_bad(write_shards):
+    whole = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "jpeg")
+    reader = ImageReader(build_index(write_shards([{"a.jpg": whole[: len(whole) // 2], "b.jpg": whole}])))
+    with pytest.raises(BadImage, match=r"a\.jpg \(OSError: .*truncated"):
+        reader.decode(0)
+    assert reader.decode(1).size == (64, 64)
+    reader.close()
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def test_bytes_other_than_those_indexed_are_bad(write_shards, png):
+    index = build_index(write_shards([{"a.png": png(0), "b.png": png(1)}]))
+    times = index.shard_path(0).stat()
+    overwrite(index.shard_path(0), int(index.samples["offset"][0]) + 60, b"!")
+    os.utime(index.shard_path(0), ns=(times.st_atime_ns, times.st_mtime_ns))  # as a disk that rots
+    reader = ImageReader(index)
+    with pytest.raises(BadImage, match=r"s0\.tar:a\.png \(its bytes are not those that were indexed\)"):
+        reader.decode(0)
+    assert reader.decode(1).mode == "RGB"
+    reader.close()
+
+
+def test_a_shard_that_changes_while_it_is_read_ends_in_a_sentence(write_shards, png):
+    index = build_index(write_shards([{"a.png": png(0), "b.png": png(1)}]))
+    reader = ImageReader(index)
+    reader.decode(1)
+    os.utime(index.shard_path(0))
+    assert reader.decode(0).mode == "RGB"  # touched, and its bytes are the same
+    overwrite(index.shard_path(0), int(index.samples["offset"][0]), png(2)[:40])
+    with pytest.raises(UserError, match=r"shard .*s0\.tar changed while the run reads it: a\.png is no longer"):
+        reader.decode(0)
+    os.truncate(index.shard_path(0), 700)
+    with pytest.raises(UserError, match=r"s0\.tar changed .*: key [0-9a-f]+ is .* has 700 bytes, had 10240\)"):
+        reader.decode(1)
     reader.close()
 
 

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -155,15 +161,145 @@ def test_load_refuses_a_damaged_index(write_shards, png):
         load_index(folder)
 
 
-@pytest.mark.parametrize(("field", "value"), [("shard", 7), ("shard", -1), ("offset", -512), ("size", 2**31 - 1)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("shard", 7), ("shard", -1), ("offset", -512), ("size", 2**31 - 1), ("size", -1)]
+)
 def test_a_row_outside_its_shard_is_refused_before_it_is_read(write_shards, png, field, value):
-    folder = write_shards([{"a.png": png(0), "b.png": png(1)}])
+    index = build_index(write_shards([{"a.png": png(0), "b.png": png(1), "c.png": png(2)}]))
+    rows = np.array(index.samples[:2])
+    rows[field][1] = value
+    reader = ImageReader(replace(index, samples=rows))  # some of the rows
+    assert reader.decode(0).mode == "RGB"
+    with pytest.raises(UserError, match=r"row 1 lies outside its shard; make it again"):
+        reader.decode(1)
+    reader.close()
+
+
+@pytest.mark.parametrize(("field", "value"), [("label", 5), ("key", 1), ("offset", 512), ("crc", 0)])
+def test_damaged_rows_are_noticed_with_the_first_image_of_their_shard(write_shards, png, field, value):
+    folder = write_shards([{"a.png": png(0), "b.png": png(1)}, {"c.png": png(2), "d.png": png(3)}])
     build_index(folder)
     rows = np.load(folder / "samples.npy")
-    rows[field][1] = value
+    rows[field][3] = value
     np.save(folder / "samples.npy", rows)
-    with pytest.raises(UserError, match=r"row \d lies outside its shard; make it again|does not belong to its"):
-        ImageReader(load_index(folder)).decode(1)
+    reader = ImageReader(load_index(folder))
+    assert reader.decode(0).mode == "RGB"
+    with pytest.raises(UserError, match=r"samples\.npy: the rows of shard s1\.tar are damaged; make it again"):
+        reader.decode(2)
+    reader.close()
+
+
+def test_rows_are_counted_by_shard_of_all_and_of_some(write_shards, png):
+    index = build_index(write_shards([{"a.png": png(0)}, {"b.png": png(1), "c.png": png(2)}, {"d.png": png(3)}]))
+    assert index.starts.tolist() == [0, 1, 3, 4]
+    assert replace(index, samples=index.samples[[0, 2]]).starts.tolist() == [0, 1, 2, 2]
+    assert replace(index, samples=index.samples[[3]]).starts.tolist() == [0, 0, 0, 1]
+
+
+def tar_of(folder: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Path:
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / "s.tar", "w") as tar:
+        for info, data in members:
+            info.size = info.size or len(data)
+            tar.addfile(info, io.BytesIO(data) if info.isreg() else None)
+    return folder
+
+
+def info_of(name: str, **fields: int | str | bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/etc/a.png", "a/../../b.png", "../readme.txt", "x/.."])
+def test_names_that_lead_out_are_refused(tmp_path, png, name):
+    folder = tar_of(tmp_path / "f", (info_of("good.png"), png(0)), (info_of(name), png(1)))
+    with pytest.raises(UserError, match=rf"s\.tar: member {re.escape(name)} leads out of the folder"):
+        build_index(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}, r"b\.png is a link to /etc/passwd"),
+        ({"type": tarfile.LNKTYPE, "linkname": "a.png"}, r"b\.png is a link to a\.png"),
+        ({"type": tarfile.FIFOTYPE}, r"b\.png is a sparse or special file"),
+    ],
+)
+def test_links_and_special_files_among_the_images_are_refused(tmp_path, png, fields, why):
+    folder = tar_of(tmp_path / "f", (info_of("a.png"), png(0)), (info_of("b.png", **fields), b""))
+    with pytest.raises(UserError, match=why):
+        build_index(folder)
+
+
+def test_other_links_and_folders_are_no_samples(tmp_path, png):
+    link = info_of("latest", type=tarfile.SYMTYPE, linkname="a.png")
+    folder = tar_of(
+        tmp_path / "f", (info_of("d", type=tarfile.DIRTYPE), b""), (link, b""), (info_of("d/a.png"), png(0))
+    )
+    assert len(build_index(folder)) == 1
+
+
+def test_a_huge_member_is_refused_by_name_before_it_is_read(tmp_path, png):
+    header = info_of("huge.png", size=300 * 2**20).tobuf()
+    folder = tar_of(tmp_path / "f", (info_of("a.png"), png(0)))
+    with (folder / "s.tar").open("r+b") as file:
+        file.seek(1024)
+        file.write(header)
+        file.truncate(1536 + 300 * 2**20)
+    with pytest.raises(UserError, match=r"member huge\.png has 314572800 bytes; allowed: 268435456"):
+        build_index(folder)
+
+
+def test_a_long_name_of_gigabytes_is_not_read(tmp_path, png):
+    folder = tar_of(tmp_path / "f", (info_of("a.png"), png(0)))
+    with (folder / "s.tar").open("r+b") as file:
+        file.seek(1024)
+        file.write(info_of("long", type=tarfile.GNUTYPE_LONGNAME, size=2**33).tobuf(tarfile.GNU_FORMAT))
+        file.truncate(2**33 + 4096)  # sparse
+    with pytest.raises(UserError, match=r"s\.tar is not a whole tar file \(a header of 8589934592 bytes"):
+        build_index(folder)
+
+
+def test_two_tars_in_one_file_are_refused(write_shards, png):
+    folder = write_shards([{"a.png": png(0)}, {"b.png": png(1)}])
+    with (folder / "s0.tar").open("ab") as file:
+        file.write((folder / "s1.tar").read_bytes())
+    with pytest.raises(
+        UserError, match=r"s0\.tar is not a whole tar file \(it ends at byte \d+, but something follows"
+    ):
+        build_index(folder)
+
+
+def test_labels_that_contradict_each_other_are_refused(tmp_path, png):
+    members = [(info_of("a.png"), png(0)), (info_of("a.cls"), b"1"), (info_of("a.cls"), b"2")]
+    with pytest.raises(UserError, match=r"label a\.cls appears twice in shard .*s\.tar, and differs"):
+        build_index(tar_of(tmp_path / "f", *members))
+
+
+def test_names_in_messages_are_whole_and_printable(tmp_path, png):
+    long, odd = "d" * 150 + "/" + "x" * 120, "esc\x1b[31m\n\udcff"
+    index = build_index(tar_of(tmp_path / "f", (info_of(f"{long}.png"), png(0)), (info_of(f"{odd}.png"), png(1))))
+    assert index.name(0) == f"s.tar:{long}.png"
+    assert index.name(1) == "s.tar:esc1b[31m0aff.png"
+
+
+def test_several_processes_give_the_index_of_one(write_shards, png):
+    folder = write_shards([{f"{shard}-{n}.png": png(n) for n in range(3)} for shard in range(7)])
+    build_index(folder, workers=1)
+    alone = [(folder / name).read_bytes() for name in ("index.json", "samples.npy")]
+    build_index(folder, workers=3)
+    assert [(folder / name).read_bytes() for name in ("index.json", "samples.npy")] == alone
+    (folder / "s5.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(UserError, match=r"s5\.tar is not a whole tar"):
+        build_index(folder, workers=3)
+
+
+def test_the_checksum_is_of_the_images_bytes(write_shards, png):
+    index = build_index(write_shards([{"a.png": png(0), "b.png": png(1)}]))
+    assert index.samples["crc"].tolist() == [zlib.crc32(png(0)), zlib.crc32(png(1))]
+    assert index.shards[0].sha256 == hashlib.sha256(index.shard_path(0).read_bytes()).hexdigest()
 
 
 def test_indexing_again_gives_the_same_files_and_leaves_no_others(write_shards, png):

@@ -15,7 +15,7 @@ from fdscale.students.student import Student, build_student
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The labelled digits that are held out, in shards."""
-    from fdscale.data.pack import pack_digits
+    from fdscale.data.packing.digits import pack_digits
 
     folder = tmp_path_factory.mktemp("shards") / "digits"
     pack_digits(folder, "test")

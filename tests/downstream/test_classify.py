@@ -18,7 +18,7 @@ from fdscale.config.settings import FinetuneSettings
 from fdscale.data.batches import EvalBatches
 from fdscale.data.index import load_index
 from fdscale.data.loader import EvalLoader
-from fdscale.data.pack import pack_folder
+from fdscale.data.packing.folder import pack_folder
 from fdscale.downstream.classifier import Classifier
 from fdscale.downstream.classify import finetune, seen_as_clip
 from fdscale.students.files import load_weights, save_student

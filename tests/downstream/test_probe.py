@@ -17,7 +17,8 @@ from fdscale.config.errors import UserError
 from fdscale.data.batches import EvalBatches
 from fdscale.data.index import load_index
 from fdscale.data.loader import EvalLoader
-from fdscale.data.pack import pack_digits, pack_folder
+from fdscale.data.packing.digits import pack_digits
+from fdscale.data.packing.folder import pack_folder
 from fdscale.downstream.linear import fitted
 from fdscale.downstream.probe import Features, probe
 from fdscale.students.files import load_weights, save_student

@@ -30,7 +30,7 @@ def ran(connection: Connection, arguments: list[str]) -> int:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from fdscale.data.pack import pack_digits
+    from fdscale.data.packing.digits import pack_digits
 
     folder = tmp_path_factory.mktemp("shards") / "digits"
     pack_digits(folder, "test")

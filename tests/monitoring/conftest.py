@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fdscale.data.pack import pack_digits
+from fdscale.data.packing.digits import pack_digits
 from tests.cluster.lab.packages import missing, why_not
 from tests.cluster.lab.prometheus import Prometheus
 from tests.monitoring.real_run import Run, faulty_run, healthy_run, through_the_queue

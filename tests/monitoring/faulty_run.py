@@ -21,7 +21,7 @@ SECONDS_A_SAMPLE = 0.04
 NOT_FINITE = {5, 6, 7}  # steps, counted from 0
 HANGING_SAVE, HANGING_SECONDS = 8, 300.0
 
-read, train_step, save = ImageReader._read, loop.train_step, Checkpoints.save
+read, train_step, save = ImageReader.read, loop.train_step, Checkpoints.save
 
 
 def read_slowly(self: ImageReader, sample: int) -> bytes:
@@ -46,5 +46,5 @@ def save_for_long(self: Checkpoints, engine: Any, step: int, state: Any) -> Any:
 
 
 if __name__ == "__main__":
-    ImageReader._read, loop.train_step, Checkpoints.save = read_slowly, step_without_numbers, save_for_long
+    ImageReader.read, loop.train_step, Checkpoints.save = read_slowly, step_without_numbers, save_for_long
     sys.exit(main())

@@ -55,5 +55,5 @@ def test_weights_are_given_to_all_or_to_none(shards: Shards) -> None:
 
 def test_few_labels_are_of_one_data_set(shards: Shards) -> None:
     two = [f"data.shards={shards(20)}", f"data.further_shards.more.shards={shards(9)}", "labelled=8", "classes=4"]
-    with pytest.raises(SettingsError, match="labelled: it is data.shards that few are taken of"):
+    with pytest.raises(SettingsError, match=r"labelled: it is data\.shards that few are taken of"):
         check(load_recipe("digits_finetune", ["data.global_batch=8", *two]), DEEPSPEED, 2)

@@ -15,7 +15,7 @@ from tests.prove.lives import LIFE_SECONDS, Launch, Life, Undisturbed, printed_b
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    from fdscale.data.pack import pack_digits
+    from fdscale.data.packing.digits import pack_digits
 
     shards = tmp_path_factory.mktemp("shards") / "digits"
     pack_digits(shards, "test")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fdscale.cluster.orphans import process_start
-from fdscale.data.pack import pack_digits
+from fdscale.data.packing.digits import pack_digits
 from fdscale.training.lineage import lineage_of
 from tests.cluster.lab.daemons import wait_until
 from tests.cluster.lab.slurm import Slurm

@@ -40,7 +40,7 @@ Start = Callable[[Path, int, int], str]
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory, port: Callable[[], int]) -> Start:
     """`start(folder, ranks, last step)` runs the program and returns what it printed."""
-    from fdscale.data.pack import pack_digits
+    from fdscale.data.packing.digits import pack_digits
 
     shared = tmp_path_factory.mktemp("shared")
     pack_digits(shared / "digits", "test")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdscale.config.errors import UserError
-from fdscale.data.pack import pack_digits
+from fdscale.data.packing.digits import pack_digits
 from fdscale.downstream.classifier import Classifier, save_classifier
 from fdscale.export.finished import finished
 from fdscale.export.parity import LIMIT

@@ -113,6 +113,6 @@ def test_three_ranks_evaluate_as_one(geometry: Any, tmp_path: Path, digits: Path
 
 @pytest.fixture
 def digits(tmp_path: Path) -> Path:
-    from fdscale.data.pack import pack_digits
+    from fdscale.data.packing.digits import pack_digits
 
     return pack_digits(tmp_path / "digits", "test").folder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fdscale.data.pack import pack_digits
+from fdscale.data.packing.digits import pack_digits
 from tests.cluster.lab.packages import missing, why_not
 from tests.cluster.lab.slurm import Slurm
 from tests.cluster.slurm.runs import run_here, settings

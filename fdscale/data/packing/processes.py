@@ -1,0 +1,79 @@
+"""Work done by several processes, a few jobs ahead, that end with whoever started them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver, resource_tracker
+from typing import TypeVar
+
+from fdscale.config.errors import UserError
+
+AHEAD = 4  # jobs under way or waiting, per process
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def in_processes(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
+    """`work(job)` of each job, in the order of the jobs, which are taken a few at a time.
+
+    With one worker all happens in this process. What `work` raises is raised here, once the jobs under way are done;
+    a process that dies is a UserError.
+    """
+    if workers <= 1:
+        yield from map(work, jobs)
+        return
+    pool = _started_pool(workers)
+    under_way: deque[Future[Result]] = deque()
+    try:
+        for job in jobs:
+            under_way.append(pool.submit(work, job))
+            if len(under_way) >= AHEAD * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"one of {workers} packing processes was killed, most often for want of memory; "
+            "the same command with fewer --workers goes on"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _started_pool(workers: int) -> ProcessPoolExecutor:
+    """Forked off a server that has imported what is slow once, and has no threads as this process may have."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "webdataset", "fdscale.data.packing.shards"])
+    resource_tracker.ensure_running()  # first: it would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is this process's to tell
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return ProcessPoolExecutor(workers, context, initializer=_serve)
+
+
+def _serve() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # jobs under way are finished
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed closes no queue: its workers would wait for ever, or write on beside the next ones."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "runs in a worker"
+    parent.join()
+    os._exit(1)

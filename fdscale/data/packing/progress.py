@@ -1,0 +1,70 @@
+"""How far packing is: a bar on a terminal, a line now and then elsewhere; no torch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
+
+from fdscale.terminal import terminal
+
+LINE_SECONDS = 30.0
+
+LOG = logging.getLogger(__name__)
+
+
+@contextmanager
+def progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """Gives a function that takes how many further images of `total` are packed."""
+    console = terminal()
+    if not console.is_terminal:
+        yield _Lines(total, done).advance
+        return
+    line = BarColumn(bar_width=None, table_column=Column(ratio=1))  # a narrow terminal loses this first
+    columns = (
+        _Images(Column(no_wrap=True)),
+        line,
+        _Rate(Column(no_wrap=True)),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console, transient=True, expand=True) as bar:
+        task = bar.add_task("packing", total=total, completed=done)
+        yield lambda images: bar.advance(task, images)
+
+
+class _Images(ProgressColumn):
+    """`12,000 of 1,281,167 images`."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{int(task.completed):,} of {int(task.total or 0):,} images")
+
+
+class _Rate(ProgressColumn):
+    """`2,400 images/s`, once it is known."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} images/s" if task.speed else "", style="bold cyan")
+
+
+class _Lines:
+    """A log line at most every half minute."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self._total, self._done, self._already = total, done, done
+        self._began = self._told = time.monotonic()
+
+    def advance(self, images: int) -> None:
+        self._done += images
+        now = time.monotonic()
+        if now - self._told < LINE_SECONDS:
+            return
+        self._told = now
+        rate = (self._done - self._already) / (now - self._began)
+        minutes = (self._total - self._done) / rate / 60 if rate else float("inf")
+        LOG.info("%s of %s images, %.0f images/s, %.0f min left", f"{self._done:,}", f"{self._total:,}", rate, minutes)

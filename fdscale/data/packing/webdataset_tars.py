@@ -1,0 +1,72 @@
+"""Existing WebDataset tars, packed again and shuffled over all of them; no torch."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+from fdscale.config.errors import UserError
+from fdscale.data.index import read_classes
+from fdscale.data.packing.listing import Found, Listing, joined, tell_others
+from fdscale.data.packing.processes import in_processes
+from fdscale.data.packing.sources import Files, is_image_name, refuse_same_keys
+from fdscale.data.packing.tars import Inside, is_plain, members, tars_in, whole
+from fdscale.data.scan import CLASSES_FILE, NO_LABEL, key_of, printable
+
+LABEL_BYTES = 64
+
+
+def webdataset_tars(source: Path, workers: int) -> Files:
+    """The images KEY.jpg|jpeg|png|webp of a folder of tars or of one tar, with the labels KEY.cls.
+
+    Other members are counted and left out. Class names come from `classes.json` where it lies beside. Raises
+    UserError for tars without images, a label that is no class number, and a key that is in two of them.
+    """
+    paths = tars_in(source) if source.is_dir() else [source]
+    folder = source if source.is_dir() else source.parent
+    classes = read_classes(folder)
+    highest = (2**31 if classes is None else len(classes)) - 1
+    found = joined(
+        list(in_processes(_list_shard, [(whole(path), highest) for path in paths], workers)), range(len(paths))
+    )
+    if not found.names:
+        raise UserError(f"{source} holds no image in {len(paths):,} tars; expected members KEY.jpg, KEY.png, KEY.webp")
+    tell_others(source, found)
+    labelled = int((found.rows["label"] != NO_LABEL).sum())
+    about = (
+        f"WebDataset tars in {source}: {len(found.names):,} images, {labelled:,} with labels, in {len(paths):,} tars"
+    )
+    files = [path.name for path in paths]
+    return refuse_same_keys(Files(folder, files, found.names, found.rows, classes, about, tuple(found.left_out)))
+
+
+def _list_shard(job: tuple[Inside, int]) -> Found:
+    tar, highest = job
+    listing, labels = Listing(), dict[str, int]()
+    images: list[tuple[str, int, int]] = []
+    for member in members(tar):
+        name = member.name.removeprefix("./")
+        suffix = name.rpartition("/")[2].partition(".")[2].lower()
+        if not is_plain(member, listing):
+            continue
+        if suffix == "cls":
+            labels[key_of(name)] = _read_label(tar.path, member, highest)
+        elif "." not in suffix and is_image_name(name):
+            images.append((name, member.offset_data, member.size))
+        else:
+            listing.others[suffix] += 1
+    status = tar.path.stat()
+    for name, offset, size in images:
+        listing.add(name, offset, size, status, labels.get(key_of(name), NO_LABEL))
+    return listing.found()
+
+
+def _read_label(path: Path, member: tarfile.TarInfo, highest: int) -> int:
+    with path.open("rb") as file:
+        data = os.pread(file.fileno(), min(member.size, LABEL_BYTES), member.offset_data)
+    text = data.decode("utf-8", "replace").strip()
+    if not (text.isascii() and text.isdigit() and int(text) <= highest):
+        of_these = "" if highest == 2**31 - 1 else f" to {highest}, the {highest + 1} names in {CLASSES_FILE}"
+        raise UserError(f"label {path}:{printable(member.name)} is {text!r}; allowed: an integer from 0{of_these}")
+    return int(text)

@@ -1,0 +1,135 @@
+"""A shard folder read whole: every byte against the index, every image decoded, whatever is wrong named; no torch."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fdscale.config.errors import UserError
+from fdscale.data.images import BadImage, ImageReader, to_rgb
+from fdscale.data.index import Index, Shard, index_again
+from fdscale.data.indexing import cpus, in_processes
+from fdscale.data.scan import Scanned, member_name, scan_shard
+
+
+class Fault(NamedTuple):
+    """What is wrong with a shard (`member` None), or with one image in it."""
+
+    shard: str
+    member: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        where = self.shard if self.member is None else f"{self.shard}:{self.member}"
+        return f"{where} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What reading all of it gave: how many samples in how many shards, and everything that is wrong, by shard."""
+
+    samples: int
+    shards: int
+    faults: tuple[Fault, ...]
+
+    @property
+    def bad_samples(self) -> int:
+        """How many images are not as they should be."""
+        return len({(fault.shard, fault.member) for fault in self.faults if fault.member is not None})
+
+    @property
+    def bad_shards(self) -> int:
+        """How many shards have a fault of their own, beyond their images'."""
+        return len({fault.shard for fault in self.faults if fault.member is None})
+
+
+def verify(index: Index, workers: int | None = None) -> Verified:
+    """Hash every shard, compare each row with the tar and decode every image, in `workers` processes (None: one a CPU).
+
+    Nothing that is wrong with the data raises.
+    """
+    sizes = [shard.samples for shard in index.shards]
+    work, workers = partial(_faults, index), cpus() if workers is None else workers
+    found = dict(in_processes(work, range(len(sizes)), workers, "verifying", sizes))
+    faults = [fault for number in range(len(sizes)) for fault in found[number]]
+    return Verified(len(index), len(sizes), (*_unknown_shards(index), *faults))
+
+
+def _faults(index: Index, number: int) -> list[Fault]:
+    return [Fault(index.shards[number].name, *fault) for fault in _found(index, number)]
+
+
+def _found(index: Index, number: int) -> Iterator[tuple[str | None, str]]:
+    """(member or None, reason) of everything that is wrong with one shard."""
+    shard, scanned = index.shards[number], None
+    rows = index.samples[index.starts[number] : index.starts[number + 1]]
+    try:
+        path = index.ready(number)
+        size = path.stat().st_size
+    except FileNotFoundError:
+        yield None, "missing"
+        return
+    except (UserError, OSError) as error:
+        yield None, str(error)
+        return
+    try:
+        scanned = scan_shard(path, number, index.classes)
+    except (UserError, OSError) as error:
+        yield None, str(error)
+    if zlib.crc32(rows.tobytes()) != shard.rows_crc:
+        yield None, f"its rows in the index are damaged; make it again: {index_again(path.parent)}"
+        rows = rows[:0] if scanned is None else scanned.samples
+    elif scanned is not None:
+        yield from _differences(shard, path, rows, scanned)
+    yield from _undecodable(path, size, rows)
+
+
+def _differences(
+    shard: Shard, path: Path, rows: NDArray[np.void], scanned: Scanned
+) -> Iterator[tuple[str | None, str]]:
+    """Where the tar is another than the one indexed; other bytes of an image are told when it is read."""
+    if scanned.bytes != shard.bytes:
+        yield None, f"{scanned.bytes} bytes, indexed {shard.bytes}"
+    elif scanned.sha256 != shard.sha256:
+        yield None, f"SHA-256 {scanned.sha256[:12]}…, indexed {shard.sha256[:12]}…"
+    indexed, there = ({int(row["key"]): row for row in table} for table in (rows, scanned.samples))
+    for key, row in indexed.items():
+        name = member_name(path, int(row["offset"]), key)
+        if key not in there:
+            yield name, "indexed, and no longer in the shard"
+        elif row["label"] != there[key]["label"]:
+            yield name, f"label {there[key]['label']}, indexed {row['label']}"
+    for key in there.keys() - indexed.keys():
+        yield member_name(path, int(there[key]["offset"]), key), "in the shard, and not indexed"
+
+
+def _undecodable(path: Path, size: int, rows: NDArray[np.void]) -> Iterator[tuple[str, str]]:
+    """Each image whose bytes are not those indexed, or cannot be decoded: read as training reads it."""
+    own = rows.copy()
+    own["shard"] = 0
+    shard = Shard(path.name, len(own), size, "", zlib.crc32(own.tobytes()))
+    reader = ImageReader(Index(path.parent, (shard,), None, own))
+    for sample, row in enumerate(own):
+        try:
+            reader.seen(sample, to_rgb)
+        except BadImage as error:
+            _, _, reason = str(error).partition(" (")
+            yield member_name(path, int(row["offset"]), int(row["key"])), reason.removesuffix(")")
+        except UserError:
+            yield member_name(path, int(row["offset"]), int(row["key"])), "outside of the shard"
+    reader.close()
+
+
+def _unknown_shards(index: Index) -> Iterator[Fault]:
+    if index.remote is None:
+        known = {shard.name for shard in index.shards}
+        for path in sorted(index.folder.glob("*.tar")):
+            if path.name not in known:
+                yield Fault(path.name, None, f"not in the index; make it again: {index_again(index.folder)}")

@@ -1,0 +1,63 @@
+"""Existing WebDataset tars, packed again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fdscale.config.errors import UserError
+from fdscale.data.packing.pack import pack
+from tests.data.packing.small import jpeg, link, packed, tar_bytes
+
+
+def tars(folder: Path, *shards: dict) -> Path:
+    folder.mkdir()
+    for number, members in enumerate(shards):
+        (folder / f"s-{number}.tar").write_bytes(tar_bytes(members))
+    return folder
+
+
+def test_images_and_labels_are_shuffled_over_all_of_them(tmp_path, caplog):
+    shards = [
+        {f"a/{n}.cls": str(n % 3).encode(), f"a/{n}.JPG": jpeg(n), f"a/{n}.json": b"{}", f"a/{n}.seg.png": b"mask"}
+        for n in range(12)
+    ]
+    source = tars(tmp_path / "in", *[dict(item for s in shards[i : i + 4] for item in s.items()) for i in (0, 4, 8)])
+    (source / "s-0.tar").write_bytes(tar_bytes({"./b.png": jpeg(50)} | shards[0] | shards[1] | shards[2] | shards[3]))
+    (source / "classes.json").write_text('["cat", "dog", "eel"]')
+    index = pack(source, tmp_path / "out", 5)
+    assert packed(index) == {f"a/{n}.jpg": (jpeg(n), n % 3) for n in range(12)} | {"b.png": (jpeg(50), -1)}
+    assert index.classes == ("cat", "dog", "eel")
+    first = [index.name(i).partition(":")[2] for i in range(5)]
+    assert not all(name in {"b.png", "a/0.jpg", "a/1.jpg", "a/2.jpg", "a/3.jpg"} for name in first)
+    assert "24 files are no images and are left out (12 json, 12 seg.png)" in caplog.text
+    assert packed(pack(source / "s-1.tar", tmp_path / "one", 5)) == {
+        f"a/{n}.jpg": (jpeg(n), n % 3) for n in range(4, 8)
+    }
+
+
+def test_what_shards_may_not_hold(tmp_path):
+    output = tmp_path / "out"
+    source = tars(tmp_path / "one", {"a.jpg": jpeg(1), "a.cls": b"cat"})
+    with pytest.raises(UserError, match=r"label \S+s-0\.tar:a\.cls is 'cat'; allowed: an integer from 0$"):
+        pack(source, output)
+    (source / "s-0.tar").write_bytes(tar_bytes({"a.jpg": jpeg(1), "a.cls": b"1"}))
+    (source / "classes.json").write_text('["cat"]')
+    with pytest.raises(
+        UserError, match=r"label \S+ is '1'; allowed: an integer from 0 to 0, the 1 names in classes\.json"
+    ):
+        pack(source, output)
+    with pytest.raises(UserError, match=r"s-0\.tar:x/a\.jpg and s-1\.tar:x/a\.png would both have the key 'x/a'"):
+        pack(tars(tmp_path / "twice", {"x/a.jpg": jpeg(1)}, {"x/a.png": jpeg(1)}), output)
+    with pytest.raises(UserError, match=r"holds no image in 1 tars; expected members KEY\.jpg"):
+        pack(tars(tmp_path / "none", {"a.txt": b""}), output)
+    with pytest.raises(
+        UserError, match=r"2 of 3 images are left out already.*\.\./b\.jpg: its name leads.*c\.jpg: a link"
+    ):
+        pack(tars(tmp_path / "out_of", {"a.jpg": jpeg(1), "../b.jpg": jpeg(2), "c": link("c.jpg", "/x")}), output)
+    cut = tars(tmp_path / "cut", {"a.jpg": jpeg(1), "b.jpg": jpeg(2)})
+    (cut / "s-0.tar").write_bytes((cut / "s-0.tar").read_bytes()[:1900])
+    with pytest.raises(UserError, match=r"cut/s-0\.tar is not a whole tar"):
+        pack(cut, output)
+    assert not output.exists()

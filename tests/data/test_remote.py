@@ -1,0 +1,485 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fdscale.config.errors import UserError
+from fdscale.data import images, transfer
+from fdscale.data.augment import Augmentation
+from fdscale.data.batches import EvalBatches, TrainBatches
+from fdscale.data.cache import GIB, Cache
+from fdscale.data.images import ImageReader
+from fdscale.data.index import Index, Shard, build_index, load_index
+from fdscale.data.loader import EvalLoader, TrainLoader
+from fdscale.data.mixture import Mixture
+from fdscale.data.order import WindowedOrder
+from fdscale.data.remote import bytes_at_once, room_problem
+from fdscale.data.scan import SAMPLE
+from fdscale.data.urls import readable_name, refuse_url, url_of
+from tests.data.shard_server import ShardServer
+
+SHARDS = 3
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, png: Callable[[int], bytes]) -> Path:
+    """An indexed folder of three shards of two images."""
+    folder = tmp_path_factory.mktemp("made") / "shards"
+    folder.mkdir()
+    for shard in range(SHARDS):
+        with tarfile.open(folder / f"s{shard}.tar", "w") as tar:
+            for image in range(2):
+                info, data = tarfile.TarInfo(f"{shard}-{image}.png"), png(10 * shard + image)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    build_index(folder, workers=1)
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy of one's own."""
+    return Path(shutil.copytree(made, tmp_path / "shards"))
+
+
+def shown(index: Index, workers: int, world_size: int = 1) -> list[bytes]:
+    """The images of an epoch and more, by all ranks in turn."""
+    mixture = Mixture((index,), shuffle=4)
+    ranks = [
+        TrainLoader(
+            TrainBatches(mixture, 6, Augmentation((0.2, 1.0), (0.75, 1.33), "bilinear", 0.5), 5),
+            mixture.order(2, 5),
+            rank,
+            world_size,
+            2 // world_size,
+            workers,
+            torch.device("cpu"),
+            mixture,
+        ).steps(0, 5)
+        for rank in range(world_size)
+    ]
+    return [
+        b"".join(batch.images.numpy().tobytes() for batch in step)
+        for steps in zip(*ranks, strict=True)
+        for step in steps
+    ]
+
+
+@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (2, 1), (1, 2)])
+def test_the_loader_shows_the_same_over_a_network_and_fetches_each_shard_once(
+    server: ShardServer, folder: Path, tmp_path: Path, workers: int, world_size: int
+) -> None:
+    remote = load_index(server.url, Cache(tmp_path / "cache", GIB))
+    assert shown(remote, workers, world_size) == shown(load_index(folder), workers, world_size)
+    assert {name: times for name, times in server.asked.items() if name.endswith(".tar")} == {
+        f"s{shard}.tar": 1 for shard in range(SHARDS)
+    }
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[ShardServer]:
+    with ShardServer(folder).serving() as server:
+        yield server
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache", GIB)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "WAITS", (0.05, 0.05))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def same_pixels(one: Index, other: Index) -> bool:
+    readers = ImageReader(one), ImageReader(other)
+    pairs = [[np.asarray(reader.decode(sample)) for reader in readers] for sample in range(len(other))]
+    return len(one) == len(other) and all(np.array_equal(a, b) for a, b in pairs)
+
+
+def changed_index(folder: Path, change: Callable[[dict], object]) -> None:
+    manifest = json.loads((folder / "index.json").read_text())
+    change(manifest)
+    (folder / "index.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("scheme", ["http", "file", "pipe"])
+def test_remote_images_are_those_of_the_folder(folder, server, cache, scheme):
+    url = {"http": server.url, "file": folder.as_uri() + "/", "pipe": f"pipe:cat '{folder}'/{{}}"}[scheme]
+    index = load_index(url, Cache(cache.folder, GIB, allow_pipe=scheme == "pipe"))
+    assert not list(cache.folder.glob("*/*.tar"))  # nothing before it is needed
+    assert same_pixels(index, load_index(folder))
+    assert index.fingerprint() == load_index(folder).fingerprint()
+    assert index.remote.cache.fetched_bytes == sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_workers_read_remote_shards_like_local_ones(folder, server, cache):
+    def batches(index: Index) -> Iterator[tuple[list, list, list]]:
+        dataset = EvalBatches(index, 8, "bilinear")
+        for batch in EvalLoader(dataset, len(index), 0, 1, 2, 2, torch.device("cpu")):
+            yield batch.images.tolist(), batch.keys.tolist(), batch.bad
+
+    assert list(batches(load_index(server.url, cache))) == list(batches(load_index(folder)))
+    assert all(server.asked[f"s{shard}.tar"] == 1 for shard in range(SHARDS))
+
+
+def test_a_reader_lets_go_of_removed_shards_and_has_them_fetched_again(folder, cache, monkeypatch):
+    monkeypatch.setattr(images, "RENEWED_SECONDS", 0.0)
+    index = load_index(folder.as_uri(), cache)
+    reader = ImageReader(index)
+    reader.decode(0)
+    index.shard_path(0).unlink()
+    reader.decode(2)
+    assert [link for link in open_links() if str(cache.folder) in link and ".tar" in link] == [str(index.shard_path(1))]
+    assert np.array_equal(reader.decode(0), ImageReader(load_index(folder)).decode(0))
+    assert index.shard_path(0).exists()
+
+
+def open_links() -> list[str]:
+    """What this process has open."""
+    return [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+
+
+def test_a_second_start_fetches_the_small_index_alone(folder, server, cache):
+    first = load_index(server.url, cache)
+    first.ready(1)
+    server.asked.clear()
+    load_index(server.url, cache).ready(1)
+    assert server.asked == {"index.json": 1}
+
+
+def test_the_folder_in_the_cache_is_a_shard_folder_once_all_is_there(folder, server, cache):
+    index = load_index(server.url, cache)
+    for shard in range(SHARDS):
+        index.ready(shard)
+    assert same_pixels(load_index(index.folder), load_index(folder))
+
+
+def test_a_changed_data_set_is_another_one(folder, server, cache):
+    before = load_index(server.url, cache)
+    before.ready(0)
+    (folder / "s2.tar").unlink()
+    build_index(folder, workers=1)
+    after = load_index(server.url, cache)
+    assert after.folder != before.folder
+    assert after.fingerprint() != before.fingerprint()
+    assert same_pixels(after, load_index(folder))
+
+
+def test_a_url_that_does_not_answer_is_told(folder, cache):
+    server = ShardServer(folder)
+    server.server_close()
+    with pytest.raises(UserError, match=rf"cannot fetch {server.url}/index\.json: curl ended with 7 .*try 3 of 3"):
+        load_index(server.url, cache)
+
+
+def test_what_is_not_there_is_told_at_once(folder, server, cache):
+    with pytest.raises(UserError, match=r"/elsewhere/index\.json: curl ended with 22 after 0 bytes \(try 1 of 3\)"):
+        load_index(f"{server.url}/elsewhere", cache)
+    with pytest.raises(UserError, match=r"/nowhere/index\.json is not there \(try 1 of 3\)"):
+        load_index("file:///nowhere", cache)
+    assert server.asked == {"elsewhere/index.json": 1}
+
+
+FAULTS = {
+    "truncated": (lambda content, n: (content[:700], 700), r"700 of \d+ bytes came"),
+    "broken off": (lambda content, n: (content[:700], len(content)), r"curl ended with 18 after 700 bytes"),
+    "empty": (lambda content, n: (b"", 0), r"0 of \d+ bytes came"),
+    "growing": (lambda content, n: (content + b"0" * 2**22, len(content) + 2**22), r"more than \d+ bytes came"),
+    "flipped": (lambda content, n: (content[:-1] + b"x", len(content)), r"bytes came, but not those that were indexed"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_transfer_is_tried_again_and_then_told(folder, server, cache, fault):
+    spoil, told = FAULTS[fault]
+    index = load_index(server.url, cache)
+    server.faults["s1.tar"] = lambda content, n: spoil(content, n) if n < 3 else (content, len(content))
+    assert index.ready(1).read_bytes() == (folder / "s1.tar").read_bytes()
+    assert server.asked["s1.tar"] == 3
+    server.faults["s2.tar"] = spoil
+    with pytest.raises(UserError, match=rf"cannot fetch {server.url}/s2\.tar: .*{told}"):
+        index.ready(2)
+    assert [path.name for path in index.folder.iterdir() if "s2" in path.name] == []
+
+
+def test_rows_that_are_not_of_the_index_are_refused(folder, server, cache):
+    server.faults["samples.npy"] = lambda content, n: (content[:-1] + b"\1", len(content))
+    with pytest.raises(UserError, match=r"samples\.npy: \d+ bytes came, but not those that were indexed"):
+        load_index(server.url, cache)
+
+
+def test_a_server_that_says_nothing_is_left(folder, server, cache, monkeypatch):
+    index = load_index(server.url, cache)
+    monkeypatch.setattr(transfer, "SILENCE_SECONDS", 0.2)
+    ended = threading.Event()
+
+    def hang(content: bytes, number: int) -> tuple[bytes, int]:
+        if number == 1:
+            ended.wait(20)
+        return content, len(content)
+
+    server.faults["s0.tar"] = hang
+    begun = time.monotonic()
+    assert index.ready(0).read_bytes() == (folder / "s0.tar").read_bytes()
+    assert time.monotonic() - begun < 10
+    ended.set()
+
+
+def test_a_server_that_dies_and_comes_back_is_waited_for(folder, cache, monkeypatch):
+    monkeypatch.setattr(transfer, "WAITS", (0.2,) * 20)
+    with ShardServer(folder).serving() as server:
+        index = load_index(server.url, cache)
+    fetched: list[Path] = []
+    fetching = threading.Thread(target=lambda: fetched.append(index.ready(0)))
+    fetching.start()
+    time.sleep(0.3)
+    with ShardServer(folder, server.server_port).serving():
+        fetching.join(20)
+    assert fetched[0].read_bytes() == (folder / "s0.tar").read_bytes()
+
+
+BEYOND = ["../escaped.tar", "/tmp/escaped.tar", "a/b.tar", "..", ".hidden.tar", "-o.tar", "a b.tar", "a;touch x.tar"]
+BEYOND += [
+    "$(touch marker).tar",
+    "`touch marker`.tar",
+    "a'b.tar",
+    'a"b.tar',
+    "a\nb.tar",
+    "a|b.tar",
+    "a.tar\n",
+    "a*.tar",
+]
+BEYOND += [
+    "index.json",
+    "a.zip",
+    "",
+    "a{}.tar",
+    "[1-9].tar",
+    "a%2fb.tar",
+    "?.tar",
+    "x" * 300 + ".tar",
+    "é.tar",
+    7,
+    None,
+]
+
+
+def test_an_index_names_plain_files_only(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = json.loads((folder / "index.json").read_text())
+    for name in BEYOND:
+        named["shards"][1]["name"] = name
+        (folder / "index.json").write_text(json.dumps(named))
+        with pytest.raises(UserError, match=r"index\.json.* is no index of shards \(shards\.1\.name: "):
+            load_index(f"pipe:cat '{folder}'/{{}}", Cache(tmp_path / "cache", GIB, allow_pipe=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shards"]  # no marker, no cache
+
+
+HOSTILE = {
+    "version": lambda manifest: manifest.update(version=1),
+    "more": lambda manifest: manifest.update(more=1),
+    "as a whole": lambda manifest: manifest["shards"].append(dict(manifest["shards"][0])),
+    "shards.0.bytes": lambda manifest: manifest["shards"][0].update(bytes=2**60),
+    "shards.2.samples": lambda manifest: manifest["shards"][2].update(samples=-1),
+    "shards.0.sha256": lambda manifest: manifest["shards"][0].update(sha256="../../x"),
+    "samples_file": lambda manifest: manifest.pop("samples_file"),
+    "classes": lambda manifest: manifest.update(classes={"a": 1}),
+    "shards": lambda manifest: manifest.update(shards=[]),
+}
+
+
+@pytest.mark.parametrize("where", HOSTILE)
+def test_an_index_that_is_none_is_told(folder, cache, where):
+    changed_index(folder, HOSTILE[where])
+    with pytest.raises(
+        UserError, match=rf"index\.json is no index of shards \({'it names' if ' ' in where else where}"
+    ):
+        load_index(folder.as_uri(), cache)
+    assert not cache.folder.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 10**6, b"\xff\xfe", b'{"version": 2}', b"<html>404</html>", b"null"])
+def test_what_is_no_index_at_all_is_told(folder, cache, content):
+    (folder / "index.json").write_bytes(content)
+    with pytest.raises(UserError, match="is no index of shards"):
+        load_index(folder.as_uri(), cache)
+
+
+@pytest.mark.parametrize("content", [b"PK\3\4" + b"x" * 100, b"\x80\4]\x94.", b"", b"\x93NUMPY\1\0\x06\0{'a'}\n"])
+def test_rows_that_are_none_are_told(folder, cache, content):
+    (folder / "samples.npy").write_bytes(content or b"\0")
+    digest = hashlib.sha256(content or b"\0").hexdigest()
+    changed_index(folder, lambda manifest: manifest.update(samples_file={"bytes": len(content) or 1, "sha256": digest}))
+    with pytest.raises(UserError, match=r"samples\.npy"):
+        load_index(folder.as_uri(), cache)
+
+
+COMMANDS = [
+    "http://host/$(touch marker)",
+    "http://host/`touch marker`",
+    "http://host/$HOME",
+    "http://host/a;b",
+    "http://host/a|b",
+    "http://host/a&b",
+    "http://host/a>b",
+    "http://host/(a)",
+    "http://host/a#b",
+    "http://host/~!a",
+    "http://host/'a'",
+    'http://host/"a"',
+    "http://host/a\nb",
+    "http://host/a b",
+    "http://host/[1-99]",
+    "http://host/{a,b}",
+    "http://host/a?key=1",
+    "gs://bucket/*",
+    "s3://bucket/a\\b",
+    "s3://",
+    "file://ho\0st/a",
+    "http://host/a\n",
+]
+
+
+@pytest.mark.parametrize("url", COMMANDS)
+def test_addresses_that_a_shell_would_read_otherwise_are_refused(tmp_path, cache, monkeypatch, url):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GOPEN_REWRITE", r"([a-z0-9]+://.*)=pipe:echo \1")  # a shell, were it not refused
+    with pytest.raises(UserError, match=r"is not the URL of a folder of shards: allowed after SCHEME:// are"):
+        load_index(url, Cache(cache.folder, GIB, allow_pipe=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("url", ["ftp://host/a", "gopher://host/a", "dict://host/a", "xyz://host"])
+def test_an_unknown_scheme_is_refused(cache, url):
+    with pytest.raises(UserError, match=r"scheme \w+ is unknown; allowed: file, http, https, s3, gs, .*pipe:"):
+        load_index(url, cache)
+
+
+def test_a_pipe_needs_leave_and_a_place(tmp_path, cache):
+    command = f"pipe:touch {tmp_path}/marker; cat {{}}"
+    with pytest.raises(UserError, match=r"runs a command in a shell on every node; .* data\.allow_pipe = true"):
+        load_index(command, cache)
+    with pytest.raises(UserError, match=r"has no place for a file's name: write \{\}"):
+        load_index("pipe:cat /in1k", Cache(cache.folder, GIB, allow_pipe=True))
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_rewritten_address_is_opened_and_its_pipe_needs_leave(folder, cache, monkeypatch):
+    monkeypatch.setenv("GOPEN_REWRITE", f"https://far/=file://{folder}/")
+    assert same_pixels(load_index("https://far", cache), load_index(folder))
+    monkeypatch.setenv("GOPEN_REWRITE", f"s3://far/(.*)=pipe:cat '{folder}'/\\1")
+    with pytest.raises(UserError, match=r"runs a command in a shell"):
+        load_index("s3://far", cache)
+    assert same_pixels(load_index("s3://far", Cache(cache.folder, GIB, allow_pipe=True)), load_index(folder))
+
+
+def test_s3_is_opened_by_the_vendors_program_without_a_shell(folder, cache, tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "aws"
+    program.parent.mkdir()
+    program.write_text(
+        f'#!/bin/sh\ntest "$1 $2 $3 $5" = "s3 cp --only-show-errors -" && exec cat "{folder}/${{4##*/}}"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    assert same_pixels(load_index("s3://bucket/in1k", cache), load_index(folder))
+
+
+def test_a_program_that_is_missing_is_named(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"https://host/index\.json is fetched by curl, which is not on the PATH"):
+        load_index("https://host", cache)
+
+
+def test_a_command_that_fails_is_told_without_its_arguments(cache):
+    url = "pipe:test {} = index.json || exit 0; echo secret; exit 3"
+    with pytest.raises(UserError, match=r"the command ended with 3 after 7 bytes"):
+        load_index(url, Cache(cache.folder, GIB, allow_pipe=True))
+
+
+def test_hostile_rows_read_nothing_outside_their_shards(folder, server, cache):
+    rows = np.load(folder / "samples.npy")
+    rows["offset"][1], rows["shard"][2] = 10**12, -1
+    np.save(folder / "samples.npy", rows)
+    content = (folder / "samples.npy").read_bytes()
+    described = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    changed_index(folder, lambda manifest: manifest.update(samples_file=described))
+    reader = ImageReader(load_index(server.url, cache))
+    for sample in (1, 2):
+        with pytest.raises(UserError, match="lies outside its shard"):
+            reader.decode(sample)
+
+
+@pytest.mark.parametrize("url", ["https://host/in1k", "pipe:cat /in1k/{}"])
+def test_a_url_takes_a_cache(url):
+    with pytest.raises(UserError, match=r"are fetched to the nodes that read them: set data\.cache to a folder"):
+        load_index(url)
+
+
+def test_a_cache_that_cannot_be_written_is_told(folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"data\.cache: cannot write to .*Not a directory.*; name a folder"):
+        load_index(folder.as_uri(), Cache(tmp_path / "file", GIB))
+
+
+def test_room_for_what_is_read_at_once(folder):
+    index = load_index(folder)
+    assert bytes_at_once(index, shuffle=6, share=0.1) == sum(shard.bytes for shard in index.shards)  # shuffled as one
+    cache = Cache(folder, 3 * GIB)
+    assert room_problem(cache, 3 * GIB) is None
+    assert room_problem(cache, 6 * GIB).startswith("data.cache_gib: got 3, allowed: at least 6, ")
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+@pytest.mark.parametrize("per_shard", [50, 500])
+def test_the_room_that_is_asked_for_suffices_to_fetch_each_shard_about_once(nodes, per_shard):
+    shards = tuple(Shard(f"{n}.tar", per_shard, 1000, "", 0) for n in range(100_000 // per_shard))
+    index = Index(Path(), shards, None, np.empty(100_000, SAMPLE))
+    order = WindowedOrder(index.starts, 256, 0, shuffle=16_384)
+    room, fetched = bytes_at_once(index, 16_384, 1 / nodes) // 1000, 0
+    assert room < len(shards)
+    for node in range(nodes):
+        cached: dict[int, None] = {}
+        for step in range(order.steps_per_epoch):
+            own = order.batch(step)[node * 256 // nodes : (node + 1) * 256 // nodes]
+            for shard in np.unique(np.searchsorted(index.starts, own, side="right") - 1).tolist():
+                fetched += shard not in cached
+                cached.pop(shard, None)
+                cached[shard] = None  # last in the dict: most recently used
+                if len(cached) > room:
+                    cached.pop(next(iter(cached)))
+    assert fetched / len(shards) < 1.1 + 64 / len(shards)  # lanes begin within shards; half the room: 16 times
+
+
+@pytest.mark.parametrize(
+    ("url", "readable"),
+    [
+        ("https://host/data/in1k/", "in1k"),
+        ("s3://bucket", "bucket"),
+        ("pipe:ssh host cat /data/in22k/{} | pv", "in22k"),
+        ("pipe:{}", "pipe"),
+        ("https://host/...", "host"),
+    ],
+)
+def test_a_folder_of_the_cache_has_a_readable_name(url, readable):
+    assert readable_name(url) == readable
+
+
+def test_the_url_of_a_file():
+    assert url_of("s3://bucket/in1k/", "a.tar") == url_of("s3://bucket/in1k", "a.tar") == "s3://bucket/in1k/a.tar"
+    assert url_of("pipe:cat /x/{}", "a.tar") == "pipe:cat /x/a.tar"
+    refuse_url("hf://datasets/user/in1k@main/train", False)
