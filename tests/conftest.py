@@ -25,14 +25,19 @@ FORKS.set_forkserver_preload([rank_worker.__name__, *rank_worker.IMPORTED])
 LONGEST = (  # files begun first, so that two workers end together
     "tests/test_runs.py",
     "tests/downstream/test_dense.py",
+    "tests/test_train.py",
     "tests/test_recipes.py",
     "tests/training/test_engine.py",
-    "tests/test_train.py",
+    "tests/downstream/test_classify.py",
     "tests/training/test_elastic.py",
+    "tests/data",
     "tests/downstream/detection",
     "tests/downstream/segmentation",
     "tests/downstream",
     "tests/training",
+    "tests/test_plan.py",
+    "tests/test_scale.py",
+    "tests/export",
 )
 
 

@@ -87,9 +87,10 @@ def test_two_lean_ranks_learn_stop_go_on_and_judge_as_one_process(
     assert two_ranks(run, recipe, str(stopped), *given) == [True, True]
     assert one_rank(run, recipe, str(moved), *given) == [True]
     for name in LOSSES[recipe]:
-        assert told(together, name) == pytest.approx(told(alone, name), abs=2e-5), name
+        rounding = 2e-4 if name == "pixel_accuracy" else 2e-5  # three pixels of 16,384 whose classes are as likely
+        assert told(together, name) == pytest.approx(told(alone, name), abs=rounding), name
         assert told(stopped, name) == told(together, name), name
-        assert told(moved, name) == pytest.approx(told(together, name), abs=2e-5), name
+        assert told(moved, name) == pytest.approx(told(together, name), abs=rounding), name
     judged = JUDGED[recipe]
     for whose in ("eval", "eval_ema"):
         assert told(together, f"{whose}_{judged}")[-1] == pytest.approx(told(alone, f"{whose}_{judged}")[-1], abs=0.02)
