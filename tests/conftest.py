@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-import multiprocessing
 import os
 import pickle
+import select
+import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from contextlib import suppress
+from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import rank_worker
-
-REPOSITORY = Path(__file__).parent.parent
-FORKS = multiprocessing.get_context("forkserver")  # torch and DeepSpeed are imported once, for all ranks of a session
-FORKS.set_forkserver_preload([rank_worker.__name__, *rank_worker.IMPORTED])
+WORKER = Path(__file__).parent / "rank_worker.py"
+REPOSITORY = WORKER.parent.parent
 LONGEST = (  # files begun first, so that two workers end together
     "tests/test_runs.py",
     "tests/downstream/test_dense.py",
@@ -82,7 +83,7 @@ class Ranks:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self._processes: list[BaseProcess] = []
+        self._processes: list[int] = []
         self._pipes: list[Connection] = []
 
     def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float = 200) -> list[Any]:
@@ -117,24 +118,27 @@ class Ranks:
 
     def _start(self) -> None:
         port = free_port()
-        with pytest.MonkeyPatch.context() as patch:  # what is read as torch and DeepSpeed are imported
-            for name, value in rank_environment(0, self.world_size, port).items():
-                patch.setenv(name, value)
-            forkserver.ensure_running()
-        for rank in range(self.world_size):
-            ours, theirs = FORKS.Pipe()
-            environment = rank_environment(rank, self.world_size, port)
-            process = FORKS.Process(target=rank_worker.serve, args=(theirs, environment), daemon=False)
-            process.start()
-            theirs.close()  # a rank that dies ends its pipe
-            self._processes.append(process)
-            self._pipes.append(ours)
+        with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/ranks", family="AF_UNIX") as listener:
+            for rank in range(self.world_size):
+                _forker().send((rank_environment(rank, self.world_size, port), listener.address))
+                self._pipes.append(listener.accept())
+                self._processes.append(self._pipes[-1].recv())
 
     def stop(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join()
+        for pid in self._processes:
+            with suppress(ProcessLookupError), os.fdopen(os.pidfd_open(pid)) as process:
+                signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
+                select.select([process], [], [])  # until it is gone
         self._processes, self._pipes = [], []
+
+
+@functools.cache
+def _forker() -> Connection:
+    """The way to a process that has imported torch and DeepSpeed once, for all ranks that it forks; it ends with us."""
+    with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/forker", family="AF_UNIX") as listener:
+        command = [sys.executable, str(WORKER), str(listener.address)]
+        subprocess.Popen(command, env=rank_environment(0, 1, free_port()), cwd=tempfile.gettempdir())
+        return listener.accept()
 
 
 def _warm(world_size: int) -> Iterator[Ranks]:
