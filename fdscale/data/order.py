@@ -93,8 +93,8 @@ class WindowedOrder:
     Each epoch lays the shards in a line, in an order drawn from (seed, epoch), and cuts the line into lanes, pieces of
     as many steps. The rows of a global batch are dealt from the lanes, in order: whoever reads some of the rows reads
     the shards of these lanes alone. A lane shuffles its piece in windows of steps, which hold about `shuffle` samples
-    over all lanes; windows of neighbouring lanes begin at other steps, so that none within an epoch needs all its shards
-    anew. `starts` int (S+1,): the first sample of each of S shards, and the number of samples. Raises as `GlobalOrder`.
+    over all lanes; windows of neighbouring lanes begin at other steps: none within an epoch needs all its shards anew.
+    `starts` int (S+1,): the first sample of each of S shards, and the number of samples. Raises as `GlobalOrder`.
     """
 
     def __init__(
