@@ -6,7 +6,8 @@ import io
 import os
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -41,9 +42,20 @@ class Decoded(NamedTuple, Generic[Found]):
     bad: str | None
 
 
-def open_image(file: BinaryIO) -> Image.Image:
+@contextmanager
+def reading() -> Iterator[None]:
+    """Whatever PIL raises on garbage is a BadImage; but a node's want of memory must not change what a run sees."""
+    try:
+        yield
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # PIL's plugins raise anything; the caller names the image and counts it
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def open_image(file: BinaryIO, formats: Sequence[str] = FORMATS) -> Image.Image:
     """The image that a file holds, not decoded yet: its header alone is read, and refused above MOST_PIXELS."""
-    image = Image.open(file, formats=FORMATS)
+    image = Image.open(file, formats=formats)
     if image.width * image.height > MOST_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels; allowed: {MOST_PIXELS}")
     return image
@@ -52,8 +64,11 @@ def open_image(file: BinaryIO) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image decoded to RGB as PIL does it: palettes and CMYK converted, alpha dropped, no EXIF rotation.
 
-    Of 16 bits the high byte is kept, in grey images as in others; PIL alone would clip grey ones to white.
+    Of 16 bits the high byte is kept, in grey images as in others; PIL alone would clip grey ones to white. Raises
+    BadImage, without a name, where its bytes cannot be decoded.
     """
+    with reading():
+        image.load()
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image.info.pop("transparency", None)  # of which PIL would warn, and drop it all the same
@@ -62,11 +77,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def decode_rgb(file: BinaryIO, name: str) -> Image.Image:
     """The RGB image that a file holds, as its pixels are stored; raises BadImage where it cannot be decoded."""
+    return _viewed(file, to_rgb, lambda: name)
+
+
+def _viewed(file: BinaryIO, view: Callable[[Image.Image], Found], name: Callable[[], str]) -> Found:
+    """What `view` makes of the image in a file, opened and not yet decoded; a BadImage gets its name here."""
     try:
-        with open_image(file) as image:
-            return to_rgb(image)
-    except Exception as error:  # PIL's plugins raise anything on garbage; the caller counts and names it
-        raise BadImage(f"{name} ({type(error).__name__}: {error})") from error
+        with reading():
+            image = open_image(file)
+        with image:
+            return view(image)
+    except BadImage as error:
+        raise BadImage(f"{name()} ({error})") from error.__cause__
 
 
 def decode_or_next(decode: Callable[[int], Found], sample: int, samples: int, where: str, again: str) -> Decoded[Found]:
@@ -101,15 +123,11 @@ class ImageReader:
         return self.seen(sample, to_rgb)
 
     def seen(self, sample: int, view: Callable[[Image.Image], Found]) -> Found:
-        """What `view` makes of the sample's image, opened and not yet decoded; BadImage where that fails."""
-        data = self.read(sample)
-        try:
-            with open_image(io.BytesIO(data)) as image:
-                return view(image)
-        except UserError:
-            raise
-        except Exception as error:  # PIL's plugins raise anything on garbage; the caller counts and names it
-            raise BadImage(f"{self.index.name(sample)} ({type(error).__name__}: {error})") from error
+        """What `view` makes of the sample's image, opened and not yet decoded; BadImage where it cannot be opened.
+
+        `view` decodes under `reading`, which tells a bad image from a mistake of its own.
+        """
+        return _viewed(io.BytesIO(self.read(sample)), view, lambda: self.index.name(sample))
 
     def decode_or_next(self, sample: int) -> Decoded[Image.Image]:
         """The sample's image, or that of the next decodable sample of the data set (cyclic)."""
