@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 import os
 
 import numpy as np
 import pytest
 
 from fdscale.cli import main
+from fdscale.config.errors import UserError
 from fdscale.data.index import build_index, load_index, read_index
 from fdscale.data.verify import verify
 
@@ -84,6 +86,16 @@ def test_samples_that_came_or_went(write_shards, png):
     told = [fault.partition(":")[2] for fault in faults_of(folder)[1:]]
     assert "c.png (in the shard, and not indexed)" in told
     assert any("indexed, and no longer in the shard" in line for line in told)
+
+
+@pytest.mark.parametrize("name", ["../outside.tar", "/dev/zero", "s0\0.tar", ".tar/"])
+def test_an_index_that_names_another_file_is_refused(folder, name):
+    (folder.parent / "outside.tar").write_bytes((folder / "s0.tar").read_bytes())
+    manifest = json.loads((folder / "index.json").read_text())
+    manifest["shards"][0]["name"] = name
+    (folder / "index.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"index\.json is damaged \(no 'name' as it should be\)"):
+        verify(read_index(folder), 1)
 
 
 def test_the_command_fails_and_lists_all_that_is_wrong(write_shards, png, tmp_path, capsys):
