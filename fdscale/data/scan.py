@@ -131,7 +131,7 @@ class BoundedHeader(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> BoundedHeader:
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0:
-            raise tarfile.ReadError(f"a header says {header.size} bytes")
+            raise tarfile.ReadError(f"the header of {printable(header.name)} says {header.size} bytes")
         of_name = header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
         if (of_name or header.type in tarfile.GNU_TYPES[:2]) and header.size > LARGEST_HEADER:
             raise tarfile.ReadError(f"a header of {header.size} bytes; allowed: {LARGEST_HEADER}")
