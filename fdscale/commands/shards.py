@@ -41,7 +41,7 @@ def pack(
     Stopped or killed, the same command goes on where it was.
     """
     from fdscale.data.packing.pack import pack as pack_source
-    from fdscale.data.packing.processes import usable_cores
+    from fdscale.data.processes import usable_cores
 
     if source == "digits" and not Path(source).exists():
         packed = _pack_digits(output, split, classes_of)

@@ -6,7 +6,7 @@ import io
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
@@ -53,7 +53,7 @@ def reading() -> Iterator[None]:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
-def open_image(file: BinaryIO, formats: Sequence[str] = FORMATS) -> Image.Image:
+def open_image(file: BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """The image that a file holds, not decoded yet: its header alone is read, and refused above MOST_PIXELS."""
     image = Image.open(file, formats=formats)
     if image.width * image.height > MOST_PIXELS:

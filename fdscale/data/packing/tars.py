@@ -17,8 +17,8 @@ import numpy as np
 
 from fdscale.config.errors import UserError
 from fdscale.data.packing.listing import Found, Listing, joined, tell_others
-from fdscale.data.packing.processes import in_processes
 from fdscale.data.packing.sources import Files, is_image_name, refuse_same_keys, suffix_of
+from fdscale.data.processes import in_processes
 from fdscale.data.scan import DAMAGED, BoundedHeader, printable
 
 CLASS_TAR = re.compile(r"n\d{8}\.tar")  # as ImageNet names its own: WordNet's number of the class

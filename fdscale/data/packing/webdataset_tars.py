@@ -9,9 +9,9 @@ from pathlib import Path
 from fdscale.config.errors import UserError
 from fdscale.data.index import read_classes
 from fdscale.data.packing.listing import Found, Listing, joined, tell_others
-from fdscale.data.packing.processes import in_processes
 from fdscale.data.packing.sources import Files, is_image_name, refuse_same_keys
 from fdscale.data.packing.tars import Inside, is_plain, members, tars_in, whole
+from fdscale.data.processes import in_processes
 from fdscale.data.scan import CLASSES_FILE, NO_LABEL, key_of, printable
 
 LABEL_BYTES = 64
