@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from fdscale.data.cache import RENEWED_SECONDS
 from fdscale.data.index import SAMPLES_FILE, Index
 from fdscale.data.scan import LARGEST_IMAGE
 
-OPEN_SHARDS = 128  # per process: a data set of thousands of shards must not run into the limit on open files
+OPEN_SHARDS = 1024  # per process at most: the shards of all lanes and windows that a rank reads in turn, as a rule
 # PIL alone would try each of its plugins on what a shard holds, whatever its name: EPS starts Ghostscript
 FORMATS = ("JPEG", "PNG", "WEBP")
 # Above it PIL warns. A worker holds at most 341 MiB (4 bytes a pixel) of an image, and as much for a copy in RGB.
@@ -106,6 +107,12 @@ def decode_or_next(decode: Callable[[int], Found], sample: int, samples: int, wh
     raise UserError(f"no image can be decoded in {where} from {bad} on (tried {step + 1}); {again}")
 
 
+def open_shards() -> int:
+    """How many shards a process keeps open: half of the files that it may open, at most."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_SHARDS if soft == resource.RLIM_INFINITY else min(OPEN_SHARDS, soft // 2)
+
+
 class ImageReader:
     """Reads and decodes single samples of an index.
 
@@ -116,6 +123,8 @@ class ImageReader:
     def __init__(self, index: Index) -> None:
         self.index = index
         self._open: dict[int, int] = {}
+        self._most = open_shards()
+        self._sound: set[int] = set()  # shards whose rows were checked
         self._until = 0.0
 
     def decode(self, sample: int) -> Image.Image:
@@ -181,12 +190,14 @@ class ImageReader:
         if descriptor is None:
             descriptor = self._opened(shard)
         self._open[shard] = descriptor  # last in the dict: most recently used
-        if len(self._open) > OPEN_SHARDS:
+        if len(self._open) > self._most:
             os.close(self._open.pop(next(iter(self._open))))
         return descriptor
 
     def _opened(self, shard: int) -> int:
-        self.index.refuse_damaged_rows(shard)
+        if shard not in self._sound:
+            self.index.refuse_damaged_rows(shard)
+            self._sound.add(shard)
         while True:
             try:
                 return os.open(self.index.ready(shard), os.O_RDONLY | os.O_CLOEXEC)

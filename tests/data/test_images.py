@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import os
+import resource
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from PIL.PngImagePlugin import PngImageFile
 from fdscale.config.errors import UserError
 from fdscale.data import images
 from fdscale.data.augment import Augmentation, augment
-from fdscale.data.images import BadImage, ImageReader, decode_or_next
+from fdscale.data.images import BadImage, ImageReader, decode_or_next, open_shards
 from fdscale.data.index import build_index
 
 VIEWS = Augmentation((0.9, 1.0), (0.9, 1.1), "bilinear", 0.0)
@@ -206,6 +208,29 @@ def test_few_shards_stay_open_and_close_closes_them(write_shards, png, monkeypat
     assert open_files() == before
     assert reader.decode(3).mode == "RGB"
     reader.close()
+
+
+def test_shards_take_half_of_the_files_that_a_process_may_open():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        for soft, shards in ((300, 150), (before[1], min(1024, before[1] // 2))):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
+            assert open_shards() == shards
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_rows_are_checked_when_a_shard_is_opened_first_and_not_again(write_shards, png):
+    index = build_index(write_shards([{"a.png": png(0), "b.png": png(1)}]))
+    index = replace(index, samples=index.samples.copy())
+    reader = ImageReader(index)
+    reader.decode(0)
+    index.samples["label"][1] = 5
+    reader.close()
+    assert reader.decode(0).mode == "RGB"
+    reader.close()
+    with pytest.raises(UserError, match=r"the rows of shard s0\.tar are damaged"):
+        ImageReader(index).decode(0)
 
 
 def test_a_shard_that_vanished_is_named(write_shards, png):
