@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
+
+import pytest
 
 
 def descendants(pid: int) -> list[int]:
@@ -14,7 +18,11 @@ def descendants(pid: int) -> list[int]:
 def assert_end(pids: list[int]) -> None:
     until = time.monotonic() + 30
     while any(running(pid) for pid in pids):
-        assert time.monotonic() < until, f"{pids} wait for ever"
+        if time.monotonic() > until:
+            left = [pid for pid in pids if running(pid)]
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail(f"{left} do not end")
         time.sleep(0.02)
 
 

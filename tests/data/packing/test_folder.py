@@ -139,9 +139,7 @@ def test_postscript_is_not_decoded_whatever_it_is_called(class_folders, tmp_path
 def test_more_pixels_than_training_reads_are_left_out_before_they_are_decoded(class_folders, tmp_path, suffix, side):
     options = {"compression": "group4"} if suffix == "tif" else {}
     Image.new("1", (side, side)).save(class_folders / f"dog/large.{suffix}", **options)
-    with pytest.raises(
-        UserError, match=rf"1 of 8 images .*large\.{suffix}: DecompressionBombError: {side} x {side}"
-    ):
+    with pytest.raises(UserError, match=rf"1 of 8 images .*large\.{suffix}: DecompressionBombError: {side} x {side}"):
         pack_folder(class_folders, tmp_path / "out", samples_per_shard=1)
 
 
