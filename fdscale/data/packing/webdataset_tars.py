@@ -49,9 +49,8 @@ def _list_shard(job: tuple[Inside, int | None]) -> Found:
         if not is_plain(member, listing):
             continue
         if suffix == "cls":
-            labels[key_of(name)] = label_of(
-                _start_of(tar.path, member), f"{tar.path}:{printable(member.name)}", classes
-            )
+            where = f"{tar.path}:{printable(member.name)}"
+            labels[key_of(name)] = label_of(_start_of(tar.path, member), where, classes)
         elif "." not in suffix and is_image_name(name):
             images.append((name, member.offset_data, member.size))
         else:
