@@ -15,7 +15,7 @@ from fdscale.config.errors import UserError
 from fdscale.data.cache import Cache
 from fdscale.data.images import BadImage, ImageReader, to_rgb
 from fdscale.data.index import Index, Shard, index_again
-from fdscale.data.processes import in_processes, usable_cores
+from fdscale.data.processes import import_once, in_processes, usable_cores
 from fdscale.data.progress import progress
 from fdscale.data.remote import RemoteShards
 from fdscale.data.scan import Scanned, member_name, scan_shard
@@ -80,6 +80,7 @@ class _Job(NamedTuple):
 def _jobs(index: Index) -> Iterator[_Job]:
     home = None
     if index.remote is not None:
+        import_once("webdataset")  # which opens URLs, and imports torch
         cache = index.remote.cache
         home = index.remote.url, cache.folder, cache.limit, cache.allow_pipe
     for number, shard in enumerate(index.shards):
