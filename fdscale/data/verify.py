@@ -59,6 +59,8 @@ def verify(index: Index, workers: int | None = None) -> Verified:
     """
     workers = min(usable_cores() if workers is None else workers, len(index.shards))
     faults = list(_unknown_shards(index))
+    if index.remote is not None:
+        import_once("webdataset")  # which opens URLs, and imports torch
     with progress(len(index), 0, "images") as advance:
         for shard, found in zip(index.shards, in_processes(_faults, _jobs(index), workers), strict=True):
             faults += found
@@ -80,7 +82,6 @@ class _Job(NamedTuple):
 def _jobs(index: Index) -> Iterator[_Job]:
     home = None
     if index.remote is not None:
-        import_once("webdataset")  # which opens URLs, and imports torch
         cache = index.remote.cache
         home = index.remote.url, cache.folder, cache.limit, cache.allow_pipe
     for number, shard in enumerate(index.shards):
