@@ -67,7 +67,7 @@ def shown(index: Index, workers: int, world_size: int = 1) -> list[bytes]:
             2 // world_size,
             workers,
             torch.device("cpu"),
-            ShardsAhead(mixture, 1.0),
+            ShardsAhead(mixture, 1.0, GIB),
         ).steps(0, 5)
         for rank in range(world_size)
     ]
