@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fdscale.config.programs import AnySettings, DenseSettings
-from fdscale.data.images import OPEN_SHARDS
+from fdscale.data.images import open_shards
 from fdscale.planning.check import Plan
 from fdscale.planning.cost import BATCHES_A_WORKER, checkpoint_bytes
 from fdscale.planning.dense_sizes import image_bytes, trained_parameters
@@ -18,7 +18,7 @@ def demand_of(settings: AnySettings, plan: Plan, deepspeed_json: Mapping[str, An
     """Of a node with `local_ranks` ranks, and of the one folder of the run."""
     size = settings.data.crop if isinstance(settings, DenseSettings) else plan.student.image_size or 0
     images = local_ranks * settings.data.workers * BATCHES_A_WORKER * plan.micro_batch
-    return Demand(_disk(settings, plan, deepspeed_json), images * image_bytes(settings, size), OPEN_SHARDS)
+    return Demand(_disk(settings, plan, deepspeed_json), images * image_bytes(settings, size), open_shards())
 
 
 def _disk(settings: AnySettings, plan: Plan, deepspeed_json: Mapping[str, Any]) -> int | None:

@@ -13,10 +13,15 @@ from fdscale.config.errors import UserError
 from fdscale.terminal import terminal
 
 if TYPE_CHECKING:
+    from fdscale.data.cache import Cache
     from fdscale.data.index import Index
     from fdscale.data.packing.imagenet import Split
 
 SHOWN = 20  # lines of what is wrong
+
+CacheFolder = Annotated[Path | None, typer.Option("--cache", help="Of a URL: a folder that its shards are fetched to.")]
+CacheGib = Annotated[float, typer.Option(help="What that folder may hold; the shards used longest ago are removed.")]
+AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="Of a `pipe:` URL: let it run a shell.")]
 
 
 def pack(
@@ -41,7 +46,7 @@ def pack(
     Stopped or killed, the same command goes on where it was.
     """
     from fdscale.data.packing.pack import pack as pack_source
-    from fdscale.data.packing.processes import usable_cores
+    from fdscale.data.processes import usable_cores
 
     if source == "digits" and not Path(source).exists():
         packed = _pack_digits(output, split, classes_of)
@@ -81,30 +86,51 @@ def index(
 
 
 def info(
-    folder: Annotated[Path, typer.Argument(help="A folder of shards with their index.")],
+    where: Annotated[str, typer.Argument(help="A folder of shards with their index, or its URL.")],
     as_json: Annotated[bool, typer.Option("--json", help="For a script.")] = False,
+    cache: CacheFolder = None,
+    cache_gib: CacheGib = 100.0,
+    allow_pipe: AllowPipe = False,
 ) -> None:
     """Print what a folder of shards holds: samples, bytes, classes, formats and sizes of images, their order."""
     from fdscale.data import info as information
     from fdscale.data.index import load_index
 
-    found = information.info(load_index(folder))
+    found = information.info(load_index(where, _cache(where, cache, cache_gib, allow_pipe)))
     if as_json:
         print(json.dumps(information.as_json(found)))
     else:
-        terminal().print(information.info_table(found, str(folder)))
+        terminal().print(information.info_table(found, where))
+
+
+def _cache(where: str, folder: Path | None, gib: float, allow_pipe: bool) -> Cache | None:
+    """Where the shards of a URL are fetched to; None of a folder. UserError for an option that a URL wants."""
+    from fdscale.data.cache import GIB, Cache
+    from fdscale.data.urls import PIPE, is_remote
+
+    if not is_remote(where):
+        return None
+    if folder is None:
+        raise UserError(f"{where} is a URL, whose shards are fetched: name a folder on a disk of your own: --cache DIR")
+    if where.startswith(PIPE) and not allow_pipe:
+        raise UserError(f"{where!r} runs a command in a shell; allowed where you trust it: --allow-pipe")
+    return Cache(folder, round(gib * GIB), allow_pipe)
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder of shards with their index.")],
+    where: Annotated[str, typer.Argument(help="A folder of shards with their index, or its URL.")],
     workers: Annotated[int | None, typer.Option(help="Processes; else one per CPU.")] = None,
     list_: Annotated[Path | None, typer.Option("--list", help="A file for all that is wrong, a line each.")] = None,
+    cache: CacheFolder = None,
+    cache_gib: CacheGib = 100.0,
+    allow_pipe: AllowPipe = False,
 ) -> None:
     """Read every byte of the shards, decode every image, name whatever is wrong; fails where something is."""
-    from fdscale.data.index import read_index
+    from fdscale.data.index import load_index, read_index
     from fdscale.data.verify import verify as verify_index
 
-    found = verify_index(read_index(folder), workers)
+    kept = _cache(where, cache, cache_gib, allow_pipe)
+    found = verify_index(read_index(Path(where)) if kept is None else load_index(where, kept), workers)
     lines = [str(fault) for fault in found.faults]
     if list_ is not None:
         list_.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fdscale.data.draws import Purpose, generator
-from fdscale.data.images import to_rgb
+from fdscale.data.images import reading, to_rgb
 from fdscale.data.randaugment import RandAugment
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -66,7 +66,9 @@ def centre_crop(image: Image.Image, size: int, interpolation: Literal["bilinear"
 
 def _resized_crop(image: Image.Image, box: Box, size: int, resampling: Image.Resampling) -> Image.Image:
     """The box resized to an RGB square; nothing outside it enters, as in torchvision, where it is not reduced."""
-    times = _reduced(image, box, size)
+    with reading():
+        times = _reduced(image, box, size)
+        image.load()
     left, top, right, bottom = (side / times for side in box)
     whole = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
     crop = image.crop(whole)  # copies no more than the box, of which alone other modes are made RGB

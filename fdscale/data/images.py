@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -17,7 +19,7 @@ from fdscale.data.cache import RENEWED_SECONDS
 from fdscale.data.index import SAMPLES_FILE, Index
 from fdscale.data.scan import LARGEST_IMAGE
 
-OPEN_SHARDS = 128  # per process: a data set of thousands of shards must not run into the limit on open files
+OPEN_SHARDS = 1024  # per process at most: the shards of all lanes and windows that a rank reads in turn, as a rule
 # PIL alone would try each of its plugins on what a shard holds, whatever its name: EPS starts Ghostscript
 FORMATS = ("JPEG", "PNG", "WEBP")
 # Above it PIL warns. A worker holds at most 341 MiB (4 bytes a pixel) of an image, and as much for a copy in RGB.
@@ -41,9 +43,20 @@ class Decoded(NamedTuple, Generic[Found]):
     bad: str | None
 
 
-def open_image(file: BinaryIO) -> Image.Image:
+@contextmanager
+def reading() -> Iterator[None]:
+    """Whatever PIL raises on garbage is a BadImage; but a node's want of memory must not change what a run sees."""
+    try:
+        yield
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # PIL's plugins raise anything; the caller names the image and counts it
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def open_image(file: BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """The image that a file holds, not decoded yet: its header alone is read, and refused above MOST_PIXELS."""
-    image = Image.open(file, formats=FORMATS)
+    image = Image.open(file, formats=formats)
     if image.width * image.height > MOST_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels; allowed: {MOST_PIXELS}")
     return image
@@ -52,8 +65,11 @@ def open_image(file: BinaryIO) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image decoded to RGB as PIL does it: palettes and CMYK converted, alpha dropped, no EXIF rotation.
 
-    Of 16 bits the high byte is kept, in grey images as in others; PIL alone would clip grey ones to white.
+    Of 16 bits the high byte is kept, in grey images as in others; PIL alone would clip grey ones to white. Raises
+    BadImage, without a name, where its bytes cannot be decoded.
     """
+    with reading():
+        image.load()
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image.info.pop("transparency", None)  # of which PIL would warn, and drop it all the same
@@ -62,11 +78,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def decode_rgb(file: BinaryIO, name: str) -> Image.Image:
     """The RGB image that a file holds, as its pixels are stored; raises BadImage where it cannot be decoded."""
+    return _viewed(file, to_rgb, lambda: name)
+
+
+def _viewed(file: BinaryIO, view: Callable[[Image.Image], Found], name: Callable[[], str]) -> Found:
+    """What `view` makes of the image in a file, opened and not yet decoded; a BadImage gets its name here."""
     try:
-        with open_image(file) as image:
-            return to_rgb(image)
-    except Exception as error:  # PIL's plugins raise anything on garbage; the caller counts and names it
-        raise BadImage(f"{name} ({type(error).__name__}: {error})") from error
+        with reading():
+            image = open_image(file)
+        with image:
+            return view(image)
+    except BadImage as error:
+        raise BadImage(f"{name()} ({error})") from error.__cause__
 
 
 def decode_or_next(decode: Callable[[int], Found], sample: int, samples: int, where: str, again: str) -> Decoded[Found]:
@@ -84,6 +107,12 @@ def decode_or_next(decode: Callable[[int], Found], sample: int, samples: int, wh
     raise UserError(f"no image can be decoded in {where} from {bad} on (tried {step + 1}); {again}")
 
 
+def open_shards() -> int:
+    """How many shards a process keeps open: half of the files that it may open, at most."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_SHARDS if soft == resource.RLIM_INFINITY else min(OPEN_SHARDS, soft // 2)
+
+
 class ImageReader:
     """Reads and decodes single samples of an index.
 
@@ -94,6 +123,8 @@ class ImageReader:
     def __init__(self, index: Index) -> None:
         self.index = index
         self._open: dict[int, int] = {}
+        self._most = open_shards()
+        self._sound: set[int] = set()  # shards whose rows were checked
         self._until = 0.0
 
     def decode(self, sample: int) -> Image.Image:
@@ -101,15 +132,11 @@ class ImageReader:
         return self.seen(sample, to_rgb)
 
     def seen(self, sample: int, view: Callable[[Image.Image], Found]) -> Found:
-        """What `view` makes of the sample's image, opened and not yet decoded; BadImage where that fails."""
-        data = self.read(sample)
-        try:
-            with open_image(io.BytesIO(data)) as image:
-                return view(image)
-        except UserError:
-            raise
-        except Exception as error:  # PIL's plugins raise anything on garbage; the caller counts and names it
-            raise BadImage(f"{self.index.name(sample)} ({type(error).__name__}: {error})") from error
+        """What `view` makes of the sample's image, opened and not yet decoded; BadImage where it cannot be opened.
+
+        `view` decodes under `reading`, which tells a bad image from a mistake of its own.
+        """
+        return _viewed(io.BytesIO(self.read(sample)), view, lambda: self.index.name(sample))
 
     def decode_or_next(self, sample: int) -> Decoded[Image.Image]:
         """The sample's image, or that of the next decodable sample of the data set (cyclic)."""
@@ -163,12 +190,14 @@ class ImageReader:
         if descriptor is None:
             descriptor = self._opened(shard)
         self._open[shard] = descriptor  # last in the dict: most recently used
-        if len(self._open) > OPEN_SHARDS:
+        if len(self._open) > self._most:
             os.close(self._open.pop(next(iter(self._open))))
         return descriptor
 
     def _opened(self, shard: int) -> int:
-        self.index.refuse_damaged_rows(shard)
+        if shard not in self._sound:
+            self.index.refuse_damaged_rows(shard)
+            self._sound.add(shard)
         while True:
             try:
                 return os.open(self.index.ready(shard), os.O_RDONLY | os.O_CLOEXEC)

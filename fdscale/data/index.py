@@ -163,6 +163,9 @@ def _shard(shard: Mapping[str, Any]) -> Shard:
         text = name in ("name", "sha256")
         if not (isinstance(shard[name], str) if text else type(shard[name]) is int and shard[name] >= 0):
             raise KeyError(name)
+    name = shard["name"]
+    if Path(name).name != name or not name.endswith(".tar") or "\0" in name:  # another file would be read as a shard
+        raise KeyError("name")
     return Shard(**{name: shard[name] for name in SHARD_FIELDS})
 
 

@@ -73,7 +73,7 @@ def scan_shard(path: Path, number: int, classes: tuple[str, ...] | None) -> Scan
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
                     _take(tar, member, path, classes, images, labels)
-                _check_end(path, tar.offset)
+                check_end(path, tar.offset)
         except DAMAGED as error:
             raise UserError(f"shard {path} is not a whole tar file ({error}); copy or pack it again") from error
         size, sha256 = hashed.finish()
@@ -96,6 +96,32 @@ def member_name(path: Path, offset: int, key: int) -> str:
         if name is not None and key_hash(key_of(name)) == key:
             return printable(name)
     return f"key {key:016x}"
+
+
+def label_of(data: bytes, where: str, classes: int | None) -> int:
+    """The class number that a label's bytes say; UserError, with `where` it is, for one of no class."""
+    text = data[:LABEL_BYTES].decode("utf-8", "replace").strip()
+    highest = (2**31 if classes is None else classes) - 1
+    if not (text.isascii() and text.isdigit() and int(text) <= highest):
+        of_these = "" if classes is None else f" to {highest}, the {classes} names in {CLASSES_FILE}"
+        raise UserError(f"label {where} is {text!r}; allowed: an integer from 0{of_these}")
+    return int(text)
+
+
+def check_end(path: Path, offset: int, start: int = 0, end: int | None = None) -> None:
+    """Raise ReadError unless zeros alone follow `offset` in the tar from `start` to `end` of a file (None: all of it).
+
+    `tarfile` ends quietly at a damaged header, between members and at a zero block: images would be lost unseen.
+    """
+    with path.open("rb") as file:
+        end = file.seek(0, io.SEEK_END) if end is None else end
+        file.seek(offset)
+        block, zeros = file.read(max(0, min(tarfile.BLOCKSIZE, end - offset))), b"\0"
+        if len(block) < tarfile.BLOCKSIZE or block.strip(zeros):
+            raise tarfile.ReadError(f"truncated or damaged at byte {offset - start}")
+        while block := file.read(min(BLOCK, end - file.tell())):
+            if block.strip(zeros):
+                raise tarfile.ReadError(f"it ends at byte {offset - start}, but something follows")
 
 
 def printable(name: str) -> str:
@@ -131,7 +157,7 @@ class BoundedHeader(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> BoundedHeader:
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0:
-            raise tarfile.ReadError(f"a header says {header.size} bytes")
+            raise tarfile.ReadError(f"the header of {printable(header.name)} says {header.size} bytes")
         of_name = header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
         if (of_name or header.type in tarfile.GNU_TYPES[:2]) and header.size > LARGEST_HEADER:
             raise tarfile.ReadError(f"a header of {header.size} bytes; allowed: {LARGEST_HEADER}")
@@ -157,7 +183,8 @@ def _take(
             crc = zlib.crc32(block, crc)
         images.append(Member(member.name, member.offset_data, member.size, crc))
     elif suffix == "cls":
-        label = _read_label(tar, member, path, classes)
+        where = f"{printable(member.name)} in shard {path}"
+        label = label_of(next(_blocks(tar, member), b""), where, None if classes is None else len(classes))
         if labels.setdefault(key, label) != label:
             raise UserError(f"label {printable(member.name)} appears twice in shard {path}, and differs; remove one")
 
@@ -213,25 +240,3 @@ def _split_key(member: str) -> tuple[str, str]:
     folder, slash, base = member.rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix.lower()
-
-
-def _read_label(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path, classes: tuple[str, ...] | None) -> int:
-    text = next(_blocks(tar, member), b"")[:LABEL_BYTES].decode("utf-8", "replace").strip()
-    highest = (2**31 if classes is None else len(classes)) - 1
-    if not (text.isascii() and text.isdigit() and int(text) <= highest):
-        of_these = "" if classes is None else f" to {highest}, the {len(classes)} names in {CLASSES_FILE}"
-        name = printable(member.name)
-        raise UserError(f"label {name} in shard {path} is {text!r}; allowed: an integer from 0{of_these}")
-    return int(text)
-
-
-def _check_end(path: Path, offset: int) -> None:
-    """`tarfile` ends quietly at a damaged header, between members and at a zero block: samples would be lost unseen."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        block, zeros = file.read(tarfile.BLOCKSIZE), b"\0"
-        if len(block) < tarfile.BLOCKSIZE or block.strip(zeros):
-            raise tarfile.ReadError(f"truncated or damaged at byte {offset}")
-        while block := file.read(BLOCK):
-            if block.strip(zeros):
-                raise tarfile.ReadError(f"it ends at byte {offset}, but something follows")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fdscale.config.errors import UserError
+from fdscale.data.cache import Cache
 from fdscale.data.images import BadImage, ImageReader, to_rgb
 from fdscale.data.index import Index, Shard, index_again
-from fdscale.data.indexing import cpus, in_processes
+from fdscale.data.processes import import_once, in_processes, usable_cores
+from fdscale.data.progress import progress
+from fdscale.data.remote import RemoteShards
 from fdscale.data.scan import Scanned, member_name, scan_shard
 
 
@@ -55,23 +57,55 @@ def verify(index: Index, workers: int | None = None) -> Verified:
 
     Nothing that is wrong with the data raises.
     """
-    sizes = [shard.samples for shard in index.shards]
-    work, workers = partial(_faults, index), cpus() if workers is None else workers
-    found = dict(in_processes(work, range(len(sizes)), workers, "verifying", sizes))
-    faults = [fault for number in range(len(sizes)) for fault in found[number]]
-    return Verified(len(index), len(sizes), (*_unknown_shards(index), *faults))
+    workers = min(usable_cores() if workers is None else workers, len(index.shards))
+    faults = list(_unknown_shards(index))
+    if index.remote is not None:
+        import_once("webdataset")  # which opens URLs, and imports torch
+    with progress(len(index), 0, "images") as advance:
+        for shard, found in zip(index.shards, in_processes(_faults, _jobs(index), workers), strict=True):
+            faults += found
+            advance(shard.samples)
+    return Verified(len(index), len(index.shards), tuple(faults))
 
 
-def _faults(index: Index, number: int) -> list[Fault]:
-    return [Fault(index.shards[number].name, *fault) for fault in _found(index, number)]
+class _Job(NamedTuple):
+    """One shard as another process verifies it: its number, its own rows, and the URL and the cache that it is from."""
+
+    folder: Path
+    number: int
+    shard: Shard
+    rows: NDArray[np.void]
+    classes: tuple[str, ...] | None
+    home: tuple[str, Path, int, bool] | None
 
 
-def _found(index: Index, number: int) -> Iterator[tuple[str | None, str]]:
+def _jobs(index: Index) -> Iterator[_Job]:
+    home = None
+    if index.remote is not None:
+        cache = index.remote.cache
+        home = index.remote.url, cache.folder, cache.limit, cache.allow_pipe
+    for number, shard in enumerate(index.shards):
+        rows = index.samples[index.starts[number] : index.starts[number + 1]]
+        yield _Job(index.folder, number, shard, rows, index.classes, home)
+
+
+def _faults(job: _Job) -> list[Fault]:
+    return [Fault(job.shard.name, *fault) for fault in _found(job)]
+
+
+def _remote(job: _Job) -> RemoteShards | None:
+    if job.home is None:
+        return None
+    url, folder, limit, allow_pipe = job.home
+    return RemoteShards(url, job.folder, (job.shard,), Cache(folder, limit, allow_pipe))
+
+
+def _found(job: _Job) -> Iterator[tuple[str | None, str]]:
     """(member or None, reason) of everything that is wrong with one shard."""
-    shard, scanned = index.shards[number], None
-    rows = index.samples[index.starts[number] : index.starts[number + 1]]
+    shard, rows, scanned = job.shard, job.rows, None
+    index = Index(job.folder, (shard,), job.classes, rows, remote=_remote(job))
     try:
-        path = index.ready(number)
+        path = index.ready(0)
         size = path.stat().st_size
     except FileNotFoundError:
         yield None, "missing"
@@ -80,7 +114,7 @@ def _found(index: Index, number: int) -> Iterator[tuple[str | None, str]]:
         yield None, str(error)
         return
     try:
-        scanned = scan_shard(path, number, index.classes)
+        scanned = scan_shard(path, job.number, job.classes)
     except (UserError, OSError) as error:
         yield None, str(error)
     if zlib.crc32(rows.tobytes()) != shard.rows_crc:
@@ -88,7 +122,7 @@ def _found(index: Index, number: int) -> Iterator[tuple[str | None, str]]:
         rows = rows[:0] if scanned is None else scanned.samples
     elif scanned is not None:
         yield from _differences(shard, path, rows, scanned)
-    yield from _undecodable(path, size, rows)
+    yield from _undecodable(index, path, size, rows)
 
 
 def _differences(
@@ -110,12 +144,12 @@ def _differences(
         yield member_name(path, int(there[key]["offset"]), key), "in the shard, and not indexed"
 
 
-def _undecodable(path: Path, size: int, rows: NDArray[np.void]) -> Iterator[tuple[str, str]]:
+def _undecodable(index: Index, path: Path, size: int, rows: NDArray[np.void]) -> Iterator[tuple[str, str]]:
     """Each image whose bytes are not those indexed, or cannot be decoded: read as training reads it."""
     own = rows.copy()
     own["shard"] = 0
-    shard = Shard(path.name, len(own), size, "", zlib.crc32(own.tobytes()))
-    reader = ImageReader(Index(path.parent, (shard,), None, own))
+    shard = replace(index.shards[0], samples=len(own), bytes=size, rows_crc=zlib.crc32(own.tobytes()))
+    reader = ImageReader(replace(index, shards=(shard,), samples=own))
     for sample, row in enumerate(own):
         try:
             reader.seen(sample, to_rgb)

@@ -374,12 +374,15 @@ def manifest_changed(folder: Path, draw: Draw) -> None:
     path.write_bytes([flipped, truncated][draw.integers(2)](path.read_bytes(), draw))
 
 
+HOSTILE = ["../outside.tar", "/dev/zero", "/etc/passwd", "s0.tar\0", 0, -1, 2**70, None, 1.5, "", [], {}]
+
+
 def manifest_rewritten(folder: Path, draw: Draw) -> None:
     path = folder / "index.json"
     manifest = json.loads(path.read_text())
     shard = manifest["shards"][draw.integers(SHARDS)]
     name = ["name", "bytes", "samples", "rows_crc", "sha256"][draw.integers(5)]
-    shard[name] = ["../s0.tar", "/etc/passwd", 0, -1, 2**70, None, 1.5, "", [], {}][draw.integers(10)]
+    shard[name] = HOSTILE[draw.integers(len(HOSTILE))]
     path.write_text(json.dumps(manifest))
 
 

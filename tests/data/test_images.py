@@ -2,16 +2,22 @@ from __future__ import annotations
 
 import io
 import os
+import resource
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from fdscale.config.errors import UserError
 from fdscale.data import images
-from fdscale.data.images import BadImage, ImageReader
+from fdscale.data.augment import Augmentation, augment
+from fdscale.data.images import BadImage, ImageReader, decode_or_next, open_shards
 from fdscale.data.index import build_index
+
+VIEWS = Augmentation((0.9, 1.0), (0.9, 1.1), "bilinear", 0.0)
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:
@@ -92,19 +98,32 @@ def test_more_pixels_than_a_worker_should_hold_are_refused_before_they_are_decod
     reader.close()
 
 
-def test_what_fails_in_the_view_is_a_bad_image_but_for_a_sentence_to_the_user(write_shards, png):
+@pytest.mark.parametrize("error", [ZeroDivisionError("of mine"), MemoryError(), UserError("a sentence"), TypeError()])
+def test_what_fails_in_the_view_is_no_bad_image(write_shards, png, error):
     reader = ImageReader(build_index(write_shards([{"a.png": png(0)}])))
 
-    def failing(error: Exception):
-        def view(image: Image.Image) -> None:
-            raise error
+    def view(image: Image.Image) -> None:
+        raise error
 
-        return view
+    with pytest.raises(type(error)) as raised:
+        reader.seen(0, view)
+    assert raised.value is error
+    reader.close()
 
-    with pytest.raises(BadImage, match=r"s0\.tar:a\.png \(ZeroDivisionError: of mine\)"):
-        reader.seen(0, failing(ZeroDivisionError("of mine")))
-    with pytest.raises(UserError, match=r"^a sentence$"):
-        reader.seen(0, failing(UserError("a sentence")))
+
+@pytest.mark.parametrize("method", ["load", "draft", "crop", "resize"])
+def test_want_of_memory_replaces_no_image(write_shards, png, monkeypatch, method):
+    reader = ImageReader(build_index(write_shards([{"a.png": png(0), "b.png": png(1)}])))
+
+    def failing(*arguments: object, **options: object) -> None:
+        raise MemoryError
+
+    for kind in (PngImageFile, Image.Image):
+        monkeypatch.setattr(kind, method, failing)
+    with pytest.raises(MemoryError):
+        decode_or_next(
+            lambda sample: reader.seen(sample, lambda image: augment(image, 1, 0, 3, 2, VIEWS)), 0, 2, "", ""
+        )
     reader.close()
 
 
@@ -189,6 +208,29 @@ def test_few_shards_stay_open_and_close_closes_them(write_shards, png, monkeypat
     assert open_files() == before
     assert reader.decode(3).mode == "RGB"
     reader.close()
+
+
+def test_shards_take_half_of_the_files_that_a_process_may_open():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        for soft, shards in ((300, 150), (before[1], min(1024, before[1] // 2))):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, before[1]))
+            assert open_shards() == shards
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_rows_are_checked_when_a_shard_is_opened_first_and_not_again(write_shards, png):
+    index = build_index(write_shards([{"a.png": png(0), "b.png": png(1)}]))
+    index = replace(index, samples=index.samples.copy())
+    reader = ImageReader(index)
+    reader.decode(0)
+    index.samples["label"][1] = 5
+    reader.close()
+    assert reader.decode(0).mode == "RGB"
+    reader.close()
+    with pytest.raises(UserError, match=r"the rows of shard s0\.tar are damaged"):
+        ImageReader(index).decode(0)
 
 
 def test_a_shard_that_vanished_is_named(write_shards, png):

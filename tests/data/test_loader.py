@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from fdscale.config.errors import UserError
@@ -43,15 +44,24 @@ def index(plain_folder: Path) -> Index:
 
 @pytest.fixture(scope="module")
 def mixture(index: Index, tmp_path_factory, png) -> Mixture:
-    """26 and 41 images, each read in windows: of 67, 8 steps an epoch."""
+    """26 and 41 images, each read in windows: of 67, 8 steps an epoch. Some are JPEGs that are decoded reduced."""
     folder = tmp_path_factory.mktemp("further")
     for shard in range(4):
         with tarfile.open(folder / f"s{shard}.tar", "w") as tar:
             for number in range(8 + shard, 19 + shard - shard // 2):
-                info = tarfile.TarInfo(f"{shard}/{number}.png")
-                info.size = len(data := png(100 * shard + number))
+                reduced = number % 3 == 0
+                info = tarfile.TarInfo(f"{shard}/{number}.{'jpg' if reduced else 'png'}")
+                info.size = len(data := large_jpeg(number) if reduced else png(100 * shard + number))
                 tar.addfile(info, io.BytesIO(data))
     return Mixture((index, build_index(folder)), ("data.shards", "data.further_shards.more.shards"), None, shuffle=9)
+
+
+def large_jpeg(number: int) -> bytes:
+    """Noise of 70 x 80 pixels: a crop of a fifth of it has more than twice the sides of a view."""
+    pixels = np.random.default_rng(number).integers(0, 256, (70, 80, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "jpeg")
+    return stream.getvalue()
 
 
 def train_loader(

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
 import os
 
 import numpy as np
 import pytest
 
 from fdscale.cli import main
+from fdscale.config.errors import UserError
+from fdscale.data import transfer
+from fdscale.data.cache import Cache
 from fdscale.data.index import build_index, load_index, read_index
 from fdscale.data.verify import verify
 
@@ -86,6 +90,16 @@ def test_samples_that_came_or_went(write_shards, png):
     assert any("indexed, and no longer in the shard" in line for line in told)
 
 
+@pytest.mark.parametrize("name", ["../outside.tar", "/dev/zero", "s0\0.tar", ".tar/"])
+def test_an_index_that_names_another_file_is_refused(folder, name):
+    (folder.parent / "outside.tar").write_bytes((folder / "s0.tar").read_bytes())
+    manifest = json.loads((folder / "index.json").read_text())
+    manifest["shards"][0]["name"] = name
+    (folder / "index.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"index\.json is damaged \(no 'name' as it should be\)"):
+        verify(read_index(folder), 1)
+
+
 def test_the_command_fails_and_lists_all_that_is_wrong(write_shards, png, tmp_path, capsys):
     folder = write_shards([{f"{n:02d}.png": b"bad" for n in range(25)} | {"x.png": png(0)}])
     build_index(folder)
@@ -95,6 +109,43 @@ def test_the_command_fails_and_lists_all_that_is_wrong(write_shards, png, tmp_pa
     assert "5 more: --list FILE writes them all" in out
     assert "26 images in 1 shards: 25 bad images, 0 bad shards" in out
     assert len((tmp_path / "bad.txt").read_text().splitlines()) == 25
+
+
+def test_shards_behind_a_url_are_fetched_and_verified(write_shards, png, tmp_path, capsys):
+    folder = write_shards([{"a.png": png(0), "b.png": b"bad"}, {"c.png": png(1), "d.png": png(2)}, {"e.png": png(3)}])
+    build_index(folder)
+    options = ["--cache", str(tmp_path / "cache"), "--workers", "2"]
+    assert main(["shards", "verify", folder.as_uri(), *options]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("s0.tar:b.png (UnidentifiedImageError")
+    assert "5 images in 3 shards: 1 bad images, 0 bad shards" in out
+
+
+def test_a_shard_that_cannot_be_fetched_is_named_and_the_others_verified(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "WAITS", ())
+    overwrite(folder / "s1.tar", 600, b"!!")
+    index = load_index(folder.as_uri(), Cache(tmp_path / "cache", 2**30))
+    (fault,) = verify(index, 1).faults
+    assert (fault.shard, fault.member) == ("s1.tar", None)
+    assert "not those that were indexed" in fault.reason
+    assert len(list((tmp_path / "cache").glob("*/*.tar"))) == 2
+
+
+def test_info_of_a_url_is_that_of_its_folder(folder, tmp_path, capsys):
+    told = []
+    for options in ([str(folder)], [f"pipe:cat {folder}/{{}}", "--cache", str(tmp_path / "cache"), "--allow-pipe"]):
+        assert main(["shards", "info", *options, "--json"]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_what_a_url_wants_is_named(tmp_path, capsys, command):
+    assert main(["shards", command, "https://host/in1k"]) == 2
+    assert "--cache DIR" in "".join(capsys.readouterr())
+    assert main(["shards", command, f"pipe:touch {tmp_path}/ran {{}}", "--cache", str(tmp_path / "cache")]) == 2
+    assert "--allow-pipe" in "".join(capsys.readouterr())
+    assert not (tmp_path / "ran").exists()
 
 
 def test_without_an_index_it_says_how_to_make_one(write_shards, png, capsys):

@@ -12,9 +12,9 @@ from fdscale.config.errors import UserError
 from fdscale.data.index import Index
 from fdscale.data.packing.classes import numbered_as
 from fdscale.data.packing.listing import Found, Listing, joined, tell_others
-from fdscale.data.packing.processes import in_processes
 from fdscale.data.packing.shards import write_shards
 from fdscale.data.packing.sources import REENCODED_SUFFIXES, Files, is_image_name, refuse_same_keys, suffix_of
+from fdscale.data.processes import in_processes
 from fdscale.data.scan import IMAGE_SUFFIXES
 
 

@@ -11,6 +11,7 @@ from fdscale.data.packing.imagenet import Split
 from fdscale.data.packing.layouts import open_source
 from fdscale.data.packing.plan import refuse_taken
 from fdscale.data.packing.shards import MAX_BAD_RATIO, write_shards
+from fdscale.data.processes import import_once
 
 LOG = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def pack(
     `classes_of`. `workers` processes list and write. Raises UserError as `open_source` and `write_shards` do.
     """
     refuse_taken(Path(output))
+    import_once("webdataset", "fdscale.data.packing.shards")
     files = open_source(Path(source), split, workers)
     if classes_of is not None:
         files = numbered_as(files, Path(classes_of), str(source))

@@ -14,9 +14,9 @@ from typing import BinaryIO, NamedTuple
 from fdscale.config.errors import UserError
 from fdscale.data.index import Index, load_index, write_index
 from fdscale.data.packing.plan import Plan, Record, Work, refuse_taken, write_whole
-from fdscale.data.packing.processes import in_processes
-from fdscale.data.packing.progress import progress
 from fdscale.data.packing.sources import NoImage, Source, as_stored
+from fdscale.data.processes import in_processes
+from fdscale.data.progress import progress
 from fdscale.data.scan import CLASSES_FILE, scan_shard
 
 LEFT_OUT_FILE = "left_out.txt"
@@ -95,7 +95,7 @@ def _write_missing(plan: Plan, work: Work, source: Source, workers: int, max_bad
     done = sum(record.samples + len(record.left_out) for record in records if record is not None)
     left_out = _left_out(records, source)
     _refuse_many(left_out, source, max_bad_ratio)
-    with progress(len(source), done) as advance, _interrupt_told():
+    with progress(len(source), done, "images") as advance, _interrupt_told():
         for record in in_processes(write_shard, jobs, min(workers, len(missing))):
             records[record.number] = record
             advance(record.samples + len(record.left_out))

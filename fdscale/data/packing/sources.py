@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from fdscale.config.errors import UserError
-from fdscale.data.images import FORMATS
+from fdscale.data.images import FORMATS, open_image
 from fdscale.data.scan import IMAGE_SUFFIXES, NO_LABEL, key_hash, printable
 
 # These become PNG; IMAGE_SUFFIXES keep their bytes.
@@ -160,13 +160,15 @@ def as_stored(sample: Sample) -> Sample:
     if not sample.data:
         raise NoImage("it is empty")
     try:
-        with Image.open(io.BytesIO(sample.data), formats=FORMATS + REENCODED_FORMATS) as image:
+        with open_image(io.BytesIO(sample.data), FORMATS + REENCODED_FORMATS) as image:
             if image.format in REENCODED_FORMATS:
                 return sample._replace(suffix="png", data=png(image))
             kept = sample.suffix in IMAGE_SUFFIXES
             return sample if kept else sample._replace(suffix=SUFFIX_OF.get(image.format or "", "jpg"))
     except UnidentifiedImageError as error:
         raise NoImage("no image of a known format") from error
+    except MemoryError:  # which another machine would not want for: the shards must not depend on it
+        raise
     except Exception as error:  # PIL's plugins raise anything on garbage
         raise NoImage(f"{type(error).__name__}: {error}") from error
 

@@ -17,9 +17,9 @@ import numpy as np
 
 from fdscale.config.errors import UserError
 from fdscale.data.packing.listing import Found, Listing, joined, tell_others
-from fdscale.data.packing.processes import in_processes
 from fdscale.data.packing.sources import Files, is_image_name, refuse_same_keys, suffix_of
-from fdscale.data.scan import DAMAGED, BoundedHeader, printable
+from fdscale.data.processes import in_processes
+from fdscale.data.scan import DAMAGED, BoundedHeader, check_end, printable
 
 CLASS_TAR = re.compile(r"n\d{8}\.tar")  # as ImageNet names its own: WordNet's number of the class
 UNPACK = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bzip2", ".xz": "xz"}
@@ -74,7 +74,7 @@ def members(tar: Inside) -> Iterator[tarfile.TarInfo]:
                     if member.offset_data + (member.size if member.isreg() else 0) > tar.offset + tar.size:
                         raise tarfile.ReadError(f"{printable(member.name)} reaches beyond its end")
                     yield member
-                _check_end(tar, opened.offset)
+                check_end(tar.path, opened.offset, tar.offset, tar.offset + tar.size)
     except DAMAGED as error:
         raise UserError(f"{described(tar)} is not a whole tar ({error}); download or copy it again") from error
     except OSError as error:
@@ -165,12 +165,3 @@ def _status(path: Path) -> os.stat_result:
         return path.stat()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); make it readable") from error
-
-
-def _check_end(tar: Inside, offset: int) -> None:
-    """`tarfile` ends quietly at a damaged header and between members: images would be lost unseen."""
-    with tar.path.open("rb") as file:
-        file.seek(offset)
-        block = file.read(min(tarfile.BLOCKSIZE, tar.offset + tar.size - offset))
-    if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):
-        raise tarfile.ReadError(f"truncated or damaged at byte {offset - tar.offset:,}")

@@ -9,12 +9,10 @@ from pathlib import Path
 from fdscale.config.errors import UserError
 from fdscale.data.index import read_classes
 from fdscale.data.packing.listing import Found, Listing, joined, tell_others
-from fdscale.data.packing.processes import in_processes
 from fdscale.data.packing.sources import Files, is_image_name, refuse_same_keys
 from fdscale.data.packing.tars import Inside, is_plain, members, tars_in, whole
-from fdscale.data.scan import CLASSES_FILE, NO_LABEL, key_of, printable
-
-LABEL_BYTES = 64
+from fdscale.data.processes import in_processes
+from fdscale.data.scan import LABEL_BYTES, NO_LABEL, key_of, label_of, printable
 
 
 def webdataset_tars(source: Path, workers: int) -> Files:
@@ -26,9 +24,9 @@ def webdataset_tars(source: Path, workers: int) -> Files:
     paths = tars_in(source) if source.is_dir() else [source]
     folder = source if source.is_dir() else source.parent
     classes = read_classes(folder)
-    highest = (2**31 if classes is None else len(classes)) - 1
+    known = None if classes is None else len(classes)
     found = joined(
-        list(in_processes(_list_shard, [(whole(path), highest) for path in paths], workers)), range(len(paths))
+        list(in_processes(_list_shard, [(whole(path), known) for path in paths], workers)), range(len(paths))
     )
     if not found.names:
         raise UserError(f"{source} holds no image in {len(paths):,} tars; expected members KEY.jpg, KEY.png, KEY.webp")
@@ -41,8 +39,8 @@ def webdataset_tars(source: Path, workers: int) -> Files:
     return refuse_same_keys(Files(folder, files, found.names, found.rows, classes, about, tuple(found.left_out)))
 
 
-def _list_shard(job: tuple[Inside, int]) -> Found:
-    tar, highest = job
+def _list_shard(job: tuple[Inside, int | None]) -> Found:
+    tar, classes = job
     listing, labels = Listing(), dict[str, int]()
     images: list[tuple[str, int, int]] = []
     for member in members(tar):
@@ -51,7 +49,8 @@ def _list_shard(job: tuple[Inside, int]) -> Found:
         if not is_plain(member, listing):
             continue
         if suffix == "cls":
-            labels[key_of(name)] = _read_label(tar.path, member, highest)
+            where = f"{tar.path}:{printable(member.name)}"
+            labels[key_of(name)] = label_of(_start_of(tar.path, member), where, classes)
         elif "." not in suffix and is_image_name(name):
             images.append((name, member.offset_data, member.size))
         else:
@@ -62,11 +61,6 @@ def _list_shard(job: tuple[Inside, int]) -> Found:
     return listing.found()
 
 
-def _read_label(path: Path, member: tarfile.TarInfo, highest: int) -> int:
+def _start_of(path: Path, member: tarfile.TarInfo) -> bytes:
     with path.open("rb") as file:
-        data = os.pread(file.fileno(), min(member.size, LABEL_BYTES), member.offset_data)
-    text = data.decode("utf-8", "replace").strip()
-    if not (text.isascii() and text.isdigit() and int(text) <= highest):
-        of_these = "" if highest == 2**31 - 1 else f" to {highest}, the {highest + 1} names in {CLASSES_FILE}"
-        raise UserError(f"label {path}:{printable(member.name)} is {text!r}; allowed: an integer from 0{of_these}")
-    return int(text)
+        return os.pread(file.fileno(), min(member.size, LABEL_BYTES), member.offset_data)

@@ -135,6 +135,24 @@ def test_postscript_is_not_decoded_whatever_it_is_called(class_folders, tmp_path
         pack_folder(class_folders, tmp_path / "out", samples_per_shard=1)
 
 
+@pytest.mark.parametrize(("suffix", "side"), [("png", 9_500), ("tif", 13_000)])
+def test_more_pixels_than_training_reads_are_left_out_before_they_are_decoded(class_folders, tmp_path, suffix, side):
+    options = {"compression": "group4"} if suffix == "tif" else {}
+    Image.new("1", (side, side)).save(class_folders / f"dog/large.{suffix}", **options)
+    with pytest.raises(UserError, match=rf"1 of 8 images .*large\.{suffix}: DecompressionBombError: {side} x {side}"):
+        pack_folder(class_folders, tmp_path / "out", samples_per_shard=1)
+
+
+def test_want_of_memory_leaves_no_image_out(class_folders, tmp_path, monkeypatch):
+    def failing(*arguments: object, **options: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", failing)
+    Image.new("RGB", (4, 4)).save(class_folders / "dog/plain.bmp")
+    with pytest.raises(MemoryError):
+        pack_folder(class_folders, tmp_path / "out", samples_per_shard=1)
+
+
 def test_a_held_out_split_is_numbered_as_its_training_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A synset that is missing there moves no number; one that is not known is refused."""
     for split, names in (("train", "abcd"), ("val", "bd"), ("odd", "bz")):

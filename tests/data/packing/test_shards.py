@@ -20,6 +20,7 @@ from fdscale.data.packing.folder import folder_source, pack_folder
 from fdscale.data.packing.pack import pack
 from fdscale.data.packing.plan import Plan, Record, Work
 from fdscale.data.packing.shards import write_shards
+from tests.data.descendants import assert_end, descendants
 from tests.data.packing.small import contents, jpeg, packed
 
 
@@ -106,25 +107,6 @@ def test_a_killed_one_goes_on_with_its_whole_shards(tmp_path):
     pack(source, tmp_path / "at_once", 2)
     assert contents(output) == contents(tmp_path / "at_once")
     assert not hidden(output).exists()
-
-
-def descendants(pid: int) -> list[int]:
-    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return children + [further for child in children for further in descendants(child)]
-
-
-def assert_end(pids: list[int]) -> None:
-    until = time.monotonic() + 30
-    while any(running(pid) for pid in pids):
-        assert time.monotonic() < until, f"{pids} wait for ever"
-        time.sleep(0.02)
-
-
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_a_full_disk_loses_nothing(source, tmp_path):

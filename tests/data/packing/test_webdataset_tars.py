@@ -57,7 +57,13 @@ def test_what_shards_may_not_hold(tmp_path):
     ):
         pack(tars(tmp_path / "out_of", {"a.jpg": jpeg(1), "../b.jpg": jpeg(2), "c": link("c.jpg", "/x")}), output)
     cut = tars(tmp_path / "cut", {"a.jpg": jpeg(1), "b.jpg": jpeg(2)})
-    (cut / "s-0.tar").write_bytes((cut / "s-0.tar").read_bytes()[:1900])
+    data = (cut / "s-0.tar").read_bytes()
+    (cut / "s-0.tar").write_bytes(data + data)
+    with pytest.raises(
+        UserError, match=r"cut/s-0\.tar is not a whole tar \(it ends at byte \d+, but something follows"
+    ):
+        pack(cut, output)
+    (cut / "s-0.tar").write_bytes(data[:1900])
     with pytest.raises(UserError, match=r"cut/s-0\.tar is not a whole tar"):
         pack(cut, output)
     assert not output.exists()

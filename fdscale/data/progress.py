@@ -1,4 +1,4 @@
-"""How far packing is: a bar on a terminal, a line now and then elsewhere; no torch."""
+"""How far something long is: a bar on a terminal, a line now and then elsewhere; no torch."""
 
 from __future__ import annotations
 
@@ -19,52 +19,54 @@ LOG = logging.getLogger(__name__)
 
 
 @contextmanager
-def progress(total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function that takes how many further images of `total` are packed."""
+def progress(total: int, done: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Gives a function that takes how many more `unit` (as `images`) are done, after `done` of `total`."""
     console = terminal()
     if not console.is_terminal:
-        yield _Lines(total, done).advance
+        yield _Lines(total, done, unit).advance
         return
     line = BarColumn(bar_width=None, table_column=Column(ratio=1))  # a narrow terminal loses this first
     columns = (
-        _Images(Column(no_wrap=True)),
+        _Count(Column(no_wrap=True)),
         line,
         _Rate(Column(no_wrap=True)),
         TimeRemainingColumn(),
         TextColumn("left"),
     )
     with Progress(*columns, console=console, transient=True, expand=True) as bar:
-        task = bar.add_task("packing", total=total, completed=done)
-        yield lambda images: bar.advance(task, images)
+        task = bar.add_task(unit, total=total, completed=done)
+        yield lambda more: bar.advance(task, more)
 
 
-class _Images(ProgressColumn):
+class _Count(ProgressColumn):
     """`12,000 of 1,281,167 images`."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{int(task.completed):,} of {int(task.total or 0):,} images")
+        return Text(f"{int(task.completed):,} of {int(task.total or 0):,} {task.description}")
 
 
 class _Rate(ProgressColumn):
     """`2,400 images/s`, once it is known."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} images/s" if task.speed else "", style="bold cyan")
+        return Text(f"{task.speed:,.0f} {task.description}/s" if task.speed else "", style="bold cyan")
 
 
 class _Lines:
     """A log line at most every half minute."""
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, total: int, done: int, unit: str) -> None:
+        self._unit = unit
         self._total, self._done, self._already = total, done, done
         self._began = self._told = time.monotonic()
 
-    def advance(self, images: int) -> None:
-        self._done += images
+    def advance(self, more: int) -> None:
+        self._done += more
         now = time.monotonic()
         if now - self._told < LINE_SECONDS:
             return
         self._told = now
         rate = (self._done - self._already) / (now - self._began)
         minutes = (self._total - self._done) / rate / 60 if rate else float("inf")
-        LOG.info("%s of %s images, %.0f images/s, %.0f min left", f"{self._done:,}", f"{self._total:,}", rate, minutes)
+        of = f"{self._done:,} of {self._total:,} {self._unit}"
+        LOG.info("%s, %.0f %s/s, %.0f min left", of, rate, self._unit, minutes)

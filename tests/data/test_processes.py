@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from fdscale.config.errors import UserError
-from fdscale.data.packing.processes import AHEAD, in_processes
+from fdscale.data.processes import AHEAD, in_processes
 
 
 def own_number(job: int) -> tuple[int, int]:
@@ -45,5 +45,5 @@ def test_what_a_job_raises_is_raised(workers):
 
 
 def test_a_killed_process_is_told():
-    with pytest.raises(UserError, match=r"one of 2 packing processes was killed.*fewer --workers goes on"):
+    with pytest.raises(UserError, match=r"one of 2 processes was killed.*with fewer --workers"):
         list(in_processes(killed, range(4), 2))

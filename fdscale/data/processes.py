@@ -26,6 +26,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def import_once(*modules: str) -> None:
+    """Have what is slow to import imported once for all processes that are started from now on."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", *modules])
+
+
 def in_processes(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
     """`work(job)` of each job, in the order of the jobs, which are taken a few at a time.
 
@@ -46,17 +51,16 @@ def in_processes(work: Callable[[Job], Result], jobs: Iterable[Job], workers: in
             yield under_way.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            f"one of {workers} packing processes was killed, most often for want of memory; "
-            "the same command with fewer --workers goes on"
+            f"one of {workers} processes was killed, most often for want of memory; "
+            "run the same command again, with fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _started_pool(workers: int) -> ProcessPoolExecutor:
-    """Forked off a server that has imported what is slow once, and has no threads as this process may have."""
+    """Forked off a server of their own, which has no threads that hold locks, as this process may have."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "webdataset", "fdscale.data.packing.shards"])
     resource_tracker.ensure_running()  # first: it would let the signal through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is this process's to tell
     try:

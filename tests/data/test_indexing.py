@@ -1,0 +1,42 @@
+"""Shards scanned by several processes, which end with the one that started them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fdscale.config.errors import UserError
+from fdscale.data.index import build_index
+from tests.data.descendants import assert_end, descendants
+
+HOURS = 2**40  # bytes that one process reads in no less
+
+
+def test_several_processes_give_the_index_of_one(write_shards, png):
+    folder = write_shards([{f"{shard}-{n}.png": png(n) for n in range(3)} for shard in range(7)])
+    build_index(folder, workers=1)
+    alone = [(folder / name).read_bytes() for name in ("index.json", "samples.npy")]
+    build_index(folder, workers=3)
+    assert [(folder / name).read_bytes() for name in ("index.json", "samples.npy")] == alone
+    (folder / "s5.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(UserError, match=r"s5\.tar is not a whole tar"):
+        build_index(folder, workers=3)
+
+
+def test_one_that_is_killed_leaves_no_process(tmp_path):
+    for number in range(2):
+        with (tmp_path / f"s{number}.tar").open("wb") as file:
+            file.truncate(HOURS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-m", "fdscale", "shards", "index", str(tmp_path), "--workers", "2"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    while len(others := descendants(process.pid)) < 4:  # two workers, the server that forks and its tracker
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert_end(others)
