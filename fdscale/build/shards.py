@@ -15,12 +15,12 @@ from fdscale.config.settings import FinetuneSettings
 from fdscale.data.ahead import ShardsAhead
 from fdscale.data.augment import FILTERS, Augmentation
 from fdscale.data.batches import EvalBatches, TrainBatches
-from fdscale.data.cache import Cache
 from fdscale.data.index import Index, load_index
 from fdscale.data.loader import EvalLoader, TrainLoader
 from fdscale.data.mixture import Mixture, mixed
 from fdscale.data.packing.digits import pack_digits
 from fdscale.data.randaugment import RandAugment
+from fdscale.data.remote.cache import Cache
 from fdscale.planning.data_check import DIGITS, cache_of
 from fdscale.students.student import Student
 from fdscale.training.engine import Connection

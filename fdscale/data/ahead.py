@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fdscale.cluster import host_memory
 from fdscale.data.mixture import Mixture
-from fdscale.data.remote import bytes_at_once
+from fdscale.data.remote.shards import bytes_at_once
 
 STEPS = 8  # at least
 STRETCH_SECONDS = 60.0  # a shard that is asked for again by then is in the stretch of steps for which it was read

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from fdscale.config.errors import UserError
-from fdscale.data.cache import RENEWED_SECONDS
 from fdscale.data.index import SAMPLES_FILE, Index
+from fdscale.data.remote.cache import RENEWED_SECONDS
 from fdscale.data.scan import LARGEST_IMAGE
 
 OPEN_SHARDS = 128  # per process: a data set of thousands of shards must not run into the limit on open files

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from fdscale.config.errors import UserError
 from fdscale.data.ahead import Shard, ShardsAhead
 from fdscale.data.batches import PADDING, Request
-from fdscale.data.fetching import FetchAhead
 from fdscale.data.holding import NOTHING, Holding, note
 from fdscale.data.order import Order, accumulation_steps
+from fdscale.data.remote.fetching import FetchAhead
 
 # Forking starts a worker at once and shares the index and the parent's pages; spawn and forkserver import
 # torch again in each (seconds and 300 MB). It is safe here: a worker decodes with PIL and NumPy and touches

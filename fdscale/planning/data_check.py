@@ -11,11 +11,11 @@ from fdscale.config.data_settings import DataSettings
 from fdscale.config.errors import SettingsError, UserError, attempt
 from fdscale.config.programs import ShardSettings
 from fdscale.config.settings import FinetuneSettings, RunSettings
-from fdscale.data.cache import GIB, Cache
 from fdscale.data.index import Index, load_index
 from fdscale.data.mixture import Mixture, mixed
 from fdscale.data.randaugment import refuse_unknown_policy
-from fdscale.data.remote import bytes_at_once, room_problem
+from fdscale.data.remote.cache import GIB, Cache
+from fdscale.data.remote.shards import bytes_at_once, room_problem
 
 DIGITS = "digits"  # the embedded sample, packed on first use
 DIGITS_CLASSES = 10

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from fdscale.config.errors import UserError
-from fdscale.data import fetching
-from fdscale.data.cache import Cache
-from fdscale.data.fetching import FetchAhead
+from fdscale.data.remote import fetching
+from fdscale.data.remote.cache import Cache
+from fdscale.data.remote.fetching import FetchAhead
 
 SIZE = 10_000
 FORK = multiprocessing.get_context("fork")
@@ -156,7 +156,7 @@ def test_stop_signals_are_the_ranks_affair(home, tmp_path):
 
 RANK = """
 import multiprocessing, os, sys, time
-from fdscale.data.fetching import FetchAhead
+from fdscale.data.remote.fetching import FetchAhead
 def bring(shard):
     time.sleep(60)
 ahead = FetchAhead(lambda step: (step,), bring, 0, 9, 2).__enter__()

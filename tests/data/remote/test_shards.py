@@ -16,19 +16,20 @@ import pytest
 import torch
 
 from fdscale.config.errors import UserError
-from fdscale.data import images, transfer
+from fdscale.data import images
 from fdscale.data.ahead import ShardsAhead
 from fdscale.data.augment import Augmentation
 from fdscale.data.batches import EvalBatches, TrainBatches
-from fdscale.data.cache import GIB, Cache
 from fdscale.data.images import ImageReader
 from fdscale.data.index import Index, Shard, build_index, load_index
 from fdscale.data.loader import EvalLoader, TrainLoader
 from fdscale.data.mixture import Mixture
 from fdscale.data.order import WindowedOrder
-from fdscale.data.remote import bytes_at_once, room_problem
+from fdscale.data.remote import transfer
+from fdscale.data.remote.cache import GIB, Cache
+from fdscale.data.remote.shards import bytes_at_once, room_problem
+from fdscale.data.remote.urls import readable_name, refuse_url, url_of
 from fdscale.data.scan import SAMPLE
-from fdscale.data.urls import readable_name, refuse_url, url_of
 from tests.data.shard_server import ShardServer
 
 SHARDS = 3

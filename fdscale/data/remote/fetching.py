@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Generic, TypeVar
 
 from fdscale.config.errors import UserError
-from fdscale.data.cache import RENEWED_SECONDS
+from fdscale.data.remote.cache import RENEWED_SECONDS
 
 Shard = TypeVar("Shard", bound=Hashable)
 PARALLEL = 4  # fetches at a time and rank

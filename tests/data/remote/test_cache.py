@@ -17,8 +17,8 @@ from typing import BinaryIO
 import pytest
 
 from fdscale.config.errors import UserError
-from fdscale.data import cache as cache_module
-from fdscale.data.cache import Cache
+from fdscale.data.remote import cache as cache_module
+from fdscale.data.remote.cache import Cache
 
 SIZE = 100_000
 FORK = multiprocessing.get_context("fork")
@@ -271,9 +271,7 @@ def test_a_cache_that_vanishes_is_told(cache, home):
 
 
 def test_it_needs_no_torch():
-    program = (
-        "import sys, fdscale.data.remote, fdscale.data.fetching; assert not {'torch', 'webdataset'} & set(sys.modules)"
-    )
+    program = "import sys, fdscale.data.remote.shards, fdscale.data.remote.fetching; assert not {'torch', 'webdataset'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -16,11 +16,11 @@ from pydantic import Field, ValidationError
 
 from fdscale.config.errors import UserError
 from fdscale.config.kinds import Settings
-from fdscale.data.cache import GIB, Cache, Fill
 from fdscale.data.index import INDEX_FILE, SAMPLES_FILE, VERSION, Index, Shard, read_index
 from fdscale.data.order import LANES
-from fdscale.data.transfer import fetch_bytes, fetch_file
-from fdscale.data.urls import SHARD_NAME, readable_name, refuse_url, url_of
+from fdscale.data.remote.cache import GIB, Cache, Fill
+from fdscale.data.remote.transfer import fetch_bytes, fetch_file
+from fdscale.data.remote.urls import SHARD_NAME, readable_name, refuse_url, url_of
 
 LARGEST_INDEX = 2**28  # bytes of index.json: more than a million shards
 Count = Annotated[int, Field(gt=0, lt=2**48)]
