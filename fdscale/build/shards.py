@@ -20,8 +20,8 @@ from fdscale.data.loader import EvalLoader, TrainLoader
 from fdscale.data.mixture import Mixture, mixed
 from fdscale.data.packing.digits import pack_digits
 from fdscale.data.randaugment import RandAugment
-from fdscale.data.remote.cache import Cache
-from fdscale.planning.data_check import DIGITS, cache_of
+from fdscale.data.remote.cache import Cache, cache_of
+from fdscale.planning.data_check import DIGITS
 from fdscale.students.student import Student
 from fdscale.training.engine import Connection
 from fdscale.training.evaluate import SampleTerms, evaluate, evaluate_average

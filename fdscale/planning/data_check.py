@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-from fdscale.config.data_settings import DataSettings
 from fdscale.config.errors import SettingsError, UserError, attempt
 from fdscale.config.programs import ShardSettings
 from fdscale.config.settings import FinetuneSettings, RunSettings
 from fdscale.data.index import Index, load_index
 from fdscale.data.mixture import Mixture, mixed
 from fdscale.data.randaugment import refuse_unknown_policy
-from fdscale.data.remote.cache import GIB, Cache
+from fdscale.data.remote.cache import Cache, cache_of
 from fdscale.data.remote.shards import bytes_at_once, room_problem
 
 DIGITS = "digits"  # the embedded sample, packed on first use
@@ -48,11 +46,6 @@ def data_facts(settings: ShardSettings) -> DataFacts:
     steps_per_epoch = min(len(mixture), labelled or len(mixture)) // settings.data.global_batch
     shards = sum(len(index.shards) for index in there)
     return DataFacts(mixture, shards, len(mixture), steps_per_epoch, settings.total_steps(steps_per_epoch))
-
-
-def cache_of(data: DataSettings) -> Cache | None:
-    """The node's cache that the settings name, for shards that lie behind URLs."""
-    return None if data.cache is None else Cache(Path(data.cache), int(data.cache_gib * GIB), data.allow_pipe)
 
 
 def room_problems(settings: ShardSettings, facts: DataFacts | None, share: float) -> Iterator[str]:

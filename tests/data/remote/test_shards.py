@@ -8,6 +8,7 @@ import shutil
 import tarfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,18 +17,17 @@ import pytest
 import torch
 
 from fdscale.config.errors import UserError
-from fdscale.data import images
 from fdscale.data.ahead import ShardsAhead
 from fdscale.data.augment import Augmentation
 from fdscale.data.batches import EvalBatches, TrainBatches
-from fdscale.data.images import ImageReader
+from fdscale.data.images import BadImage, ImageReader
 from fdscale.data.index import Index, Shard, build_index, load_index
 from fdscale.data.loader import EvalLoader, TrainLoader
 from fdscale.data.mixture import Mixture
 from fdscale.data.order import WindowedOrder
 from fdscale.data.remote import transfer
 from fdscale.data.remote.cache import GIB, Cache
-from fdscale.data.remote.shards import bytes_at_once, room_problem
+from fdscale.data.remote.shards import RemoteShards, bytes_at_once, room_problem
 from fdscale.data.remote.urls import readable_name, refuse_url, url_of
 from fdscale.data.scan import SAMPLE
 from tests.data.shard_server import ShardServer
@@ -140,7 +140,7 @@ def test_workers_read_remote_shards_like_local_ones(folder, server, cache):
 
 
 def test_a_reader_lets_go_of_removed_shards_and_has_them_fetched_again(folder, cache, monkeypatch):
-    monkeypatch.setattr(images, "RENEWED_SECONDS", 0.0)
+    monkeypatch.setattr(RemoteShards, "renewed_seconds", 0.0)
     index = load_index(folder.as_uri(), cache)
     reader = ImageReader(index)
     reader.decode(0)
@@ -149,6 +149,37 @@ def test_a_reader_lets_go_of_removed_shards_and_has_them_fetched_again(folder, c
     assert [link for link in open_links() if str(cache.folder) in link and ".tar" in link] == [str(index.shard_path(1))]
     assert np.array_equal(reader.decode(0), ImageReader(load_index(folder)).decode(0))
     assert index.shard_path(0).exists()
+
+
+def spoiled(shard: Path) -> None:
+    """As a disk may leave it: other bytes, as many."""
+    shard.write_bytes(bytes(byte ^ 1 for byte in shard.read_bytes()))
+
+
+def test_a_shard_that_rots_in_the_cache_is_fetched_again(folder, server, cache):
+    remote = load_index(server.url, cache)
+    readers = ImageReader(remote), ImageReader(load_index(server.url, cache))
+    for reader in readers:
+        reader.read(0)
+    spoiled(remote.shard_path(0))
+    for reader in readers:  # the second has the spoiled file open when the first has mended it
+        assert reader.read(0) == ImageReader(load_index(folder)).read(0)
+    assert server.asked["s0.tar"] == 2
+
+
+def test_rows_that_never_fitted_their_shard_are_bad_images_and_nothing_is_fetched_again(folder, server, cache):
+    rows = np.load(folder / "samples.npy")
+    rows["crc"][:2] += 1
+    np.save(folder / "samples.npy", rows)
+    content = (folder / "samples.npy").read_bytes()
+    described = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    changed_index(folder, lambda manifest: manifest.update(samples_file=described))
+    changed_index(folder, lambda manifest: manifest["shards"][0].update(rows_crc=zlib.crc32(rows[:2].tobytes())))
+    reader = ImageReader(load_index(server.url, cache))
+    for sample in (0, 1, 0):
+        with pytest.raises(BadImage, match="its bytes are not those that were indexed"):
+            reader.read(sample)
+    assert server.asked["s0.tar"] == 1
 
 
 def open_links() -> list[str]:
