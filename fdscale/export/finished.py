@@ -88,9 +88,7 @@ class Finished:
         if not folder or not (is_remote(folder) or (Path(folder) / INDEX_FILE).is_file()):
             return None
         if folder.startswith(PIPE):
-            logger.warning(
-                "%s.shards of the run, %s, is left out: an export runs no command of a recipe", table, folder
-            )
+            logger.warning("%s.shards, %s, is left out: an export runs no command of a recipe", table, folder)
             return None
         try:
             return load_index(folder, self._cache())
