@@ -38,6 +38,12 @@ class ShardsAhead:
         """Whether there is anything to bring."""
         return any(self._is_brought(place) for place in range(len(self._mixture.indices)))
 
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes that this process and those forked off have brought into the caches of the mixture."""
+        caches = {index.remote.cache for index in self._mixture.indices if index.remote is not None}
+        return sum(cache.fetched_bytes for cache in caches)
+
     def steps(self, global_batch: int) -> int:
         """How far ahead: an eighth of a window."""
         return max(STEPS, self._mixture.shuffle // global_batch // 8)

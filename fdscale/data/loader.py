@@ -70,6 +70,11 @@ class TrainLoader:
         self._ahead = ahead
         self._feed = _Feed(batches, workers, device, rank, world_size)
 
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes that this rank and its workers have brought from behind URLs."""
+        return 0 if self._ahead is None else self._ahead.fetched_bytes
+
     def steps(self, first_step: int, last_step: int) -> Generator[list[Any], None, None]:
         """For each step of [first_step, last_step): this rank's `accumulation` micro batches, in order."""
         with self._fetching(first_step, last_step) as fetching:
