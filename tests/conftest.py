@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import pickle
+import select
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
@@ -22,14 +26,19 @@ REPOSITORY = WORKER.parent.parent
 LONGEST = (  # files begun first, so that two workers end together
     "tests/test_runs.py",
     "tests/downstream/test_dense.py",
+    "tests/test_train.py",
     "tests/test_recipes.py",
     "tests/training/test_engine.py",
-    "tests/test_train.py",
+    "tests/downstream/test_classify.py",
     "tests/training/test_elastic.py",
+    "tests/data",
     "tests/downstream/detection",
     "tests/downstream/segmentation",
     "tests/downstream",
     "tests/training",
+    "tests/test_plan.py",
+    "tests/test_scale.py",
+    "tests/export",
 )
 
 
@@ -74,7 +83,7 @@ class Ranks:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[int] = []
         self._pipes: list[Connection] = []
 
     def __call__(self, function: Callable[..., Any], *arguments: Any, timeout: float = 200) -> list[Any]:
@@ -111,16 +120,25 @@ class Ranks:
         port = free_port()
         with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/ranks", family="AF_UNIX") as listener:
             for rank in range(self.world_size):
-                command = [sys.executable, str(WORKER), listener.address]
-                environment = rank_environment(rank, self.world_size, port)
-                self._processes.append(subprocess.Popen(command, env=environment, cwd=tempfile.gettempdir()))
+                _forker().send((rank_environment(rank, self.world_size, port), listener.address))
                 self._pipes.append(listener.accept())
+                self._processes.append(self._pipes[-1].recv())
 
     def stop(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.wait()
+        for pid in self._processes:
+            with suppress(ProcessLookupError), os.fdopen(os.pidfd_open(pid)) as process:
+                signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
+                select.select([process], [], [])  # until it is gone
         self._processes, self._pipes = [], []
+
+
+@functools.cache
+def _forker() -> Connection:
+    """The way to a process that has imported torch and DeepSpeed once, for all ranks that it forks; it ends with us."""
+    with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/forker", family="AF_UNIX") as listener:
+        command = [sys.executable, str(WORKER), str(listener.address)]
+        subprocess.Popen(command, env=rank_environment(0, 1, free_port()), cwd=tempfile.gettempdir())
+        return listener.accept()
 
 
 def _warm(world_size: int) -> Iterator[Ranks]:

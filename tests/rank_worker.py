@@ -1,15 +1,20 @@
-"""One warm rank: joins the process group once, then runs test functions until its pytest session ends."""
+"""Forks warm ranks: each joins a process group once, then runs test functions until its pytest session ends."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import pickle
+import signal
 import sys
 import traceback
+from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing.connection import Client, Connection
 from types import ModuleType
 
+IMPORTED = ("fdscale.train", "deepspeed.runtime.zero.muon.muon_optimizer")  # they start no threads
 MODULES: dict[str, ModuleType] = {}
 
 
@@ -37,7 +42,9 @@ def serve(pytest_session: Connection) -> None:
     from fdscale.cluster.ranks import rank_from_environment
     from fdscale.training.engine import connect
 
+    pytest_session.send(os.getpid())
     connection = connect(rank_from_environment(os.environ))
+    gc.freeze()  # ZeRO-3 collects garbage at each start: what is imported is none
     # plain pickle: multiprocessing's own would send tensors as shared memory, which the receiver cannot open
     while True:
         path, function, arguments = pickle.loads(pytest_session.recv_bytes())
@@ -49,6 +56,32 @@ def serve(pytest_session: Connection) -> None:
         pytest_session.send_bytes(pickle.dumps(answer))
 
 
-if __name__ == "__main__":
-    with Client(sys.argv[1], family="AF_UNIX") as to_pytest:
+def become_rank(environment: Mapping[str, str], address: str) -> None:
+    """In a new process, until its pytest session has ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(environment)
+    with suppress(EOFError), Client(address, family="AF_UNIX") as to_pytest:
         serve(to_pytest)
+
+
+def fork_ranks(requests: Connection) -> None:
+    """A rank for each (environment, address) that is sent."""
+    for module in IMPORTED:
+        importlib.import_module(module)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for ranks
+    while True:
+        environment, address = requests.recv()
+        if os.fork() == 0:
+            try:
+                requests.close()
+                become_rank(environment, address)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+
+
+if __name__ == "__main__":
+    with suppress(EOFError), Client(sys.argv[1], family="AF_UNIX") as to_pytest:
+        fork_ranks(to_pytest)

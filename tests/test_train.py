@@ -104,18 +104,22 @@ def test_a_network_that_cannot_be_traced_is_trained_all_the_same(tmp_path: Path,
     assert memory["measured_bytes"] > 0
 
 
-def test_held_out_loss_and_knn_are_measured(tmp_path: Path, digits: Path, two_ranks: Any) -> None:
-    run_dir = tmp_path / "run"
-    two_ranks(distilled, str(run_dir), str(digits), "eval.every=2", *SWIN)
-    held_out = [row for row in rows_of(run_dir) if "eval_loss" in row]
-    assert [row["step"] for row in held_out] == [2, 3]
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory, digits: Path, two_ranks: Any) -> Path:
+    """The folder of a run of five steps, which is judged on the way."""
+    run_dir = tmp_path_factory.mktemp("judged") / "run"
+    assert two_ranks(distilled, str(run_dir), str(digits), "eval.every=2", "max_steps=5", *SWIN) == [True, True]
+    return run_dir
+
+
+def test_held_out_loss_and_knn_are_measured(judged: Path) -> None:
+    held_out = [row for row in rows_of(judged) if "eval_loss" in row]
+    assert [row["step"] for row in held_out] == [2, 4, 5]
     assert all(0 < row["eval_loss"] < 1 and 0.1 < row["eval_knn_accuracy"] <= 1 for row in held_out)
 
 
-def test_a_step_holds_the_memory_that_was_planned(tmp_path: Path, digits: Path, two_ranks: Any) -> None:
-    run_dir = tmp_path / "run"
-    two_ranks(distilled, str(run_dir), str(digits), *SWIN, "max_steps=5")
-    memory = json.loads((run_dir / "memory.json").read_text())
+def test_a_step_holds_the_memory_that_was_planned(judged: Path) -> None:
+    memory = json.loads((judged / "memory.json").read_text())
     assert memory["step"] == 5
     assert memory["measured_bytes"] == pytest.approx(memory["planned_bytes"], rel=0.1)
     assert memory["planned"]["optimizer"] > 0
@@ -168,14 +172,13 @@ def test_a_further_teacher_of_ones_own_is_given_by_its_name(tmp_path: Path, digi
     assert (tmp_path / "run" / "student.safetensors").exists()
 
 
-def test_bf16_with_fp32_masters_stays_close_to_fp32(tmp_path: Path, digits: Path, two_ranks: Any) -> None:
+def test_bf16_with_fp32_masters_stays_close_to_fp32(judged: Path, tmp_path: Path, digits: Path, two_ranks: Any) -> None:
     rounded = tmp_path / "bf16.json"
     zero = {"stage": 3, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     common = {"train_micro_batch_size_per_gpu": 16, "zero_optimization": zero}
     rounded.write_text(json.dumps({**common, "bf16": {"enabled": True}}))
-    two_ranks(distilled, str(tmp_path / "fp32"), str(digits), *SWIN)
     two_ranks(distilled, str(tmp_path / "bf16"), str(digits), f"deepspeed={rounded}", *SWIN)
-    pairs = zip(losses_of(tmp_path / "fp32"), losses_of(tmp_path / "bf16"), strict=True)
+    pairs = zip(losses_of(judged)[:3], losses_of(tmp_path / "bf16"), strict=True)
     assert all(abs(exact - rounded) < 5e-3 for exact, rounded in pairs)
 
 

@@ -62,8 +62,8 @@ def loader_rates(index: Index, workers: int, images: int, repeats: int) -> Row:
             turns[name].append(rate())
     medians = {name: statistics.median(rates) for name, rates in turns.items()}
     ratios = {f"to {name}": _paired(turns["fdscale"], turns[name]) for name in ("webdataset", "bare", "decode")}
-    pixels = sum(shard.bytes for shard in index.shards) / len(index)
-    return {"workers": workers, "images": len(index), "bytes_per_image": pixels, "turns": turns, **medians, **ratios}
+    size = sum(shard.bytes for shard in index.shards) / len(index)
+    return {"workers": workers, "images": len(index), "bytes_per_image": size, "turns": turns, **medians, **ratios}
 
 
 def tell_loader(shards: Path | None, workers: int, images: int, repeats: int) -> None:
@@ -151,8 +151,9 @@ def _bare_rate(work: Callable[[bytes, random.Random], None], index: Index, worke
         context.Process(target=_bare, args=(work, index, number, each, theirs))
         for number, (_, theirs) in enumerate(pairs)
     ]
-    for process in processes:
+    for process, (_, theirs) in zip(processes, pairs, strict=True):
         process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
     for ours, _ in pairs:
         ours.recv()  # its images are read
     began = time.perf_counter()

@@ -10,6 +10,7 @@ import numpy as np
 
 from fdscale.build.run import OpenData, Run
 from fdscale.build.training import Measured
+from fdscale.cluster import host_memory
 from fdscale.config.programs import ShardSettings
 from fdscale.config.settings import FinetuneSettings
 from fdscale.data.ahead import ShardsAhead
@@ -73,7 +74,7 @@ def shard_loader(run: Run[Mixture, Index], settings: ShardSettings, student: Stu
     rank, view = run.connection.rank, augmentation(settings, student)
     batches = TrainBatches(run.samples, student.image_size, view, settings.seed, settings.data.views)
     ranks = (rank.rank, rank.world_size, run.micro_batch)
-    ahead = ShardsAhead(run.samples, rank.local_world_size / rank.world_size)
+    ahead = ShardsAhead(run.samples, rank.local_world_size / rank.world_size, host_memory.available())
     return TrainLoader(batches, run.order, *ranks, settings.data.workers, run.device, ahead)
 
 

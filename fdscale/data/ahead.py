@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fdscale.cluster import host_memory
 from fdscale.data.mixture import Mixture
+from fdscale.data.order import LANES, lanes_of
 from fdscale.data.remote.shards import bytes_at_once
 
 STEPS = 8  # at least
@@ -23,14 +23,15 @@ class ShardsAhead:
     """The shards of coming steps, for `fetching.FetchAhead`, which runs `bring` in a process of its own.
 
     Local shards that are read in windows are read through once, in sequence, so that the node's page cache has them
-    when their images are read in the order's: where half of the memory that is free now holds one window of all that
-    the node reads, its `share` of the mixture.
+    when their images are read in the order's: where half of the `free` bytes of memory hold one window of all that the
+    node reads, its `share` of the mixture, and where no other node reads the same shards.
     """
 
-    def __init__(self, mixture: Mixture, share: float) -> None:
+    def __init__(self, mixture: Mixture, share: float, free: int) -> None:
         local = [index for index in mixture.indices if index.remote is None and len(index) > mixture.shuffle]
         window = sum(bytes_at_once(index, mixture.shuffle, share) for index in local)
-        self._local = window < host_memory.available() / 2
+        shared = any(share * lanes_of(len(index.shards), LANES) < 1 for index in local)
+        self._local = window < free / 2 and not shared
         self._mixture = mixture
         self._asked: dict[Shard, float] = {}
 

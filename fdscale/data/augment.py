@@ -40,7 +40,7 @@ def augment(
     """One random view of an image, uint8 (3, size, size); a JPEG that is not decoded yet is decoded as far as needed.
 
     RandomResizedCrop and horizontal flip, which is all that distillation has (official implementation), then
-    RandAugment where that is wanted; nobody normalises here. `view` is the epoch.
+    RandAugment where that is wanted; nobody normalises here. `view` is how often the sample was shown before.
     """
     draw = generator(seed, key, view, Purpose.VIEW)
     flip = draw.random() < augmentation.flip

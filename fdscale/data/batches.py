@@ -152,7 +152,7 @@ class EvalBatches(Dataset[Batch]):
 
 
 def _stacked(views: Sequence[NDArray[np.uint8]]) -> Tensor:
-    """Views (3, H, W) as one (B, 3, H, W), channels last in memory as they are: each byte is copied once.
+    """Views (3, H, W) as one (B, 3, H, W), channels last in memory as they are, so that whole rows are copied.
 
     In a worker that is into memory which it shares with its rank.
     """

@@ -21,6 +21,7 @@ class Holding:
     def begin(self, worker: int) -> None:
         """In a worker: what `note` is told from here on stands in this worker's place."""
         global _place
+        self._samples[worker] = NOTHING  # not what an earlier one held
         self._processes[worker] = os.getpid()
         _place = (self._samples, worker)
 
@@ -35,6 +36,8 @@ class Holding:
 
 
 def _has_ended(child: int) -> bool:
+    if child == NOTHING:  # not begun yet
+        return False
     try:
         return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:  # whoever started it has waited for it

@@ -42,7 +42,7 @@ class Mixture:
         """Which samples each step shows; raises UserError where a data set has no row, or fewer samples than rows."""
         rows = self.rows(global_batch)
         orders = [
-            _order(index, own, seed + place, self.shuffle, name)
+            _order(index, own, _seed(seed, place), self.shuffle, name)
             for place, (index, own, name) in enumerate(zip(self.indices, rows, self.names, strict=True))
         ]
         return orders[0] if len(orders) == 1 else MixedOrder(orders, [len(index) for index in self.indices])
@@ -75,6 +75,11 @@ def mixed(indices: Sequence[Index], names: Sequence[str], weights: Sequence[floa
     """The mixture that settings ask for: either each data set has a weight there, or none has."""
     given = tuple(weight for weight in weights if weight is not None)
     return Mixture(tuple(indices), tuple(names), given if len(given) == len(indices) else None, shuffle)
+
+
+def _seed(seed: int, place: int) -> int:
+    """The first data set's seed is the run's; the others' are of their own, for no two runs the same."""
+    return seed if place == 0 else int(np.random.SeedSequence([seed, place]).generate_state(1, np.uint64)[0])
 
 
 def _order(index: Index, rows: int, seed: int, shuffle: int, name: str) -> Order:

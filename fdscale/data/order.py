@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from fdscale.config.errors import UserError
 
 Numbers = NDArray[np.int64]
-LANES = 64  # a power of two, as numbers of nodes are
+LANES = 256  # at most: more nodes than lanes read shards of the same lane
+SHARDS_OF_LANE = 8  # at least: those at its ends are read for two lanes
 
 
 class Order(Protocol):
@@ -89,11 +90,11 @@ class GlobalOrder:
 class WindowedOrder:
     """Samples of many shards, shuffled so that each shard is read by few, once an epoch, in one stretch of steps.
 
-    Each epoch lays the shards in a line, in an order drawn from (seed, epoch), and cuts the line into `LANES` pieces of
+    Each epoch lays the shards in a line, in an order drawn from (seed, epoch), and cuts the line into lanes, pieces of
     as many steps. The rows of a global batch are dealt from the lanes, in order: whoever reads some of the rows reads
     the shards of these lanes alone. A lane shuffles its piece in windows of steps, which hold about `shuffle` samples
-    over all lanes; windows of neighbouring lanes begin at other steps, so that no step needs all its shards anew.
-    `starts` int (S+1,): the first sample of each of S shards, and the number of samples. Raises as `GlobalOrder`.
+    over all lanes; windows of neighbouring lanes begin at other steps, so that none within an epoch needs all its shards
+    anew. `starts` int (S+1,): the first sample of each of S shards, and the number of samples. Raises as `GlobalOrder`.
     """
 
     def __init__(
@@ -104,10 +105,10 @@ class WindowedOrder:
         self.seed = seed
         self.window_steps = max(1, shuffle // global_batch)
         self._starts = np.asarray(starts, np.int64)
-        lanes = min(LANES, global_batch)
+        lanes = lanes_of(len(starts) - 1, global_batch)
         self._rows = np.arange(lanes + 1) * global_batch // lanes
         self._windows: dict[int, _Window] = {}
-        self._line = _Line(-1, self._starts, self._starts)
+        self._line = _Line(-1, self._starts, self._starts, self._starts)
 
     def batch(self, step: int) -> Numbers:
         """Sample numbers (global_batch,) of a step; O(global_batch) but where a window begins."""
@@ -142,7 +143,8 @@ class WindowedOrder:
     def _line_of(self, epoch: int) -> _Line:
         if epoch != self._line.epoch:
             drawn = _permutation(len(self._starts) - 1, self.seed, epoch)
-            self._line = _Line(epoch, self._starts[drawn], np.diff(self._starts)[drawn].cumsum())
+            ends = np.diff(self._starts)[drawn].cumsum()
+            self._line = _Line(epoch, self._starts[drawn], np.concatenate([[0], ends[:-1]]), ends)
         return self._line
 
 
@@ -184,17 +186,23 @@ class _Window(NamedTuple):
 
 
 class _Line(NamedTuple):
-    """The shards of an epoch in a line: the first sample of each, and the place behind its last."""
+    """The shards of an epoch in a line: the first sample of each, its place, and the place behind the last one's."""
 
     epoch: int
     starts: Numbers
+    begins: Numbers
     ends: Numbers
 
     def samples(self, places: Numbers) -> Numbers:
         """The samples at these places of the line."""
         shards = np.searchsorted(self.ends, places, side="right")
-        lengths = np.diff(self.ends, prepend=0)
-        return self.starts[shards] + places - (self.ends - lengths)[shards]
+        return self.starts[shards] + places - self.begins[shards]
+
+
+def lanes_of(shards: int, global_batch: int) -> int:
+    """How many lanes so many shards are cut into: a power of two, as numbers of nodes are."""
+    most = min(LANES, global_batch, shards // SHARDS_OF_LANE)
+    return 1 << max(most.bit_length() - 1, 0)
 
 
 def rows_by_share(global_batch: int, shares: Sequence[float]) -> list[int]:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from fdscale.config.errors import UserError
 from fdscale.data.augment import Augmentation
@@ -236,6 +237,14 @@ def test_signals_to_the_process_group_leave_the_workers_to_the_rank(index):
     assert seen == plain_steps(index, 0, 9)
 
 
+@pytest.fixture
+def impatient(monkeypatch) -> None:
+    """torch looks every half second whether its workers live, not every five."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.5,))
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_worker_that_dies_is_told_with_its_rank_by_the_next_batch(index):
     others = multiprocessing.active_children()
     run = train_loader(index, rank=1, world_size=2, workers=1).steps(0, 10**6)
@@ -264,6 +273,7 @@ class Deadly(TrainBatches):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_worker_that_dies_is_told_with_the_sample_that_it_held(mixture, workers):
     batches, order = Deadly(mixture, 6, VIEWS, 5), mixture.order(GLOBAL_BATCH, 5)

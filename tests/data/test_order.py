@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdscale.config.errors import UserError
-from fdscale.data.order import LANES, GlobalOrder, MixedOrder, WindowedOrder, accumulation_steps, rows_by_share
+from fdscale.data.order import (
+    LANES,
+    GlobalOrder,
+    MixedOrder,
+    WindowedOrder,
+    accumulation_steps,
+    lanes_of,
+    rows_by_share,
+)
 
 
 @settings(deadline=None, max_examples=50)
@@ -83,9 +91,9 @@ def test_a_windowed_batch_depends_on_the_step_alone(sizes, batch, shuffle, steps
 
 
 def test_numpy_still_draws_the_recorded_windowed_order():
-    order = WindowedOrder(starts_of([5] * 6), 4, 0, 12)
-    assert order.batch(0).tolist() == [20, 2, 19, 11]
-    assert order.batch(7).tolist() == [22, 8, 29, 11]
+    order = WindowedOrder(starts_of([5] * 24), 4, 0, 12)  # two lanes
+    assert order.batch(0).tolist() == [65, 68, 58, 55]
+    assert order.batch(7).tolist() == [77, 79, 108, 105]
 
 
 def test_a_rank_reads_few_shards_at_a_time_and_each_of_them_once():
@@ -136,7 +144,14 @@ def test_every_sample_has_its_chance():
 
 def test_lanes_are_as_many_as_a_batch_has_rows_at_most():
     assert len(set(WindowedOrder(starts_of([10] * 50), 3, 0, 30).batch(5).tolist())) == 3
-    assert len(WindowedOrder(starts_of([10] * 500), LANES + 36, 0, 300).batch(5)) == 100
+    assert len(WindowedOrder(starts_of([10] * 500), LANES + 36, 0, 300).batch(5)) == LANES + 36
+
+
+@pytest.mark.parametrize(
+    ("shards", "batch", "lanes"), [(5, 8, 1), (1282, 2048, 128), (10**5, 2048, 256), (10**5, 96, 64), (16, 2048, 2)]
+)
+def test_a_lane_has_shards_enough(shards, batch, lanes):
+    assert lanes_of(shards, batch) == lanes
 
 
 @settings(deadline=None, max_examples=60)

@@ -67,7 +67,7 @@ SEEN = "head.init_scale=30"  # officially logits start near zero, where every lo
 
 
 def settings_of(run_dir: str, digits: str, *overrides: str) -> FinetuneSettings:
-    given = [f"run_dir={run_dir}", f"data.shards={digits}", "max_steps=5", "log.every=1", "checkpoint.every=100"]
+    given = [f"run_dir={run_dir}", f"data.shards={digits}", "max_steps=4", "log.every=1", "checkpoint.every=100"]
     settings = load_recipe("digits_finetune", [*given, *overrides])
     assert isinstance(settings, FinetuneSettings)
     return settings
@@ -93,7 +93,7 @@ def test_two_ranks_learn_what_one_does(
     assert one_rank(tuned, str(alone), str(digits), *official, SEEN) == [True]
     assert two_ranks(tuned, str(together), str(digits), *official, SEEN) == [True, True]
     losses = rows_of(alone, "loss")
-    assert len(losses) == 5
+    assert len(losses) == 4
     assert max(losses) - min(losses) > 0.05
     assert rows_of(together, "loss") == pytest.approx(losses, abs=1e-5)
     assert rows_of(together, "accuracy") == pytest.approx(rows_of(alone, "accuracy"))
@@ -125,7 +125,7 @@ def test_each_of_the_official_settings_is_at_work(tmp_path: Path, digits: Path, 
 def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, digits: Path, two_ranks: Any) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     two_ranks(tuned, str(whole), str(digits), *OFFICIAL_VIT)
-    for last in (2, 5):
+    for last in (2, 4):
         assert two_ranks(tuned, str(stopped), str(digits), *OFFICIAL_VIT, f"max_steps={last}") == [True, True]
     for name in ("loss", "grad_norm", "lr"):
         assert rows_of(stopped, name) == rows_of(whole, name)
@@ -150,7 +150,7 @@ def test_the_rate_shown_is_the_heads(tmp_path: Path, digits: Path, one_rank: Any
     """Six steps of warm-up from 1e-6 to 2e-3; the first two updates agree."""
     one_rank(tuned, str(tmp_path / "run"), str(digits), *SMALL_VIT, "optim.layer_decay=0.5")
     climb = (2e-3 - 1e-6) / 6
-    assert rows_of(tmp_path / "run", "lr") == pytest.approx([1e-6, 1e-6, *(1e-6 + i * climb for i in (1, 2, 3))])
+    assert rows_of(tmp_path / "run", "lr") == pytest.approx([1e-6, 1e-6, *(1e-6 + i * climb for i in (1, 2))])
 
 
 @pytest.mark.parametrize("normalisation", ["training", "clip"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,29 +51,46 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return {"scenes_segment": ade20k, "scenes_detect": named}
 
 
+def lean(recipe: str, scenes: Data, folder: Path) -> list[str]:
+    """The settings of two ranks under ZeRO-3, blocks recomputed."""
+    words = ["optim.ema_decay=0.5", "student.activation_checkpointing=blocks"]
+    return [*scenes[recipe], engine_json(folder, "lean", 3), *words]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, scenes: Data, two_ranks: Any) -> Callable[[str], Path]:
+    """The folder of a recipe's run on two lean ranks."""
+
+    def make(recipe: str) -> Path:
+        folder = tmp_path_factory.mktemp(recipe)
+        assert two_ranks(run, recipe, str(folder / "run"), *lean(recipe, scenes, folder)) == [True, True]
+        return folder / "run"
+
+    return functools.cache(make)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_lean_ranks_learn_stop_go_on_and_judge_as_one_process(
-    recipe: str, scenes: Data, tmp_path: Path, two_ranks: Any, one_rank: Any
+    recipe: str, scenes: Data, finished: Callable[[str], Path], tmp_path: Path, two_ranks: Any, one_rank: Any
 ) -> None:
     """ZeRO-3 with blocks recomputed against ZeRO-0.
 
     A run that stops after two steps goes on as if it had not, to the bit, and on one rank within rounding. Its student
     is divided before heads stand on it, as a giant's.
     """
-    average = "optim.ema_decay=0.5"
-    plain = [*scenes[recipe], engine_json(tmp_path, "plain", 0), average]
-    lean = [*scenes[recipe], engine_json(tmp_path, "lean", 3), average, "student.activation_checkpointing=blocks"]
-    alone, together, stopped, moved = (tmp_path / name for name in ("alone", "together", "stopped", "moved"))
+    plain = [*scenes[recipe], engine_json(tmp_path, "plain", 0), "optim.ema_decay=0.5"]
+    given, together = [*lean(recipe, scenes, tmp_path), *NOT_JUDGED], finished(recipe)
+    alone, stopped, moved = (tmp_path / name for name in ("alone", "stopped", "moved"))
     assert one_rank(run, recipe, str(alone), *plain) == [True]
-    assert two_ranks(run, recipe, str(together), *lean) == [True, True]
-    assert two_ranks(run_as_a_giant, recipe, str(stopped), *lean, "max_steps=2") == [True, True]
+    assert two_ranks(run_as_a_giant, recipe, str(stopped), *given, "max_steps=2") == [True, True]
     shutil.copytree(stopped, moved)
-    assert two_ranks(run, recipe, str(stopped), *lean) == [True, True]
-    assert one_rank(run, recipe, str(moved), *lean) == [True]
+    assert two_ranks(run, recipe, str(stopped), *given) == [True, True]
+    assert one_rank(run, recipe, str(moved), *given) == [True]
     for name in LOSSES[recipe]:
-        assert told(together, name) == pytest.approx(told(alone, name), abs=2e-5), name
+        rounding = 2e-4 if name == "pixel_accuracy" else 2e-5  # three pixels of 16,384 whose classes are as likely
+        assert told(together, name) == pytest.approx(told(alone, name), abs=rounding), name
         assert told(stopped, name) == told(together, name), name
-        assert told(moved, name) == pytest.approx(told(together, name), abs=2e-5), name
+        assert told(moved, name) == pytest.approx(told(together, name), abs=rounding), name
     judged = JUDGED[recipe]
     for whose in ("eval", "eval_ema"):
         assert told(together, f"{whose}_{judged}")[-1] == pytest.approx(told(alone, f"{whose}_{judged}")[-1], abs=0.02)
@@ -89,18 +108,16 @@ def test_two_lean_ranks_learn_stop_go_on_and_judge_as_one_process(
     ],
 )
 def test_a_finished_run_is_looked_at_in_other_ways(
-    recipe: str, seen: list[str], scenes: Data, tmp_path: Path, two_ranks: Any
+    recipe: str, seen: list[str], finished: Callable[[str], Path], two_ranks: Any
 ) -> None:
-    given = [*scenes[recipe], engine_json(tmp_path, "lean", 3)]
-    two_ranks(run, recipe, str(tmp_path / "run"), *given, "max_steps=1")
-    one, other = two_ranks(measure, str(tmp_path / "run"), *seen)
+    one, other = two_ranks(measure, str(finished(recipe)), *seen)
     assert one == other
     assert 0 <= one[JUDGED[recipe]] <= 1
 
 
 def test_boxes_of_another_data_set_come_first(scenes: Data, tmp_path: Path, two_ranks: Any) -> None:
     """Objects365's stage: boxes alone, other classes; all but the predictors, and masks, starts from it."""
-    lean, coco = engine_json(tmp_path, "lean", 3), scenes["scenes_detect"]
+    engine, coco = engine_json(tmp_path, "lean", 3), scenes["scenes_detect"]
     boxes = tmp_path / "boxes.json"
     held = json.loads((Path(coco[1].partition("=")[2])).read_text())
     held["categories"] = held["categories"][:3]
@@ -111,13 +128,14 @@ def test_boxes_of_another_data_set_come_first(scenes: Data, tmp_path: Path, two_
         if each["category_id"] in known
     ]
     boxes.write_text(json.dumps(held))
-    first = [coco[0], f"data.annotations={boxes}", "classes=3", "head.masks=false", *NOT_JUDGED, lean]
+    first = [coco[0], f"data.annotations={boxes}", "classes=3", "head.masks=false", *NOT_JUDGED, engine]
     two_ranks(run, "scenes_detect", str(tmp_path / "first"), *first, "data.global_batch=4")
     file = tmp_path / "first" / "detector.safetensors"
     second = [
-        *coco,
+        *coco[:2],
+        *NOT_JUDGED,
         f"head.weights={file}",
-        lean,
+        engine,
         "optim.lr=1e-9",
         "optim.warmup_lr=0",
         "optim.min_lr=0",

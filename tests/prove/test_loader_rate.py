@@ -31,11 +31,11 @@ def test_the_loader_costs_little_beside_decoding(photos: Index, workers: int) ->
     page.row(f"{workers} workers", lambda: loader_rates(photos, workers, IMAGES, REPEATS))
     page.write_table(
         "The loader",
-        f"Images/s of so many processes that make views of 224 pixels of {PHOTOS} photos, 500 x 375 at JPEG quality 95, on "
-        f"a machine of 2 cores; medians of {REPEATS} turns of {IMAGES} images, the ways in turns, each ratio the median "
-        "over the turns. The bare loop decodes, crops, resizes and flips with Pillow what it holds in memory, and hands "
-        "nothing over; the loader's images arrive in the rank. `python -m fdscale.bench loader --shards FOLDER` measures "
-        "on others.",
+        f"Images/s of so many processes that make views of 224 pixels of {PHOTOS} photos, 500 x 375 at JPEG quality 95, "
+        f"on a machine of 2 cores; medians of {REPEATS} turns of {IMAGES} images, the ways in turns, each ratio the "
+        "median over the turns. The bare loop decodes, crops, resizes and flips with Pillow what it holds in memory, and "
+        "hands nothing over; the loader's images arrive in the rank. `python -m fdscale.bench loader --shards FOLDER` "
+        "measures on others.",
         COLUMNS,
         [line(row) for row in page.rows.values()],
     )

@@ -59,7 +59,7 @@ def package(folder: Path, name: str, version: str) -> Iterator[None]:
     described.mkdir(parents=True)
     (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     before = list(sys.path)
-    sys.path[:] = [str(folder), *before, str(folder)]
+    sys.path[:] = [str(folder), *before]
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError
 from fdscale.config.errors import UserError
 from fdscale.config.kinds import Settings
 from fdscale.data.index import INDEX_FILE, SAMPLES_FILE, VERSION, Index, Shard, read_index
-from fdscale.data.order import LANES
+from fdscale.data.order import LANES, lanes_of
 from fdscale.data.remote.cache import GIB, RENEWED_SECONDS, Cache, Fill
 from fdscale.data.remote.transfer import fetch_bytes, fetch_file
 from fdscale.data.remote.urls import SHARD_NAME, readable_name, refuse_url, url_of
@@ -140,7 +140,7 @@ def bytes_at_once(index: Index, shuffle: int, share: float) -> int:
     total, shards = sum(shard.bytes for shard in index.shards), len(index.shards)
     if len(index) <= shuffle:
         return total
-    at_once = share * (shuffle * shards / len(index) + LANES)
+    at_once = share * (shuffle * shards / len(index) + lanes_of(shards, LANES))
     return ceil(min(1.0, 1.25 * at_once / shards) * total)
 
 

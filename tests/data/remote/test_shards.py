@@ -40,7 +40,7 @@ def shown(index: Index, workers: int, world_size: int = 1) -> list[bytes]:
             2 // world_size,
             workers,
             torch.device("cpu"),
-            ShardsAhead(mixture, 1.0),
+            ShardsAhead(mixture, 1.0, GIB),
         ).steps(0, 5)
         for rank in range(world_size)
     ]
@@ -66,7 +66,7 @@ def test_the_loader_shows_the_same_over_a_network_and_fetches_each_shard_once(
 def test_the_loader_counts_what_it_and_its_processes_fetch(server: ShardServer, cache: Cache, workers: int) -> None:
     mixture = Mixture((load_index(server.url, cache),), shuffle=4)
     batches = TrainBatches(mixture, 6, Augmentation((0.2, 1.0), (0.75, 1.33), "bilinear", 0.5), 5)
-    ahead = ShardsAhead(mixture, 1.0)
+    ahead = ShardsAhead(mixture, 1.0, GIB)
     loader = TrainLoader(batches, mixture.order(2, 5), 0, 1, 2, workers, torch.device("cpu"), ahead)
     assert len(list(loader.steps(0, 3))) == 3
     assert loader.fetched_bytes == sum(path.stat().st_size for path in server.folder.iterdir())
