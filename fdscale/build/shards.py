@@ -16,13 +16,13 @@ from fdscale.config.settings import FinetuneSettings
 from fdscale.data.ahead import ShardsAhead
 from fdscale.data.augment import FILTERS, Augmentation
 from fdscale.data.batches import EvalBatches, TrainBatches
-from fdscale.data.cache import Cache
 from fdscale.data.index import Index, load_index
 from fdscale.data.loader import EvalLoader, TrainLoader
 from fdscale.data.mixture import Mixture, mixed
 from fdscale.data.packing.digits import pack_digits
 from fdscale.data.randaugment import RandAugment
-from fdscale.planning.data_check import DIGITS, cache_of
+from fdscale.data.remote.cache import Cache, cache_of
+from fdscale.planning.data_check import DIGITS
 from fdscale.students.student import Student
 from fdscale.training.engine import Connection
 from fdscale.training.evaluate import SampleTerms, evaluate, evaluate_average

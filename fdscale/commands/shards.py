@@ -106,7 +106,7 @@ def info(
 def _cache(where: str, folder: Path | None, gib: float, allow_pipe: bool) -> Cache | None:
     """Where the shards of a URL are fetched to; None of a folder. UserError for an option that a URL wants."""
     from fdscale.data.cache import GIB, Cache
-    from fdscale.data.urls import PIPE, is_remote
+    from fdscale.data.remote.urls import PIPE, is_remote
 
     if not is_remote(where):
         return None

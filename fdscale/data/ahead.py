@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fdscale.data.mixture import Mixture
 from fdscale.data.order import LANES, lanes_of
-from fdscale.data.remote import bytes_at_once
+from fdscale.data.remote.shards import bytes_at_once
 
 STEPS = 8  # at least
 STRETCH_SECONDS = 60.0  # a shard that is asked for again by then is in the stretch of steps for which it was read
@@ -38,6 +38,12 @@ class ShardsAhead:
     def __bool__(self) -> bool:
         """Whether there is anything to bring."""
         return any(self._is_brought(place) for place in range(len(self._mixture.indices)))
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes that this process and those forked off have brought into the caches of the mixture."""
+        caches = {index.remote.cache for index in self._mixture.indices if index.remote is not None}
+        return sum(cache.fetched_bytes for cache in caches)
 
     def steps(self, global_batch: int) -> int:
         """How far ahead: an eighth of a window."""

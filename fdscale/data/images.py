@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from fdscale.config.errors import UserError
-from fdscale.data.cache import RENEWED_SECONDS
 from fdscale.data.index import SAMPLES_FILE, Index
 from fdscale.data.scan import LARGEST_IMAGE
 
@@ -151,16 +150,22 @@ class ImageReader:
         """The sample's bytes as they were indexed, or BadImage."""
         shard, offset, size, _, _, crc = self.index.samples[sample].item()
         self._refuse_outside(sample, shard, offset, size)
+        data = self._bytes(shard, offset, size)
+        if zlib.crc32(data) != crc and self.index.remote is not None:
+            os.close(self._open.pop(shard))
+            self.index.remote.mend(shard)  # a node's disk that spoils a shard must not change what is trained on
+            data = self._bytes(shard, offset, size)
+        if zlib.crc32(data) != crc:
+            self._refuse_changed(sample, shard, os.fstat(self._open[shard]))
+            raise BadImage(f"{self.index.name(sample)} (its bytes are not those that were indexed)")
+        return data
+
+    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
         try:
-            descriptor = self._descriptor(shard)
-            data = os.pread(descriptor, size, offset)
+            return os.pread(self._descriptor(shard), size, offset)
         except OSError as error:
             path = self.index.shard_path(shard)
             raise UserError(f"cannot read shard {path}: {error}; check the file and its disk") from error
-        if zlib.crc32(data) != crc:
-            self._refuse_changed(sample, shard, os.fstat(descriptor))
-            raise BadImage(f"{self.index.name(sample)} (its bytes are not those that were indexed)")
-        return data
 
     def _refuse_outside(self, sample: int, shard: int, offset: int, size: int) -> None:
         """A damaged row must not have gigabytes read elsewhere."""
@@ -185,7 +190,7 @@ class ImageReader:
         now = time.monotonic()
         if self.index.remote is not None and now > self._until:
             self.close()  # asking again tells the cache which shards are in use, and removed ones free their disk
-            self._until = now + RENEWED_SECONDS
+            self._until = now + self.index.remote.renewed_seconds
         descriptor = self._open.pop(shard, None)
         if descriptor is None:
             descriptor = self._opened(shard)

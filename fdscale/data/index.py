@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from fdscale.config.errors import UserError
 from fdscale.data.indexing import scan_shards
+from fdscale.data.remote.urls import is_remote
 from fdscale.data.scan import CLASSES_FILE, SAMPLE, Scanned, member_name
-from fdscale.data.urls import is_remote
 
 if TYPE_CHECKING:
-    from fdscale.data.cache import Cache
-    from fdscale.data.remote import RemoteShards
+    from fdscale.data.remote.cache import Cache
+    from fdscale.data.remote.shards import RemoteShards
 
 VERSION = 2
 INDEX_FILE = "index.json"
@@ -129,7 +129,7 @@ def load_index(folder: str | Path, cache: Cache | None = None) -> Index:
     missing, changed or not indexed.
     """
     if is_remote(folder):
-        from fdscale.data.remote import open_remote
+        from fdscale.data.remote.shards import open_remote
 
         return open_remote(str(folder), cache)
     folder = Path(folder)

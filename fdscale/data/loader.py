@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from fdscale.config.errors import UserError
 from fdscale.data.ahead import Shard, ShardsAhead
 from fdscale.data.batches import PADDING, Request
-from fdscale.data.fetching import FetchAhead
 from fdscale.data.holding import NOTHING, Holding, note
 from fdscale.data.order import Order, accumulation_steps
+from fdscale.data.remote.fetching import FetchAhead
 
 # Forking starts a worker at once and shares the index and the parent's pages; spawn and forkserver import
 # torch again in each (seconds and 300 MB). It is safe here: a worker decodes with PIL and NumPy and touches
@@ -69,6 +69,11 @@ class TrainLoader:
         self._micro_batch = micro_batch
         self._ahead = ahead
         self._feed = _Feed(batches, workers, device, rank, world_size)
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes that this rank and its workers have brought from behind URLs."""
+        return 0 if self._ahead is None else self._ahead.fetched_bytes
 
     def steps(self, first_step: int, last_step: int) -> Generator[list[Any], None, None]:
         """For each step of [first_step, last_step): this rank's `accumulation` micro batches, in order."""

@@ -17,7 +17,7 @@ from fdscale.data.images import BadImage, ImageReader, to_rgb
 from fdscale.data.index import Index, Shard, index_again
 from fdscale.data.processes import import_once, in_processes, usable_cores
 from fdscale.data.progress import progress
-from fdscale.data.remote import RemoteShards
+from fdscale.data.remote.shards import RemoteShards
 from fdscale.data.scan import Scanned, member_name, scan_shard
 
 

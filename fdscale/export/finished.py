@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from fdscale.config.data_settings import DataSettings
 from fdscale.config.errors import UserError
 from fdscale.data.index import INDEX_FILE, Index, load_index
+from fdscale.data.remote.cache import GIB, Cache
+from fdscale.data.remote.urls import PIPE, is_remote
 from fdscale.students.geometry import Geometry, SwinV2Geometry, file_description, file_geometry, file_source
 from fdscale.training.run_directory import RunDirectory
 
@@ -57,28 +60,40 @@ class Finished:
     @cached_property
     def shown(self) -> Index | None:
         """The run's held-out shards, else its training shards; None when they are no longer where they were."""
-        return self._index("eval") or self._index("data")
+        return self._index("eval") or self._trained
 
     @cached_property
     def class_names(self) -> tuple[str, ...] | None:
         """The classes' names, as the index of the training shards has them, which numbers the head's rows."""
         if self.head is None:
             return None
-        index = self._index("data")
-        names = index.classes if index is not None else None
+        names = self._trained.classes if self._trained is not None else None
         if names is not None and len(names) == self.head.classes:
             return names
         logger.warning("the classes are exported without names: data.shards, which has them, is not where it was")
         return None
 
+    @cached_property
+    def _trained(self) -> Index | None:
+        return self._index("data")
+
+    def _cache(self) -> Cache | None:
+        """The run's, for shards behind URLs."""
+        data = self.recipe.get("data", {})
+        limit = data.get("cache_gib", DataSettings.model_fields["cache_gib"].default)
+        return Cache(Path(data["cache"]), int(limit * GIB)) if "cache" in data else None
+
     def _index(self, table: str) -> Index | None:
         folder = self.recipe.get(table, {}).get("shards")
-        if not folder or not (Path(folder) / INDEX_FILE).is_file():
+        if not folder or not (is_remote(folder) or (Path(folder) / INDEX_FILE).is_file()):
+            return None
+        if folder.startswith(PIPE):
+            logger.warning("%s.shards, %s, is left out: an export runs no command of a recipe", table, folder)
             return None
         try:
-            return load_index(folder)
+            return load_index(folder, self._cache())
         except UserError as error:
-            logger.warning("the run's images are left out: %s", error)
+            logger.warning("%s.shards of the run is left out of the export: %s", table, error)
             return None
 
 

@@ -17,6 +17,7 @@ from fdscale.planning.data_check import (
     augment_problems,
     data_facts,
     data_problems,
+    opened_indices,
     room_problems,
     schedule_problems,
 )
@@ -132,9 +133,10 @@ def _facts(settings: AnySettings, micro_batch: int, share: float | None, problem
         problems += dense_problems(settings, facts)
         return facts
     problems += augment_problems(settings, micro_batch)
-    facts = attempt(lambda: data_facts(settings), problems)
-    problems += data_problems(settings, facts)
-    problems += [] if share is None else room_problems(settings, facts, share)
+    indices = opened_indices(settings, problems)
+    facts = data_facts(settings, indices)
+    problems += data_problems(settings, facts, indices)
+    problems += [] if share is None else room_problems(settings, indices, share)
     return facts
 
 

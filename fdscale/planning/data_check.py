@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fdscale.config.data_settings import DataSettings
-from fdscale.config.errors import SettingsError, UserError, attempt
+import numpy as np
+
+from fdscale.config.data_settings import FIRST
+from fdscale.config.errors import UserError, attempt
 from fdscale.config.programs import ShardSettings
 from fdscale.config.settings import FinetuneSettings, RunSettings
-from fdscale.data.cache import GIB, Cache
 from fdscale.data.index import Index, load_index
 from fdscale.data.mixture import Mixture, mixed
 from fdscale.data.randaugment import refuse_unknown_policy
-from fdscale.data.remote import bytes_at_once, room_problem
+from fdscale.data.remote.cache import Cache, cache_of
+from fdscale.data.remote.shards import bytes_at_once, room_problem
+from fdscale.data.scan import SAMPLE
 
 DIGITS = "digits"  # the embedded sample, packed on first use
-DIGITS_CLASSES = 10
+DIGITS_CLASSES, DIGITS_SAMPLES = 10, 1348  # those to train on
+HELD_OUT = "eval.shards"
 
 
 @dataclass(frozen=True)
@@ -32,45 +36,59 @@ class DataFacts:
     steps: int | None
 
 
-def data_facts(settings: ShardSettings) -> DataFacts:
-    """Read the training indices; raises SettingsError with what is wrong with each, as `load_index` tells it."""
+def opened_indices(settings: ShardSettings, problems: list[str]) -> dict[str, Index]:
+    """The indices that are there already, by the settings that name them; what is wrong with one joins the problems."""
+    named = {name: where for name, (where, _) in settings.data.data_sets.items()}
+    named |= {HELD_OUT: settings.eval.shards} if settings.eval.shards else {}
+    cache = cache_of(settings.data)
+    there: dict[str, Index] = {}
+    for name, where in named.items():
+        index = None if where == DIGITS else attempt(partial(_named_index, name, where, cache), problems)
+        there |= {} if index is None else {name: index}
+    return there
+
+
+def data_facts(settings: ShardSettings, indices: Mapping[str, Index]) -> DataFacts | None:
+    """What the training indices say; None where one of them could not be opened."""
     named = settings.data.data_sets
+    if any(name not in indices for name, (where, _) in named.items() if where != DIGITS):
+        return None
     if any(where == DIGITS for where, _ in named.values()):
         return DataFacts(None, None, None, None, None)
-    problems: list[str] = []
-    cache = cache_of(settings.data)
-    indices = [attempt(partial(_named_index, name, where, cache), problems) for name, (where, _) in named.items()]
-    if problems:
-        raise SettingsError(problems)
-    there = [index for index in indices if index is not None]
-    mixture = mixed(there, list(named), [weight for _, weight in named.values()], settings.data.shuffle)
+    mixture = _mixture(settings, indices)
     labelled = settings.labelled if isinstance(settings, FinetuneSettings) else None
     steps_per_epoch = min(len(mixture), labelled or len(mixture)) // settings.data.global_batch
-    shards = sum(len(index.shards) for index in there)
+    shards = sum(len(index.shards) for index in mixture.indices)
     return DataFacts(mixture, shards, len(mixture), steps_per_epoch, settings.total_steps(steps_per_epoch))
 
 
-def cache_of(data: DataSettings) -> Cache | None:
-    """The node's cache that the settings name, for shards that lie behind URLs."""
-    return None if data.cache is None else Cache(Path(data.cache), int(data.cache_gib * GIB), data.allow_pipe)
+def room_problems(settings: ShardSettings, indices: Mapping[str, Index], share: float) -> Iterator[str]:
+    """Whether the cache of a node that has this share of the ranks holds what they read at once.
 
-
-def room_problems(settings: ShardSettings, facts: DataFacts | None, share: float) -> Iterator[str]:
-    """Whether the cache of a node that has this share of the ranks holds what they read at once."""
+    An evaluation's shards are read whole by each node, time and again.
+    """
     cache = cache_of(settings.data)
-    if cache is None or facts is None or facts.mixture is None:
+    if cache is None:
         return
-    fetched = [index for index in facts.mixture.indices if index.remote is not None]
-    problem = room_problem(cache, sum(bytes_at_once(index, settings.data.shuffle, share) for index in fetched))
+    at_once = [
+        sum(shard.bytes for shard in index.shards)
+        if name == HELD_OUT
+        else bytes_at_once(index, settings.data.shuffle, share)
+        for name, index in indices.items()
+        if index.remote is not None
+    ]
+    problem = room_problem(cache, sum(at_once))
     yield from () if problem is None else (problem,)
 
 
-def data_problems(settings: ShardSettings, facts: DataFacts | None) -> Iterator[str]:
+def data_problems(settings: ShardSettings, facts: DataFacts | None, indices: Mapping[str, Index]) -> Iterator[str]:
     """Every disagreement between the recipe and its shards, one sentence each."""
-    yield from _held_out_problems(settings)
+    if settings.eval.every and settings.eval.shards is None:
+        yield f"eval.every: got {settings.eval.every} without eval.shards; name a held-out folder, or set it to 0"
     yield from _size_problems(settings, facts)
+    yield from _share_problems(settings, facts, indices)
     if isinstance(settings, FinetuneSettings):
-        yield from _label_problems(settings, facts)
+        yield from _label_problems(settings, indices)
 
 
 def augment_problems(settings: ShardSettings, micro_batch: int) -> list[str]:
@@ -114,18 +132,6 @@ def schedule_problems(settings: RunSettings, facts: DataFacts | None) -> Iterato
             yield f"optim.{name}: got {getattr(optim, name):g}, allowed: at most optim.lr = {optim.lr:g}"
 
 
-def _held_out_problems(settings: ShardSettings) -> Iterator[str]:
-    every = settings.eval.every
-    if settings.eval.shards is None:
-        if every:
-            yield f"eval.every: got {every} without eval.shards; name a held-out folder, or set it to 0"
-    elif settings.eval.shards != DIGITS:
-        try:
-            _named_index("eval.shards", settings.eval.shards, cache_of(settings.data))
-        except UserError as error:
-            yield str(error)
-
-
 def _size_problems(settings: ShardSettings, facts: DataFacts | None) -> Iterator[str]:
     global_batch = settings.data.global_batch
     labelled = settings.labelled if isinstance(settings, FinetuneSettings) else None
@@ -138,33 +144,38 @@ def _size_problems(settings: ShardSettings, facts: DataFacts | None) -> Iterator
         yield f"labelled: got {labelled}, allowed: at most the {samples} samples of data.shards"
     if samples < global_batch:
         yield f"data.global_batch: got {global_batch}, allowed: at most the {samples} samples of data.shards"
-    elif facts.mixture is not None and settings.data.further_shards:
-        if labelled is not None:
-            yield "labelled: it is data.shards that few are taken of; leave it out, or data.further_shards"
-        problems: list[str] = []
-        attempt(partial(facts.mixture.order, global_batch, settings.seed), problems)
-        yield from problems
 
 
-def _label_problems(settings: FinetuneSettings, facts: DataFacts | None) -> Iterator[str]:
-    digits = DIGITS in (settings.data.shards, settings.eval.shards)
-    if digits and settings.classes < DIGITS_CLASSES:
+def _share_problems(settings: ShardSettings, facts: DataFacts | None, indices: Mapping[str, Index]) -> Iterator[str]:
+    """What keeps several data sets from making batches together."""
+    global_batch = settings.data.global_batch
+    if facts is None or not settings.data.further_shards or (facts.samples or global_batch) < global_batch:
+        return
+    if isinstance(settings, FinetuneSettings) and settings.labelled is not None:
+        yield "labelled: it is data.shards that few are taken of; leave it out, or data.further_shards"
+    problems: list[str] = []
+    attempt(partial(_mixture(settings, indices).rows, global_batch), problems)
+    yield from problems
+
+
+def _mixture(settings: ShardSettings, indices: Mapping[str, Index]) -> Mixture:
+    """Of the training data, in which digits that are not packed yet are as many empty rows."""
+    named = settings.data.data_sets
+    digits = Index(Path(DIGITS), (), None, np.zeros(DIGITS_SAMPLES, SAMPLE))
+    there = [indices.get(name, digits) for name in named]
+    return mixed(there, list(named), [weight for _, weight in named.values()], settings.data.shuffle)
+
+
+def _label_problems(settings: FinetuneSettings, indices: Mapping[str, Index]) -> Iterator[str]:
+    named = (*(where for where, _ in settings.data.data_sets.values()), settings.eval.shards)
+    if DIGITS in named and settings.classes < DIGITS_CLASSES:
         yield f"classes: got {settings.classes}, but the embedded digits have {DIGITS_CLASSES}"
-    held_out = settings.eval.shards
-    mixture = facts.mixture if facts is not None else None
-    named: dict[str, Index | None] = {}
-    if mixture is not None:
-        named |= zip(mixture.names, mixture.indices, strict=True)
-    if held_out not in (None, DIGITS):
-        cache = cache_of(settings.data)
-        named["eval.shards"] = attempt(lambda: load_index(str(held_out), cache), [])  # what is wrong was told
-    for where, index in named.items():
-        if index is not None:
-            yield from _labels_out_of_range(where, index, settings.classes)
-    trained, *others = [(where, index.classes) for where, index in named.items() if index is not None] or [("", None)]
-    for where, classes in others:
-        if trained[1] is not None and classes is not None and trained[1] != classes:
-            yield _other_classes(settings, where, trained[1], classes)
+    for where, index in indices.items():
+        yield from _labels_out_of_range(where, index, settings.classes)
+    trained = indices[FIRST].classes if FIRST in indices else None
+    for where, index in indices.items():
+        if trained is not None and index.classes is not None and trained != index.classes:
+            yield _other_classes(settings, where, trained, index.classes)
 
 
 def _labels_out_of_range(where: str, index: Index, classes: int) -> Iterator[str]:

@@ -39,6 +39,9 @@ class Loader(Protocol):
 
     data_wait_seconds: float
 
+    @property
+    def fetched_bytes(self) -> int: ...
+
     def steps(self, first: int, last: int) -> Generator[list[Any], None, None]: ...
 
 
@@ -116,7 +119,7 @@ def fit(
         progress.step += 1
         guards.live.note({"step": progress.step, "last_step_timestamp_seconds": time.time()})
         with guards.phase("agree"):
-            stopping = _agree(connection, stop.requested, micro_batches, progress, plan, guards.live)
+            stopping = _agree(connection, stop, loader, micro_batches, progress, plan, guards.live)
         if guards.went_back(engine, checkpoints, progress, terms["loss"], micro_batches, sinks):
             continue
         if stopping or plan.reports(progress.step):
@@ -177,12 +180,24 @@ def train_step(
     return {name: torch.stack([of_batch[name] for of_batch in terms]).mean() for name in terms[0]}
 
 
-def _agree(connection: Connection, stop: bool, batches: list[Any], progress: Progress, plan: Plan, live: Live) -> bool:
-    """Whether any rank was asked to stop; counts bad samples of all ranks and raises when there are too many."""
+def _agree(
+    connection: Connection,
+    stop: StopSignals,
+    loader: Loader,
+    batches: list[Any],
+    progress: Progress,
+    plan: Plan,
+    live: Live,
+) -> bool:
+    """Whether any rank was asked to stop; counts bad samples of all ranks, and raises when there are too many.
+
+    What all ranks have fetched is told along.
+    """
     names = [name for batch in batches for name in batch.bad]
-    flags = torch.tensor([int(stop), len(names)])
+    flags = torch.tensor([int(stop.requested), loader.fetched_bytes, len(names)])
     dist.all_reduce(flags, group=connection.control)
-    stopping, bad = flags.tolist()
+    stopping, fetched, bad = flags.tolist()
+    live.note({"fetched_bytes_total": fetched})
     if bad:
         live.count("bad_samples_total", bad)
         names = gather_lists(names, connection)

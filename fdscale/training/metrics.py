@@ -139,6 +139,7 @@ _ROWS = (
     _counter("rollbacks_total", "1", "Times this attempt went back to its last checkpoint"),
     _gauge("bad_samples", "samples", "Undecodable images replaced since the run began; falls back on resume"),
     _counter("bad_samples_total", "samples", "Undecodable images replaced in this attempt"),
+    _counter("fetched_bytes_total", "bytes", "Bytes that all ranks have brought from behind URLs in this attempt"),
     _counter("canary_checks_total", "1", "Times all teachers were what they had been"),
     # the nodes
     _of_rank("rank_phase_seconds", "seconds", "Time of one step by phase on one rank; mean since last row", "phase"),

@@ -192,12 +192,13 @@ def of_devices(ranks: Sequence[Facts]) -> Finding:
 
 def of_limits(ranks: Sequence[Facts], demand: Demand) -> list[Finding]:
     """Shared memory, open files and room for temporary files, of the rank that has least."""
-    files = OWN_FILES + SOCKETS_A_PEER * len(ranks) + demand.open_shards
+    own = OWN_FILES + SOCKETS_A_PEER * len(ranks)
+    files, enough = own + demand.open_shards, f"`ulimit -n {2 * own}` before the start"  # half of them are for shards
     shared = "enlarge it (containers: --shm-size), or lower data.workers"
     return [
         _limit("/dev/shm", [one.shared_memory for one in ranks], demand.shared_memory, ranks, shared),
         _limit("temporary files", [one.temporary for one in ranks], TEMPORARY_BYTES, ranks, "make room, or set TMPDIR"),
-        _limit(OPEN_FILES, [one.open_files for one in ranks], files, ranks, f"`ulimit -n {files}` before the start"),
+        _limit(OPEN_FILES, [one.open_files for one in ranks], files, ranks, enough),
     ]
 
 

@@ -8,6 +8,7 @@ from monitoring.grafana.states import END_NAMES, STATE_NAMES, end_number, state_
 CHECKPOINT_AGE = f"time() - {of('checkpoint_timestamp_seconds')}"
 DATA_SHARE = f"{of('data_wait_seconds')} / {of('step_seconds')}"
 BAD_SHARE = f"1e6 * {of('bad_samples')} / {of('images')}"
+FETCHED = f"max by (run) (rate(fdscale_fetched_bytes_total{{{RUN}}}[10m]))"
 TELLING_SHARE = f"max by (run) (rate(fdscale_telemetry_seconds_total{{{RUN}}}[10m]))"
 NONE_IS_BEST = ((None, GREEN), (1, ORANGE))
 
@@ -57,6 +58,13 @@ DATA = Row(
             unit="percentunit",
             minimum=0,
             help="On the main rank; every rank: the board of nodes and ranks",
+        ),
+        panel(
+            "Fetched from behind URLs",
+            Query(FETCHED),
+            unit="Bps",
+            minimum=0,
+            help="Bytes a second that all ranks bring into their nodes' caches; 0 where the shards are local",
         ),
         panel("Undecodable images replaced", "bad_samples", minimum=0, reach=1),
         panel(

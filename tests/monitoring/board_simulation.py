@@ -81,6 +81,7 @@ class Run:
             main.count("canary_checks_total")
         main.note(self._of_run(second, seconds, hot))
         main.count("telemetry_seconds_total", 0.004)
+        main.count("fetched_bytes_total", MINUTE * 2e9 * self.draw.uniform(0.9, 1.1))
         for number, live in enumerate(lives.values()):
             live.note(self._of_node(number, seconds, hot))
 

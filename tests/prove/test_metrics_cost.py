@@ -62,7 +62,7 @@ SCHEDULE = Schedule(10_000, 10, peak=1e-3)
 class Batches:
     """The same batch for ever: what is measured here is not the loader."""
 
-    data_wait_seconds = 0.0
+    data_wait_seconds, fetched_bytes = 0.0, 0
 
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
         unused = torch.zeros(ROWS)

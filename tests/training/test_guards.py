@@ -38,7 +38,7 @@ LIMIT = 3
 class Batches:
     """Two samples a step on each rank, whose keys tell rank and step; half of all keys have the highest bit set."""
 
-    data_wait_seconds = 0.0
+    data_wait_seconds, fetched_bytes = 0.0, 0
 
     def __init__(self, rank: int) -> None:
         self.rank = rank

@@ -60,12 +60,13 @@ class Batches:
 
     def __init__(self, rank: int, micro_batch: int, bad: Mapping[int, int]) -> None:
         self.rank, self.micro_batch, self.bad = rank, micro_batch, bad
-        self.data_wait_seconds = 0.0
+        self.data_wait_seconds, self.fetched_bytes = 0.0, 0
 
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
         share = GLOBAL_BATCH // WORLD
         for step in range(first, last):
             self.data_wait_seconds += 0.5
+            self.fetched_bytes += 1000 + self.rank
             starts = range(self.rank * share, (self.rank + 1) * share, self.micro_batch)
             batches = [self._batch(step, slice(start, start + self.micro_batch)) for start in starts]
             names = [f"shard.tar:{step}-{number}.png" for number in range(self.bad.get(step, 0))]
@@ -93,6 +94,7 @@ class Outcome:
     rows: list[Row]
     said: list[str]
     progress: dict[str, int]
+    fetched: int
     done: bool | None
     error: str | None
     handlers_kept: bool  # after a stop: signals are ignored
@@ -145,7 +147,8 @@ def fitted(
     left = signal.signal(signal.SIGTERM, handler)  # the warm rank goes on
     kept = left is (signal.SIG_IGN if asked.requested else handler)
     engine.destroy()
-    seen = {"rows": sink.rows, "said": sink.said, "progress": vars(progress)}
+    fetched = guards.live.values.get("fetched_bytes_total")
+    seen = {"rows": sink.rows, "said": sink.said, "progress": vars(progress), "fetched": fetched}
     return {**seen, "done": done, "error": error, "handlers_kept": kept}
 
 
@@ -199,6 +202,11 @@ def test_rows_are_those_of_the_whole_run_on_every_rank(undisturbed: tuple[list[O
     assert plain[0] == plain[1]
     names = {name for _, values in first.rows for name in values}
     assert all(any(metric.measures(name) for metric in METRICS.values()) for name in names)
+
+
+def test_what_all_ranks_fetched_is_one_number(undisturbed: tuple[list[Outcome], Path]) -> None:
+    of_a_step = sum(1000 + rank for rank in range(WORLD))
+    assert [outcome.fetched for outcome in undisturbed[0]] == [7 * of_a_step] * WORLD
 
 
 def test_what_a_row_holds(undisturbed: tuple[list[Outcome], Path]) -> None:

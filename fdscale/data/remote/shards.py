@@ -7,20 +7,24 @@ data. A changed index is another data set, in another folder of the cache.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+import logging
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field, ValidationError
 
 from fdscale.config.errors import UserError
 from fdscale.config.kinds import Settings
-from fdscale.data.cache import GIB, Cache, Fill
 from fdscale.data.index import INDEX_FILE, SAMPLES_FILE, VERSION, Index, Shard, read_index
 from fdscale.data.order import LANES, lanes_of
-from fdscale.data.transfer import fetch_bytes, fetch_file
-from fdscale.data.urls import SHARD_NAME, readable_name, refuse_url, url_of
+from fdscale.data.remote.cache import GIB, RENEWED_SECONDS, Cache, Fill
+from fdscale.data.remote.transfer import fetch_bytes, fetch_file
+from fdscale.data.remote.urls import SHARD_NAME, readable_name, refuse_url, url_of
+
+log = logging.getLogger(__name__)
 
 LARGEST_INDEX = 2**28  # bytes of index.json: more than a million shards
 Count = Annotated[int, Field(gt=0, lt=2**48)]
@@ -50,12 +54,18 @@ class _Manifest(Settings):
 
 @dataclass(frozen=True)
 class RemoteShards:
-    """The shards of a data set whose home is `url`, as files of its `folder` in the cache."""
+    """The shards of a data set whose home is `url`, as files of its `folder` in the cache.
+
+    Who reads on from one asks for it again after `renewed_seconds`, which tells the cache that it is in use.
+    """
+
+    renewed_seconds: ClassVar[float] = RENEWED_SECONDS
 
     url: str
     folder: Path
     shards: tuple[Shard, ...]
     cache: Cache
+    _mended: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def ready(self, shard: int) -> Path:
         """The path of a shard, fetched first where it is not there; to be opened at once, as it may be removed again.
@@ -67,6 +77,20 @@ class RemoteShards:
     def ahead(self, shard: int) -> bool:
         """Fetch a shard that will be needed; False where only shards in use would make room. Raises as `ready`."""
         return self.cache.keep_ahead(*self._wanted(shard))
+
+    def mend(self, shard: int) -> None:
+        """Have a shard fetched again on its next use, where its file in the cache is no longer the one indexed.
+
+        Each process looks at a shard once: one that is as indexed does not fit its rows, and never will.
+        """
+        path = self.folder / self.shards[shard].name
+        if shard in self._mended:
+            return
+        self._mended.add(shard)
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != self.shards[shard].sha256:
+                log.warning("%s is damaged in the cache and is fetched again; check the disk of data.cache", path)
+                path.unlink()
 
     def _wanted(self, shard: int) -> tuple[Path, int, Fill]:
         expected = self.shards[shard]

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from fdscale.config.data_settings import DataSettings
 from fdscale.config.errors import UserError
 
 GIB = 2**30
@@ -169,12 +170,18 @@ class Cache:
             ) from error
 
 
+def cache_of(data: DataSettings) -> Cache | None:
+    """The node's cache that the settings name, for shards that lie behind URLs."""
+    return None if data.cache is None else Cache(Path(data.cache), int(data.cache_gib * GIB), data.allow_pipe)
+
+
 def _used(path: Path, size: int) -> bool:
     """Whether the file is there and whole; if so, it has been used now."""
     try:
         stat = path.stat()
         if stat.st_size == size:
-            os.utime(path, ns=(time.time_ns(), stat.st_mtime_ns))
+            with suppress(PermissionError):  # another user's, which counts as used when that one used it
+                os.utime(path, ns=(time.time_ns(), stat.st_mtime_ns))
         return stat.st_size == size
     except FileNotFoundError:
         return False

@@ -14,10 +14,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from fdscale.config.errors import UserError
-from fdscale.data.cache import RENEWED_SECONDS
+from fdscale.data.remote.cache import RENEWED_SECONDS
 
 Shard = TypeVar("Shard", bound=Hashable)
 PARALLEL = 4  # fetches at a time and rank
@@ -52,9 +53,13 @@ class FetchAhead(Generic[Shard]):
         self._step.value = step
 
     def close(self) -> None:
-        """End the process, whatever it does: a fetch that breaks off leaves nothing."""
+        """End the process, whatever it does, and the programs that fetch for it: nothing is left."""
         atexit.unregister(self.close)
-        self._process.kill()
+        pid = self._process.pid
+        if pid is not None and self._process.is_alive():
+            with suppress(ProcessLookupError):  # no group yet: it has not begun
+                os.killpg(pid, signal.SIGKILL)
+            self._process.kill()
         self._process.join()
 
     def __enter__(self) -> FetchAhead[Shard]:
@@ -127,10 +132,14 @@ class _Fetches(Generic[Shard]):
 
 
 def _run(walk: _Walk[Any], bring: Callable[[Any], bool], step: Any, rank: int) -> None:
-    """In the process: until the rank is gone. Stop signals are the rank's affair, which first finishes its step."""
+    """In the process: until the rank is gone. Stop signals are the rank's affair, which first finishes its step.
+
+    It leads a process group, which ends with it: a program that fetches, and says nothing, would not notice.
+    """
+    os.setpgid(0, 0)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, lambda *_: None)  # not ignored: what it starts would ignore them, too
     fetches = _Fetches(bring)
     while os.getppid() == rank:
         fetches.keep_up(walk.from_step(step.value))
-    os._exit(0)
+    os.killpg(os.getpgrp(), signal.SIGKILL)

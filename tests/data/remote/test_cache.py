@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from typing import BinaryIO
 
 import pytest
 
+from fdscale.config.data_settings import DataSettings
 from fdscale.config.errors import UserError
-from fdscale.data import cache as cache_module
-from fdscale.data.cache import Cache
+from fdscale.data.remote import cache as cache_module
+from fdscale.data.remote.cache import Cache, cache_of
 
 SIZE = 100_000
 FORK = multiprocessing.get_context("fork")
@@ -139,13 +141,20 @@ def test_what_is_fetched_ahead_makes_no_room_among_shards_in_use(cache, home):
 
 
 def test_who_needs_a_shard_waits_for_the_room_of_one_just_used(cache, home, monkeypatch):
-    monkeypatch.setattr(cache_module, "JUST_USED_SECONDS", 0.3)
+    monkeypatch.setattr(cache_module, "JUST_USED_SECONDS", 300.0)
     for name in "abc":
         cache.keep(home / f"{name}.tar", SIZE, filled(b"x"))
-    begun = time.monotonic()
+    looks: list[int] = []
+
+    def looked(seconds: float) -> None:
+        looks.append(len(list(home.glob("*.tar"))))
+        if len(looks) == 3:
+            age(home / "b.tar", 1000)
+
+    monkeypatch.setattr(cache_module.time, "sleep", looked)
     cache.keep(home / "d.tar", SIZE, filled(b"x"))
-    assert time.monotonic() - begun > 0.1
-    assert len(list(home.glob("*.tar"))) == 3
+    assert looks == [3, 3, 3]
+    assert sorted(path.name for path in home.glob("*.tar")) == ["a.tar", "c.tar", "d.tar"]
 
 
 def test_a_fill_that_fails_leaves_nothing(cache, home):
@@ -271,9 +280,8 @@ def test_a_cache_that_vanishes_is_told(cache, home):
 
 
 def test_it_needs_no_torch():
-    program = (
-        "import sys, fdscale.data.remote, fdscale.data.fetching; assert not {'torch', 'webdataset'} & set(sys.modules)"
-    )
+    rooms = "fdscale.data.remote.shards, fdscale.data.remote.fetching"
+    program = f"import sys, {rooms}; assert not {{'torch', 'webdataset'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
@@ -283,3 +291,26 @@ def test_an_error_is_told_by_its_number(cache, home):
 
     with pytest.raises(UserError, match=r"the disk of data\.cache is full"):
         cache.keep(home / "a.tar", SIZE, full)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="being another user takes root")
+def test_shards_of_another_user_are_read():
+    with tempfile.TemporaryDirectory() as shared:  # pytest's own folders are closed to others
+        cache = Cache(Path(shared) / "cache", 10 * SIZE)
+        path = cache.keep(cache.made("in1k", "https://host/in1k") / "a.tar", SIZE, filled(b"a"))
+        Path(shared).chmod(0o755)
+
+        def read_as_another() -> None:
+            os.setuid(65534)
+            assert cache.keep(path, SIZE, unasked).stat().st_size == SIZE
+
+        process = FORK.Process(target=read_as_another)
+        process.start()
+        process.join(20)
+        assert process.exitcode == 0
+
+
+def test_the_cache_is_as_the_settings_say():
+    assert cache_of(DataSettings(global_batch=2, shards="a")) is None
+    cache = cache_of(DataSettings(global_batch=2, shards="a", cache="/local", cache_gib=0.5, allow_pipe=True))
+    assert cache == Cache(Path("/local"), 2**29, allow_pipe=True)

@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager, suppress
 from typing import IO, Any, BinaryIO, TypeVar
 
 from fdscale.config.errors import UserError
-from fdscale.data.urls import refuse_pipe
+from fdscale.data.remote.urls import refuse_pipe
 
 PIECE = 2**20  # bytes read at once, and what a pipe holds where the system allows it
 SILENCE_SECONDS = 60.0  # without a byte; then a try has failed
