@@ -13,9 +13,9 @@ from fdscale.config.errors import UserError
 from fdscale.terminal import terminal
 
 if TYPE_CHECKING:
-    from fdscale.data.cache import Cache
     from fdscale.data.index import Index
     from fdscale.data.packing.imagenet import Split
+    from fdscale.data.remote.cache import Cache
 
 SHOWN = 20  # lines of what is wrong
 
@@ -105,7 +105,7 @@ def info(
 
 def _cache(where: str, folder: Path | None, gib: float, allow_pipe: bool) -> Cache | None:
     """Where the shards of a URL are fetched to; None of a folder. UserError for an option that a URL wants."""
-    from fdscale.data.cache import GIB, Cache
+    from fdscale.data.remote.cache import GIB, Cache
     from fdscale.data.remote.urls import PIPE, is_remote
 
     if not is_remote(where):

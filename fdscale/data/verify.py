@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fdscale.config.errors import UserError
-from fdscale.data.cache import Cache
 from fdscale.data.images import BadImage, ImageReader, to_rgb
 from fdscale.data.index import Index, Shard, index_again
 from fdscale.data.processes import import_once, in_processes, usable_cores
 from fdscale.data.progress import progress
+from fdscale.data.remote.cache import Cache
 from fdscale.data.remote.shards import RemoteShards
 from fdscale.data.scan import Scanned, member_name, scan_shard
 

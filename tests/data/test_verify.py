@@ -8,9 +8,9 @@ import pytest
 
 from fdscale.cli import main
 from fdscale.config.errors import UserError
-from fdscale.data import transfer
-from fdscale.data.cache import Cache
 from fdscale.data.index import build_index, load_index, read_index
+from fdscale.data.remote import transfer
+from fdscale.data.remote.cache import Cache
 from fdscale.data.verify import verify
 
 
