@@ -87,8 +87,8 @@ class Run(Generic[D, H]):
     def fingerprints(self) -> dict[str, str]:
         """What tells the data of this run from others, by the settings that name them."""
         tables: dict[str, DataSet | None] = {"data": self.samples, "eval": self.held_out}
-        there = {table: samples for table, samples in tables.items() if samples is not None}
-        return {f"{table}.{samples.setting}": samples.fingerprint() for table, samples in there.items()}
+        found = [samples.fingerprints(table) for table, samples in tables.items() if samples is not None]
+        return {setting: told for own in found for setting, told in own.items()}
 
     def is_complete(self) -> bool:
         """Whether an earlier attempt finished this run (said in the log)."""

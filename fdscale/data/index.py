@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,8 +56,6 @@ class Index:
     that. None where they are `remote`, and fetched on use.
     """
 
-    setting: ClassVar[str] = "shards"
-
     folder: Path
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] | None
@@ -81,8 +79,12 @@ class Index:
         return len(self.samples) == sum(shard.samples for shard in self.shards)
 
     def fingerprint(self) -> str:
-        """The SHA-256 of the index, which holds every shard's."""
-        return hashlib.sha256((self.folder / INDEX_FILE).read_bytes()).hexdigest()
+        """The SHA-256 of the index, which holds every shard's, after the version of how shards are read."""
+        return f"{VERSION}:{hashlib.sha256((self.folder / INDEX_FILE).read_bytes()).hexdigest()}"
+
+    def fingerprints(self, table: str) -> dict[str, str]:
+        """The same by the setting that names the folder."""
+        return {f"{table}.shards": self.fingerprint()}
 
     def shard_path(self, shard: int) -> Path:
         """Path of the shard with this number, whether it is there or not."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +21,6 @@ class Mixture:
     in proportion to what they hold. `shuffle` samples of each are mixed at a time; fewer are shuffled as one.
     """
 
-    setting: ClassVar[str] = "shards"
-
     indices: tuple[Index, ...]
     names: tuple[str, ...] = ("data.shards",)
     weights: tuple[float, ...] | None = None
@@ -33,10 +29,9 @@ class Mixture:
     def __len__(self) -> int:
         return sum(len(index) for index in self.indices)
 
-    def fingerprint(self) -> str:
-        """The one index's, or the SHA-256 of all of theirs."""
-        own = [index.fingerprint() for index in self.indices]
-        return own[0] if len(own) == 1 else hashlib.sha256(" ".join(own).encode()).hexdigest()
+    def fingerprints(self, table: str) -> dict[str, str]:
+        """Each index's, by the setting that names it."""
+        return {name: index.fingerprint() for name, index in zip(self.names, self.indices, strict=True)}
 
     def order(self, global_batch: int, seed: int) -> Order:
         """Which samples each step shows; raises UserError where a data set has no row, or fewer samples than rows."""

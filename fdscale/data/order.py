@@ -6,7 +6,7 @@ The position in the data is the step, one integer: every class here answers for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,14 +39,12 @@ class Order(Protocol):
 class DataSet(Protocol):
     """Data as a run sees them: so many samples, and what tells them from others.
 
-    `setting` is the name, in its table of the recipe, of what says where they lie.
+    `fingerprints` are by the setting that says where the data lie, in this table of the recipe.
     """
-
-    setting: ClassVar[str]
 
     def __len__(self) -> int: ...
 
-    def fingerprint(self) -> str: ...
+    def fingerprints(self, table: str) -> dict[str, str]: ...
 
 
 class Samples(DataSet, Protocol):

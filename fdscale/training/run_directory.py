@@ -139,6 +139,11 @@ class RunDirectory:
         """Raise UserError when the data are not those that this run began with; `fingerprints` by setting."""
         before = json.loads(self.data.read_text()) if self.data.exists() else fingerprints
         changed = [name for name in fingerprints if before.get(name, fingerprints[name]) != fingerprints[name]]
+        if any(_read_as(before[name]) != _read_as(fingerprints[name]) for name in changed):
+            raise UserError(
+                f"run_dir: {self.folder} began under another version of fdscale, which reads {' and '.join(changed)} "
+                "otherwise: samples would change in the middle; finish it with that version, or name a new run_dir=…"
+            )
         if changed:
             raise UserError(
                 f"run_dir: {self.folder} began with other data than {' and '.join(changed)} now holds: "
@@ -187,6 +192,11 @@ class RunDirectory:
     def mark_complete(self, step: int) -> None:
         """Say that the run is done and its student file is whole."""
         write_text(self.complete_marker, json.dumps({"step": step}) + "\n")
+
+
+def _read_as(fingerprint: str) -> str:
+    """How data are read, where a fingerprint says that before it says what they are."""
+    return fingerprint.rpartition(":")[0]
 
 
 def _shorter(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdscale.config.errors import UserError
+from fdscale.data.index import build_index
+from fdscale.data.mixture import Mixture
 from fdscale.data.order import (
     LANES,
     GlobalOrder,
@@ -169,6 +171,14 @@ def test_a_mixture_has_the_same_rows_of_each_data_set_in_every_step(parts, step)
         mine = owners == place
         assert (order.batch(step)[mine] - (ends[place] - size)).tolist() == own.batch(step).tolist()
         assert order.views(step)[mine].tolist() == own.views(step).tolist()
+
+
+def test_no_data_set_of_a_mixture_has_the_order_of_another_run(plain_folder):
+    index = build_index(plain_folder)
+    two = Mixture((index, index), ("data.shards", "data.further_shards.same.shards"))
+    orders = [two.order(26, seed).batch(0) for seed in (0, 1)]
+    drawn = [tuple((batch[batch // 26 == place] % 26).tolist()) for batch in orders for place in (0, 1)]
+    assert len(set(drawn)) == 4
 
 
 def test_rows_of_a_mixture_are_spread_evenly():

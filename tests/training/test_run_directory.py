@@ -178,6 +178,8 @@ def test_other_shards_are_refused_and_moved_ones_are_not(run: RunDirectory) -> N
     run.check_data(DATA)
     with pytest.raises(UserError, match=r"began with other data than data\.shards now holds"):
         run.check_data({**DATA, "data.shards": "2" * 64})
+    with pytest.raises(UserError, match=r"began under another version of fdscale, which reads data\.shards otherwise"):
+        run.check_data({**DATA, "data.shards": "2:" + DATA["data.shards"]})
 
 
 def test_weights_of_a_run_are_held_by_their_bytes(run: RunDirectory) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +29,6 @@ LOOKED_AT = 8  # masks that are read before a start, evenly spread: one wrong co
 @dataclass(frozen=True)
 class ScenePairs:
     """The scenes of one split in the order of their names: stems in `names`, class names from 0 or None."""
-
-    setting: ClassVar[str] = "folder"
 
     folder: Path
     split: str
@@ -61,6 +58,10 @@ class ScenePairs:
             sizes = (path.stat().st_size for path in (self.image_path(scene), self.mask_path(scene)))
             digest.update(f"{name} {' '.join(map(str, sizes))}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+    def fingerprints(self, table: str) -> dict[str, str]:
+        """The same by the setting that says where the data lie."""
+        return {f"{table}.folder": self.fingerprint()}
 
     def order(self, global_batch: int, seed: int) -> Order:
         """All scenes, shuffled as one in each epoch."""

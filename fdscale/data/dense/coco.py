@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,8 +38,6 @@ class CocoScenes:
     `OBJECT` rows: box x1, y1, x2, y2 in pixels of the image, label from 0 in rising order of `category_ids`, and
     where in `segmentations` its polygons or RLE lie (None: boxes alone are learnt).
     """
-
-    setting: ClassVar[str] = "annotations"
 
     images_folder: Path
     annotations: Path
@@ -76,6 +74,10 @@ class CocoScenes:
     def fingerprint(self) -> str:
         """SHA-256 of the JSON: what this run learns from."""
         return self.sha256
+
+    def fingerprints(self, table: str) -> dict[str, str]:
+        """The same by the setting that says where the data lie."""
+        return {f"{table}.annotations": self.fingerprint()}
 
     def order(self, global_batch: int, seed: int) -> Order:
         """All scenes, shuffled as one in each epoch."""
