@@ -20,25 +20,29 @@ if TYPE_CHECKING:
 SHOWN = 20  # lines of what is wrong
 
 CacheFolder = Annotated[Path | None, typer.Option("--cache", help="Of a URL: a folder that its shards are fetched to.")]
-CacheGib = Annotated[float, typer.Option(help="What that folder may hold; the shards used longest ago are removed.")]
+CacheGib = Annotated[
+    float, typer.Option(min=0, help="What that folder may hold; the shards used longest ago are removed.")
+]
 AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="Of a `pipe:` URL: let it run a shell.")]
 
 
 def pack(
     source: Annotated[str, typer.Argument(help="Images: a folder, ImageNet as published, tars; or `digits`.")],
     output: Annotated[Path, typer.Argument(help="A new folder for the shards and their index.")],
-    samples_per_shard: int = 1000,
+    samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
     split: Annotated[
         str | None, typer.Option(help="Of a source with both: train (unless named) or val; of `digits`: train or test.")
     ] = None,
     classes_of: Annotated[
         Path | None, typer.Option(help="Of a val folder: its train's shards, by which it is numbered.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the one shuffle.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the one shuffle.")] = 0,
     workers: Annotated[
-        int | None, typer.Option(help="Processes; else one per core. More help where each read takes long.")
+        int | None, typer.Option(min=1, help="Processes; else one per core. More help where each read takes long.")
     ] = None,
-    max_bad_ratio: Annotated[float, typer.Option(help="Share of images that may be left out as broken.")] = 0.01,
+    max_bad_ratio: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of images that may be left out as broken.")
+    ] = 0.01,
 ) -> None:
     """Turn images into shuffled shards with an index: class folders, a flat folder, ImageNet's archives or its Kaggle
     layout, tars of class tars, WebDataset tars, or the digits that scikit-learn carries.
@@ -55,7 +59,7 @@ def pack(
         packed = pack_source(
             source, output, samples_per_shard, seed, _split_of(split), classes_of, workers, max_bad_ratio
         )
-    terminal().print(f"{len(packed)} samples in {len(packed.shards)} shards: {escape(str(output))}")
+    _tell_made(packed, output)
 
 
 def _pack_digits(output: Path, split: str | None, classes_of: Path | None) -> Index:
@@ -76,13 +80,13 @@ def _split_of(split: str | None) -> Split | None:
 
 def index(
     folder: Annotated[Path, typer.Argument(help="A folder of WebDataset tars.")],
-    workers: Annotated[int | None, typer.Option(help="Processes that read shards; else one per CPU.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that read shards; else one per CPU.")] = None,
 ) -> None:
     """Index a folder of WebDataset tars, so that training can read them."""
     from fdscale.data.index import build_index
 
     built = build_index(folder, workers)
-    terminal().print(f"{len(built)} samples in {len(built.shards)} shards: {escape(str(folder))}")
+    _tell_made(built, folder)
 
 
 def info(
@@ -119,7 +123,7 @@ def _cache(where: str, folder: Path | None, gib: float, allow_pipe: bool) -> Cac
 
 def verify(
     where: Annotated[str, typer.Argument(help="A folder of shards with their index, or its URL.")],
-    workers: Annotated[int | None, typer.Option(help="Processes; else one per CPU.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; else one per CPU.")] = None,
     list_: Annotated[Path | None, typer.Option("--list", help="A file for all that is wrong, a line each.")] = None,
     cache: CacheFolder = None,
     cache_gib: CacheGib = 100.0,
@@ -138,7 +142,22 @@ def verify(
         terminal().print(escape(line), soft_wrap=True)
     if len(lines) > SHOWN:
         terminal().print(f"… {len(lines) - SHOWN} more: --list FILE writes them all")
-    wrong = f"{found.bad_samples} bad images, {found.bad_shards} bad shards" if lines else "all of them good"
-    terminal().print(f"{found.samples} images in {found.shards} shards: {wrong}")
+    wrong = (
+        [_count(found.bad_samples, "bad image"), _count(found.bad_shards, "bad shard")]
+        if lines
+        else ["all of them good"]
+    )
+    if found.unread:
+        wrong.append(f"{_count(found.unread, 'image')} not checked")
+    terminal().print(f"{_count(found.samples, 'image')} in {_count(found.shards, 'shard')}: {', '.join(wrong)}")
     if lines:
         raise typer.Exit(1)
+
+
+def _tell_made(made: Index, folder: Path) -> None:
+    terminal().print(f"{_count(len(made), 'sample')} in {_count(len(made.shards), 'shard')}: {escape(str(folder))}")
+
+
+def _count(number: int, what: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
