@@ -50,15 +50,16 @@ def pack(
     Stopped or killed, the same command goes on where it was.
     """
     from fdscale.data.packing.pack import pack as pack_source
-    from fdscale.data.processes import usable_cores
+    from fdscale.data.processes import terminated_as_interrupted, usable_cores
 
     if source == "digits" and not Path(source).exists():
         packed = _pack_digits(output, split, classes_of)
     else:
         workers = usable_cores() if workers is None else workers
-        packed = pack_source(
-            source, output, samples_per_shard, seed, _split_of(split), classes_of, workers, max_bad_ratio
-        )
+        with terminated_as_interrupted():
+            packed = pack_source(
+                source, output, samples_per_shard, seed, _split_of(split), classes_of, workers, max_bad_ratio
+            )
     _tell_made(packed, output)
 
 
@@ -84,8 +85,10 @@ def index(
 ) -> None:
     """Index a folder of WebDataset tars, so that training can read them."""
     from fdscale.data.index import build_index
+    from fdscale.data.processes import terminated_as_interrupted
 
-    built = build_index(folder, workers)
+    with terminated_as_interrupted():
+        built = build_index(folder, workers)
     _tell_made(built, folder)
 
 
@@ -131,10 +134,12 @@ def verify(
 ) -> None:
     """Read every byte of the shards, decode every image, name whatever is wrong; fails where something is."""
     from fdscale.data.index import load_index, read_index
+    from fdscale.data.processes import terminated_as_interrupted
     from fdscale.data.verify import verify as verify_index
 
     kept = _cache(where, cache, cache_gib, allow_pipe)
-    found = verify_index(read_index(Path(where)) if kept is None else load_index(where, kept), workers)
+    with terminated_as_interrupted():
+        found = verify_index(read_index(Path(where)) if kept is None else load_index(where, kept), workers)
     lines = [str(fault) for fault in found.faults]
     if list_ is not None:
         list_.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

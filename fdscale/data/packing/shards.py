@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -159,9 +160,10 @@ def _disk_told(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        then = "there is space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "it can be written"
         raise UserError(
             f"cannot write to {folder} ({error.strerror or error}); its whole shards are kept: "
-            "once there is space, the same command goes on"
+            f"once {then}, the same command goes on"
         ) from error
 
 

@@ -43,3 +43,6 @@ def test_an_output_that_is_taken_is_told_before_anything_is_listed(tmp_path):
     (tmp_path / "out" / "mine").write_text("")
     with pytest.raises(UserError, match="is not an empty folder; nothing was written"):
         pack(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output \S+file/x cannot be written, since \S+file is a file; name another"):
+        pack(tmp_path / "nowhere", tmp_path / "file" / "x")
