@@ -31,6 +31,10 @@ NAME_BLOCKS = 8  # that a long name may take before the header of its member, to
 DAMAGED = (tarfile.TarError, EOFError, ValueError, ArithmeticError, LookupError, RecursionError)  # tarfile on garbage
 
 
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}  # by how such a file begins
+ENDINGS = {"gzip": ".gz", "bzip2": ".bz2", "xz": ".xz"}
+
+
 class Scanned(NamedTuple):
     """One shard: `SAMPLE` rows of its images in their order, its size in bytes, its SHA-256.
 
@@ -94,7 +98,7 @@ def scan_shard(path: Path, number: int, classes: tuple[str, ...] | None) -> Scan
                         dotted.append(member.name)
                 check_end(path, tar.offset)
         except DAMAGED as error:
-            raise UserError(f"shard {path} is not a whole tar file ({error}); copy or pack it again") from error
+            raise UserError(f"shard {path} is not a whole tar file ({error}); {mending(path)}") from error
         size, sha256 = hashed.finish()
     strays = stray_images(dotted, (image.name for image in images))
     if not images:
@@ -144,6 +148,17 @@ def check_end(path: Path, offset: int, start: int = 0, end: int | None = None) -
         while block := file.read(min(BLOCK, end - file.tell())):
             if block.strip(zeros):
                 raise tarfile.ReadError(f"it ends at byte {offset - start}, but something follows")
+
+
+def mending(path: Path) -> str:
+    """What to do with a file that is no whole tar: it may be a compressed one under a tar's name."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    for magic, program in COMPRESSED.items():
+        if start.startswith(magic):
+            ending = ENDINGS[program]
+            return f"it is compressed by {program}: mv {path} {path}{ending} && {program} -d {path}{ending}"
+    return "download, copy or pack it again"
 
 
 def printable(name: str) -> str:
