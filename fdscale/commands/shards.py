@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from fdscale.data.remote.cache import Cache
 
 SHOWN = 20  # lines of what is wrong
+
+LOG = logging.getLogger(__name__)
 
 CacheFolder = Annotated[Path | None, typer.Option("--cache", help="Of a URL: a folder that its shards are fetched to.")]
 CacheGib = Annotated[
@@ -49,10 +52,13 @@ def pack(
 
     Stopped or killed, the same command goes on where it was.
     """
+    digits = source == "digits" and not Path(source).exists()
+    if not digits:
+        LOG.info("packing %s", source)  # the imports below take seconds on a busy machine
     from fdscale.data.packing.pack import pack as pack_source
     from fdscale.data.processes import terminated_as_interrupted, usable_cores
 
-    if source == "digits" and not Path(source).exists():
+    if digits:
         packed = _pack_digits(output, split, classes_of)
     else:
         workers = usable_cores() if workers is None else workers
