@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -19,43 +20,53 @@ if TYPE_CHECKING:
 
 SHOWN = 20  # lines of what is wrong
 
+LOG = logging.getLogger(__name__)
+
 CacheFolder = Annotated[Path | None, typer.Option("--cache", help="Of a URL: a folder that its shards are fetched to.")]
-CacheGib = Annotated[float, typer.Option(help="What that folder may hold; the shards used longest ago are removed.")]
+CacheGib = Annotated[
+    float, typer.Option(min=0, help="What that folder may hold; the shards used longest ago are removed.")
+]
 AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="Of a `pipe:` URL: let it run a shell.")]
 
 
 def pack(
     source: Annotated[str, typer.Argument(help="Images: a folder, ImageNet as published, tars; or `digits`.")],
     output: Annotated[Path, typer.Argument(help="A new folder for the shards and their index.")],
-    samples_per_shard: int = 1000,
+    samples_per_shard: Annotated[int, typer.Option(min=1)] = 1000,
     split: Annotated[
         str | None, typer.Option(help="Of a source with both: train (unless named) or val; of `digits`: train or test.")
     ] = None,
     classes_of: Annotated[
         Path | None, typer.Option(help="Of a val folder: its train's shards, by which it is numbered.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the one shuffle.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the one shuffle.")] = 0,
     workers: Annotated[
-        int | None, typer.Option(help="Processes; else one per core. More help where each read takes long.")
+        int | None, typer.Option(min=1, help="Processes; else one per core. More help where each read takes long.")
     ] = None,
-    max_bad_ratio: Annotated[float, typer.Option(help="Share of images that may be left out as broken.")] = 0.01,
+    max_bad_ratio: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of images that may be left out as broken.")
+    ] = 0.01,
 ) -> None:
     """Turn images into shuffled shards with an index: class folders, a flat folder, ImageNet's archives or its Kaggle
     layout, tars of class tars, WebDataset tars, or the digits that scikit-learn carries.
 
     Stopped or killed, the same command goes on where it was.
     """
+    digits = source == "digits" and not Path(source).exists()
+    if not digits:
+        LOG.info("packing %s", source)  # the imports below take seconds on a busy machine
     from fdscale.data.packing.pack import pack as pack_source
-    from fdscale.data.processes import usable_cores
+    from fdscale.data.processes import terminated_as_interrupted, usable_cores
 
-    if source == "digits" and not Path(source).exists():
+    if digits:
         packed = _pack_digits(output, split, classes_of)
     else:
         workers = usable_cores() if workers is None else workers
-        packed = pack_source(
-            source, output, samples_per_shard, seed, _split_of(split), classes_of, workers, max_bad_ratio
-        )
-    terminal().print(f"{len(packed)} samples in {len(packed.shards)} shards: {escape(str(output))}")
+        with terminated_as_interrupted():
+            packed = pack_source(
+                source, output, samples_per_shard, seed, _split_of(split), classes_of, workers, max_bad_ratio
+            )
+    _tell_made(packed, output)
 
 
 def _pack_digits(output: Path, split: str | None, classes_of: Path | None) -> Index:
@@ -76,13 +87,15 @@ def _split_of(split: str | None) -> Split | None:
 
 def index(
     folder: Annotated[Path, typer.Argument(help="A folder of WebDataset tars.")],
-    workers: Annotated[int | None, typer.Option(help="Processes that read shards; else one per CPU.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that read shards; else one per CPU.")] = None,
 ) -> None:
     """Index a folder of WebDataset tars, so that training can read them."""
     from fdscale.data.index import build_index
+    from fdscale.data.processes import terminated_as_interrupted
 
-    built = build_index(folder, workers)
-    terminal().print(f"{len(built)} samples in {len(built.shards)} shards: {escape(str(folder))}")
+    with terminated_as_interrupted():
+        built = build_index(folder, workers)
+    _tell_made(built, folder)
 
 
 def info(
@@ -119,7 +132,7 @@ def _cache(where: str, folder: Path | None, gib: float, allow_pipe: bool) -> Cac
 
 def verify(
     where: Annotated[str, typer.Argument(help="A folder of shards with their index, or its URL.")],
-    workers: Annotated[int | None, typer.Option(help="Processes; else one per CPU.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; else one per CPU.")] = None,
     list_: Annotated[Path | None, typer.Option("--list", help="A file for all that is wrong, a line each.")] = None,
     cache: CacheFolder = None,
     cache_gib: CacheGib = 100.0,
@@ -127,10 +140,12 @@ def verify(
 ) -> None:
     """Read every byte of the shards, decode every image, name whatever is wrong; fails where something is."""
     from fdscale.data.index import load_index, read_index
+    from fdscale.data.processes import terminated_as_interrupted
     from fdscale.data.verify import verify as verify_index
 
     kept = _cache(where, cache, cache_gib, allow_pipe)
-    found = verify_index(read_index(Path(where)) if kept is None else load_index(where, kept), workers)
+    with terminated_as_interrupted():
+        found = verify_index(read_index(Path(where)) if kept is None else load_index(where, kept), workers)
     lines = [str(fault) for fault in found.faults]
     if list_ is not None:
         list_.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -138,7 +153,22 @@ def verify(
         terminal().print(escape(line), soft_wrap=True)
     if len(lines) > SHOWN:
         terminal().print(f"… {len(lines) - SHOWN} more: --list FILE writes them all")
-    wrong = f"{found.bad_samples} bad images, {found.bad_shards} bad shards" if lines else "all of them good"
-    terminal().print(f"{found.samples} images in {found.shards} shards: {wrong}")
+    wrong = (
+        [_count(found.bad_samples, "bad image"), _count(found.bad_shards, "bad shard")]
+        if lines
+        else ["all of them good"]
+    )
+    if found.unread:
+        wrong.append(f"{_count(found.unread, 'image')} not checked")
+    terminal().print(f"{_count(found.samples, 'image')} in {_count(found.shards, 'shard')}: {', '.join(wrong)}")
     if lines:
         raise typer.Exit(1)
+
+
+def _tell_made(made: Index, folder: Path) -> None:
+    terminal().print(f"{_count(len(made), 'sample')} in {_count(len(made.shards), 'shard')}: {escape(str(folder))}")
+
+
+def _count(number: int, what: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

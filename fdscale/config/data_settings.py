@@ -54,9 +54,11 @@ class DataSettings(BatchSettings):
     def _weighed_together(
         cls, further: dict[str, FurtherShardSettings], others: ValidationInfo
     ) -> dict[str, FurtherShardSettings]:
-        weights = [others.data.get("weight"), *(one.weight for one in further.values())]
-        if len({weight is None for weight in weights}) > 1:
-            raise ValueError("a weight of each data set (data.weight is the first one's), or of none")
+        weights = {"data.weight": others.data.get("weight")}
+        weights |= {f"data.further_shards.{name}.weight": one.weight for name, one in further.items()}
+        missing = [name for name, weight in weights.items() if weight is None]
+        if 0 < len(missing) < len(weights):
+            raise ValueError(f"a weight of each data set (not set: {', '.join(missing)}), or of none")
         return further
 
     @property

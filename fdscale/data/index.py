@@ -142,6 +142,7 @@ def load_index(folder: str | Path, cache: Cache | None = None) -> Index:
 
 def read_index(folder: Path) -> Index:
     """The index files of `folder` alone, whether its shards are there or not; UserError where they are damaged."""
+    _refuse_missing(folder)
     index = _described(folder, _read_manifest(folder))
     _check_ends(index)
     return index
@@ -181,13 +182,17 @@ def _check_ends(index: Index) -> None:
 
 
 def _shard_files(folder: Path) -> dict[str, os.stat_result]:
-    if not folder.is_dir():
-        raise UserError(f"shard folder {folder} does not exist; make one with 'fdscale shards pack'")
+    _refuse_missing(folder)
     with os.scandir(folder) as entries:
         found = {entry.name: entry.stat() for entry in entries if entry.name.endswith(".tar") and entry.is_file()}
     if not found:
         raise UserError(f"shard folder {folder} holds no *.tar file; make shards with 'fdscale shards pack'")
     return found
+
+
+def _refuse_missing(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"shard folder {folder} does not exist; make one with 'fdscale shards pack'")
 
 
 def _shard_paths(folder: Path) -> list[Path]:

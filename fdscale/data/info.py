@@ -121,7 +121,7 @@ def _sides(sizes: list[tuple[int, int]]) -> tuple[int, int, int, int] | None:
 
 def _lines(found: Info) -> list[tuple[str, str]]:
     lines = [
-        ("samples", f"{found.samples:,} in {found.shards:,} shards, {decimal(found.bytes)}"),
+        ("samples", f"{found.samples:,} in {found.shards:,} shard{'s' * (found.shards != 1)}, {decimal(found.bytes)}"),
         ("an image", f"{decimal(round(found.image_bytes))} on average{_pixels(found)}"),
         ("labels", _labels(found)),
         ("order", _order(found)),

@@ -10,7 +10,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
+from types import FrameType
 from typing import TypeVar
 
 from fdscale.config.errors import UserError
@@ -29,6 +31,20 @@ def usable_cores() -> int:
 def import_once(*modules: str) -> None:
     """Have what is slow to import imported once for all processes that are started from now on."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", *modules])
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, as of a preempted job, ends what is inside as Ctrl-C does: other processes first. The main thread's."""
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def in_processes(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
@@ -25,17 +25,26 @@ SAMPLE = np.dtype(
 LARGEST_IMAGE = 256 * 2**20  # bytes: a worker reads an image whole
 LARGEST_HEADER = 2**20  # bytes of a long name or of PAX records, which tarfile reads whole
 LABEL_BYTES = 64
+FIRST_DOT = "a key ends at the first dot of the name (WebDataset's rule); rename it"
 BLOCK = 64 * 1024  # bytes read at once
 NAME_BLOCKS = 8  # that a long name may take before the header of its member, to be found again
 DAMAGED = (tarfile.TarError, EOFError, ValueError, ArithmeticError, LookupError, RecursionError)  # tarfile on garbage
 
 
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}  # by how such a file begins
+ENDINGS = {"gzip": ".gz", "bzip2": ".bz2", "xz": ".xz"}
+
+
 class Scanned(NamedTuple):
-    """One shard: `SAMPLE` rows of its images in their order, its size in bytes and its SHA-256."""
+    """One shard: `SAMPLE` rows of its images in their order, its size in bytes, its SHA-256.
+
+    `strays` are members that end as images do and are none, as `stray_images` says.
+    """
 
     samples: NDArray[np.void]
     bytes: int
     sha256: str
+    strays: tuple[str, ...] = ()
 
 
 class Member(NamedTuple):
@@ -58,6 +67,17 @@ def key_of(member: str) -> str:
     return _split_key(member)[0]
 
 
+def is_dotted_image(member: str) -> bool:
+    """Whether a member ends as an image does, but has a further dot before, so that WebDataset calls it no image."""
+    return "." in (suffix := _split_key(member)[1]) and suffix.rpartition(".")[2] in IMAGE_SUFFIXES
+
+
+def stray_images(dotted: Iterable[str], images: Iterable[str]) -> tuple[str, ...]:
+    """The members whose key has no image: masks and the like (KEY.seg.png beside KEY.jpg) belong to one."""
+    keys = {key_of(name) for name in images}
+    return tuple(name for name in dotted if key_of(name) not in keys)
+
+
 def scan_shard(path: Path, number: int, classes: tuple[str, ...] | None) -> Scanned:
     """Read a tar once: the rows of its images, with the labels of their KEY.cls members, and its SHA-256.
 
@@ -66,6 +86,7 @@ def scan_shard(path: Path, number: int, classes: tuple[str, ...] | None) -> Scan
     """
     images: list[Member] = []
     labels: dict[str, int] = {}
+    dotted: list[str] = []
     with path.open("rb") as file:
         hashed = _Hashed(file)
         try:
@@ -73,13 +94,18 @@ def scan_shard(path: Path, number: int, classes: tuple[str, ...] | None) -> Scan
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
                     _take(tar, member, path, classes, images, labels)
+                    if is_dotted_image(member.name) and member.isreg():
+                        dotted.append(member.name)
                 check_end(path, tar.offset)
         except DAMAGED as error:
-            raise UserError(f"shard {path} is not a whole tar file ({error}); copy or pack it again") from error
+            raise UserError(f"shard {path} is not a whole tar file ({error}); {mending(path)}") from error
         size, sha256 = hashed.finish()
+    strays = stray_images(dotted, (image.name for image in images))
     if not images:
-        raise UserError(f"shard {path} holds no image; expected members KEY.{{{','.join(IMAGE_SUFFIXES)}}}")
-    return Scanned(_rows(images, labels, number), size, sha256)
+        expected = f"expected members KEY.{{{','.join(IMAGE_SUFFIXES)}}}"
+        why = f"; {printable(strays[0])} is none: {FIRST_DOT}" if strays else ""
+        raise UserError(f"shard {path} holds no image; {expected}{why}")
+    return Scanned(_rows(images, labels, number), size, sha256, strays)
 
 
 def member_name(path: Path, offset: int, key: int) -> str:
@@ -122,6 +148,17 @@ def check_end(path: Path, offset: int, start: int = 0, end: int | None = None) -
         while block := file.read(min(BLOCK, end - file.tell())):
             if block.strip(zeros):
                 raise tarfile.ReadError(f"it ends at byte {offset - start}, but something follows")
+
+
+def mending(path: Path) -> str:
+    """What to do with a file that is no whole tar: it may be a compressed one under a tar's name."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    for magic, program in COMPRESSED.items():
+        if start.startswith(magic):
+            ending = ENDINGS[program]
+            return f"it is compressed by {program}: mv {path} {path}{ending} && {program} -d {path}{ending}"
+    return "download, copy or pack it again"
 
 
 def printable(name: str) -> str:

@@ -22,11 +22,12 @@ from fdscale.data.scan import Scanned, member_name, scan_shard
 
 
 class Fault(NamedTuple):
-    """What is wrong with a shard (`member` None), or with one image in it."""
+    """What is wrong with a shard (`member` None), or with one image in it; `unread` images were not checked for it."""
 
     shard: str
     member: str | None
     reason: str
+    unread: int = 0
 
     def __str__(self) -> str:
         where = self.shard if self.member is None else f"{self.shard}:{self.member}"
@@ -50,6 +51,11 @@ class Verified:
     def bad_shards(self) -> int:
         """How many shards have a fault of their own, beyond their images'."""
         return len({fault.shard for fault in self.faults if fault.member is None})
+
+    @property
+    def unread(self) -> int:
+        """How many images were not checked, since their shard or its rows cannot be read."""
+        return sum(fault.unread for fault in self.faults)
 
 
 def verify(index: Index, workers: int | None = None) -> Verified:
@@ -100,25 +106,26 @@ def _remote(job: _Job) -> RemoteShards | None:
     return RemoteShards(url, job.folder, (job.shard,), Cache(folder, limit, allow_pipe))
 
 
-def _found(job: _Job) -> Iterator[tuple[str | None, str]]:
-    """(member or None, reason) of everything that is wrong with one shard."""
+def _found(job: _Job) -> Iterator[tuple[str | None, str] | tuple[None, str, int]]:
+    """(member or None, reason) of everything that is wrong with one shard, and how many images that leaves unread."""
     shard, rows, scanned = job.shard, job.rows, None
     index = Index(job.folder, (shard,), job.classes, rows, remote=_remote(job))
     try:
         path = index.ready(0)
         size = path.stat().st_size
     except FileNotFoundError:
-        yield None, "missing"
+        yield None, "missing", shard.samples
         return
     except (UserError, OSError) as error:
-        yield None, str(error)
+        yield None, str(error), shard.samples
         return
     try:
         scanned = scan_shard(path, job.number, job.classes)
     except (UserError, OSError) as error:
         yield None, str(error)
     if zlib.crc32(rows.tobytes()) != shard.rows_crc:
-        yield None, f"its rows in the index are damaged; make it again: {index_again(path.parent)}"
+        again = index_again(path.parent)
+        yield None, f"its rows in the index are damaged; make it again: {again}", 0 if scanned else len(rows)
         rows = rows[:0] if scanned is None else scanned.samples
     elif scanned is not None:
         yield from _differences(shard, path, rows, scanned)

@@ -107,7 +107,7 @@ def test_the_command_fails_and_lists_all_that_is_wrong(write_shards, png, tmp_pa
     out = capsys.readouterr().out
     assert "s0.tar:00.png (UnidentifiedImageError" in out
     assert "5 more: --list FILE writes them all" in out
-    assert "26 images in 1 shards: 25 bad images, 0 bad shards" in out
+    assert "26 images in 1 shard: 25 bad images, 0 bad shards" in out
     assert len((tmp_path / "bad.txt").read_text().splitlines()) == 25
 
 
@@ -118,7 +118,7 @@ def test_shards_behind_a_url_are_fetched_and_verified(write_shards, png, tmp_pat
     assert main(["shards", "verify", folder.as_uri(), *options]) == 1
     out = capsys.readouterr().out
     assert out.startswith("s0.tar:b.png (UnidentifiedImageError")
-    assert "5 images in 3 shards: 1 bad images, 0 bad shards" in out
+    assert "5 images in 3 shards: 1 bad image, 0 bad shards" in out
 
 
 def test_a_shard_that_cannot_be_fetched_is_named_and_the_others_verified(folder, tmp_path, monkeypatch):
@@ -153,3 +153,14 @@ def test_without_an_index_it_says_how_to_make_one(write_shards, png, capsys):
     for command in ("verify", "info"):
         assert main(["shards", command, str(folder)]) == 2
         assert f"fdscale shards index {folder}" in "".join(capsys.readouterr()).replace("\n", " ")
+
+
+def test_images_that_were_not_checked_are_counted(folder, capsys):
+    (folder / "s2.tar").unlink()
+    assert main(["shards", "verify", str(folder)]) == 1
+    assert "9 images in 3 shards: 0 bad images, 1 bad shard, 3 images not checked" in capsys.readouterr().out
+
+
+def test_a_folder_that_does_not_exist_is_told_as_such(tmp_path, capsys):
+    assert main(["shards", "verify", str(tmp_path / "nope")]) == 2
+    assert "nope does not exist" in "".join(capsys.readouterr()).replace("\n", " ")

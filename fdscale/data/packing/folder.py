@@ -10,7 +10,7 @@ import numpy as np
 
 from fdscale.config.errors import UserError
 from fdscale.data.index import Index
-from fdscale.data.packing.classes import numbered_as
+from fdscale.data.packing.classes import few, numbered_as
 from fdscale.data.packing.listing import Found, Listing, joined, tell_others
 from fdscale.data.packing.shards import write_shards
 from fdscale.data.packing.sources import REENCODED_SUFFIXES, Files, is_image_name, refuse_same_keys, suffix_of
@@ -42,7 +42,7 @@ def folder_source(source: Path, workers: int = 1) -> Files:
     folders = _folders_of(source)
     flat = _list_folder((source, None))
     listed = dict(zip(folders, in_processes(_list_folder, [(source, name) for name in folders], workers), strict=True))
-    _refuse_none(source, [flat, *listed.values()])
+    _refuse_none(source, flat, listed)
     classes = _class_names(source, flat, listed)
     # As sorted by whole names, where "cat-big/…" comes before "cat/…"
     found = joined([flat, *(listed[name] for name in sorted(folders, key=lambda name: f"{name}/"))])
@@ -114,8 +114,14 @@ def _refuse_link_out(entry: os.DirEntry[str], source: Path) -> None:
         raise UserError(f"{entry.path} is a link to {target}, which is not there; remove it")
 
 
-def _refuse_none(source: Path, found: list[Found]) -> None:
+def _refuse_none(source: Path, flat: Found, listed: dict[str, Found]) -> None:
+    found = [flat, *listed.values()]
     if not any(part.names for part in found):
+        if folders := [name for name, part in listed.items() if part.others["tar"]]:
+            raise UserError(
+                f"{source} holds no image, but tars in {len(folders)} sub-folders ({few(sorted(folders))}); "
+                f"name one that holds tars, such as {source / min(folders)}"
+            )
         allowed, others = ", ".join(IMAGE_SUFFIXES + REENCODED_SUFFIXES), sum(part.others.total() for part in found)
         raise UserError(f"image folder {source} holds no image among {others} files; allowed: {allowed}")
 

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from fdscale.data.packing.sources import ROW, mark_of
 from fdscale.data.scan import LARGEST_IMAGE, NO_LABEL, printable
 
+TOLD = 5  # kinds of files left out
+
 LOG = logging.getLogger(__name__)
 
 
@@ -75,5 +77,8 @@ def joined(found: Sequence[Found], files: Iterable[int] | None = None) -> Found:
 def tell_others(source: Path, found: Found) -> None:
     """Log how many files of the source are no images, and of what kinds."""
     if found.others:
-        kinds = ", ".join(f"{count:,} {printable(suffix)}" for suffix, count in found.others.most_common(5))
-        LOG.warning("%s: %d files are no images and are left out (%s)", source, found.others.total(), kinds)
+        told = [
+            f"{count:,} {printable(suffix) or 'without suffix'}" for suffix, count in found.others.most_common(TOLD)
+        ]
+        kinds = ", ".join(told) + (", …" if len(found.others) > TOLD else "")
+        LOG.warning("%s: files that are not images are left out: %d (%s)", source, found.others.total(), kinds)

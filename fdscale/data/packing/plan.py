@@ -158,6 +158,11 @@ def refuse_taken(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         what = "already holds shards" if (output / INDEX_FILE).exists() else "is not an empty folder"
         raise UserError(f"output {output} {what}; nothing was written: name a new folder, or remove it first")
+    parent = next(parent for parent in Path(os.path.abspath(output)).parents if os.path.exists(parent))
+    if not parent.is_dir():
+        raise UserError(f"output {output} cannot be written, since {parent} is a file; name another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"output {output} cannot be written; allow writing to {parent}, or name another folder")
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:

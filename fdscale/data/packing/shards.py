@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -94,13 +95,15 @@ def _write_missing(plan: Plan, work: Work, source: Source, workers: int, max_bad
     jobs = (ShardJob(work, n, source.part(order[n * size : (n + 1) * size])) for n in missing)
     done = sum(record.samples + len(record.left_out) for record in records if record is not None)
     left_out = _left_out(records, source)
-    _refuse_many(left_out, source, max_bad_ratio)
+    _refuse_many(source.left_out, source, max_bad_ratio)
     with progress(len(source), done, "images") as advance, _interrupt_told():
         for record in in_processes(write_shard, jobs, min(workers, len(missing))):
             records[record.number] = record
             advance(record.samples + len(record.left_out))
             left_out += record.left_out
-            _refuse_many(left_out, source, max_bad_ratio)
+            if len(left_out) >= TOLD:  # the first few are told together
+                _refuse_many(left_out, source, max_bad_ratio)
+    _refuse_many(left_out, source, max_bad_ratio)
     return [record for record in records if record is not None]
 
 
@@ -142,7 +145,7 @@ def _refuse_many(left_out: Sequence[str], source: Source, max_bad_ratio: float) 
     total = len(source) + len(source.left_out)
     if len(left_out) > max_bad_ratio * total:
         raise UserError(
-            f"{len(left_out):,} of {total:,} images are left out already, more than --max-bad-ratio {max_bad_ratio:g} "
+            f"{len(left_out):,} of {total:,} images are left out, more than --max-bad-ratio {max_bad_ratio:g} "
             f"allows: {'; '.join(left_out[:TOLD])}; repair them, or go on with a higher --max-bad-ratio"
         )
 
@@ -159,9 +162,10 @@ def _disk_told(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        then = "there is space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "it can be written"
         raise UserError(
             f"cannot write to {folder} ({error.strerror or error}); its whole shards are kept: "
-            "once there is space, the same command goes on"
+            f"once {then}, the same command goes on"
         ) from error
 
 

@@ -20,6 +20,7 @@ from fdscale.data.scan import IMAGE_SUFFIXES, NO_LABEL, key_hash, printable
 # These become PNG; IMAGE_SUFFIXES keep their bytes.
 REENCODED_SUFFIXES = ("bmp", "gif", "pgm", "ppm", "tif", "tiff")
 REENCODED_FORMATS = ("BMP", "GIF", "PPM", "TIFF")
+SAME_KEYS = 5  # pairs of images that are told of
 SUFFIX_OF = {"PNG": "png", "WEBP": "webp"}  # of a format under a name that says another; the rest are JPEG
 # file: number of the file that holds the image, `size` bytes from `offset` on; mark: other when the image is changed
 ROW = np.dtype([("file", "<i4"), ("label", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("mark", "<u8")])
@@ -126,8 +127,9 @@ def key_of(name: str) -> str:
 
 
 def suffix_of(name: str) -> str:
-    """What follows the last dot of a name, in lower case."""
-    return name.rpartition("/")[2].rpartition(".")[2].lower()
+    """What follows the last dot of a name, in lower case; "" where it has none, or begins with it."""
+    stem, _, suffix = name.rpartition("/")[2].rpartition(".")
+    return suffix.lower() if stem else ""
 
 
 def is_image_name(name: str) -> bool:
@@ -141,15 +143,23 @@ def mark_of(name: str, size: int, file: os.stat_result) -> int:
 
 
 def refuse_same_keys(files: Files) -> Files:
-    """The files; raises UserError where two images would have one key."""
+    """The files; raises UserError where images would have one key."""
     keys = np.fromiter((key_hash(key_of(name)) for name in files.names), np.uint64, len(files))
     ordered = np.sort(keys)
-    twice = ordered[1:][ordered[1:] == ordered[:-1]]
-    if len(twice):
-        first, second = (int(i) for i in np.flatnonzero(keys == twice[0])[:2])
-        key, both = key_of(files.names[first]), f"{files.name(first)} and {files.name(second)}"
-        raise UserError(f"{both} would both have the key {key!r}; rename one")
+    if (ordered[1:] == ordered[:-1]).any():
+        raise UserError(_same_keys(files, keys))
     return files
+
+
+def _same_keys(files: Files, keys: NDArray[np.uint64]) -> str:
+    order = np.argsort(keys, kind="stable")
+    again = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+    twice = sorted((int(order[i]), int(order[i + 1])) for i in again)
+    first, second = twice[0]
+    both = f"{files.name(first)} and {files.name(second)} would both have the key {key_of(files.names[first])!r}"
+    others = ", ".join(files.name(second) for _, second in twice[1:SAME_KEYS])
+    more = f"; {len(twice) - 1:,} more have the key of another one: {others}" if others else ""
+    return f"{both}{more}{', …' if len(twice) > SAME_KEYS else ''}; rename one of each"
 
 
 def as_stored(sample: Sample) -> Sample:

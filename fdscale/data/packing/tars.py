@@ -19,7 +19,7 @@ from fdscale.config.errors import UserError
 from fdscale.data.packing.listing import Found, Listing, joined, tell_others
 from fdscale.data.packing.sources import Files, is_image_name, refuse_same_keys, suffix_of
 from fdscale.data.processes import in_processes
-from fdscale.data.scan import DAMAGED, BoundedHeader, check_end, printable
+from fdscale.data.scan import DAMAGED, BoundedHeader, check_end, mending, printable
 
 CLASS_TAR = re.compile(r"n\d{8}\.tar")  # as ImageNet names its own: WordNet's number of the class
 UNPACK = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bzip2", ".xz": "xz"}
@@ -76,7 +76,8 @@ def members(tar: Inside) -> Iterator[tarfile.TarInfo]:
                     yield member
                 check_end(tar.path, opened.offset, tar.offset, tar.offset + tar.size)
     except DAMAGED as error:
-        raise UserError(f"{described(tar)} is not a whole tar ({error}); download or copy it again") from error
+        again = "download or copy it again" if tar.offset else mending(tar.path)
+        raise UserError(f"{described(tar)} is not a whole tar ({error}); {again}") from error
     except OSError as error:
         raise UserError(f"{tar.path} cannot be read ({error.strerror}); make it readable") from error
 

@@ -75,8 +75,9 @@ def _tried(url: str, once: Callable[[], Found]) -> Found:
             return once()
         except Broken as error:
             if error.final or wait is None:
+                tries = "" if error.final else f" (try {number} of {1 + len(WAITS)})"
                 raise UserError(
-                    f"cannot fetch {url}: {error} (try {number} of {1 + len(WAITS)}); check that it is there and that "
+                    f"cannot fetch {url}: {error}{tries}; check that it is there and that "
                     "this node may read it, and that index.json and samples.npy beside the shards are theirs"
                 ) from None
             pause = wait * random.SystemRandom().uniform(0.5, 1.5)  # all nodes would come back at once
@@ -114,7 +115,9 @@ def _refuse_failure(process: subprocess.Popen[bytes], came: int) -> None:
     except subprocess.TimeoutExpired:
         raise Broken(f"{program} does not end, after {came} bytes") from None
     if status:
-        raise Broken(f"{program} ended with {status} after {came} bytes", final=(program, status) == REFUSED)
+        refused = (program, status) == REFUSED
+        meaning = " (an HTTP error that stays, such as 403 or 404)" if refused else ""
+        raise Broken(f"{program} ended with {status}{meaning} after {came} bytes", final=refused)
 
 
 def _program(process: subprocess.Popen[bytes]) -> str:

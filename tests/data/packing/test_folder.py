@@ -110,8 +110,27 @@ def test_a_link_inside_the_source_is_packed(class_folders, tmp_path, png):
 
 def test_two_images_of_one_key_are_named(class_folders, tmp_path, png):
     (class_folders / "dog/i1.jpg").write_bytes(png(1))
-    with pytest.raises(UserError, match=r"i1\.PNG and .*i1\.jpg.* would both have the key 'dog/i1'|i1\.jpg and"):
+    (class_folders / "dog/i3.jpg").write_bytes(png(1))
+    told = r"i1\.PNG and .* would both have the key 'dog/i1'; 1 more have the key of another one: dog/i3\.jpg; rename"
+    with pytest.raises(UserError, match=told):
         pack_folder(class_folders, tmp_path / "out", samples_per_shard=3)
+
+
+def test_files_of_other_suffixes_and_of_none_are_counted(class_folders, tmp_path, png, caplog):
+    for name in ("bare", "jpg", "dot."):
+        (class_folders / "dog" / name).write_bytes(png(0))
+    assert len(pack_folder(class_folders, tmp_path / "out", samples_per_shard=3)) == 7
+    assert "files that are not images are left out: 4 (3 without suffix, 1 txt)" in caplog.text
+
+
+def test_a_folder_of_folders_of_tars_says_which_to_name(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "0.tar").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"in holds no image, but tars in 2 sub-folders \(a, b\); name .* such as \S+in/a$"
+    ):
+        pack_folder(tmp_path / "in", tmp_path / "out", 3)
 
 
 def test_sources_that_cannot_be_packed(class_folders, tmp_path, png):

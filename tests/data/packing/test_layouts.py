@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fdscale.cli import main
 from fdscale.config.errors import UserError
 from fdscale.data.packing.layouts import open_source
 from fdscale.data.packing.pack import pack
@@ -43,3 +44,12 @@ def test_an_output_that_is_taken_is_told_before_anything_is_listed(tmp_path):
     (tmp_path / "out" / "mine").write_text("")
     with pytest.raises(UserError, match="is not an empty folder; nothing was written"):
         pack(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output \S+file/x cannot be written, since \S+file is a file; name another"):
+        pack(tmp_path / "nowhere", tmp_path / "file" / "x")
+
+
+@pytest.mark.parametrize("option", ["--samples-per-shard=0", "--workers=0", "--max-bad-ratio=3", "--seed=-1"])
+def test_numbers_out_of_range_are_refused_before_anything_is_read(tmp_path, capsys, option):
+    assert main(["shards", "pack", str(tmp_path / "nowhere"), str(tmp_path / "out"), option]) == 2
+    assert option.partition("=")[0] in capsys.readouterr().err

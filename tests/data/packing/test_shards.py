@@ -80,17 +80,28 @@ def test_the_order_is_shuffled_once_over_everything():
     assert Plan(3, 10, None, None).order().tolist() == [0, 1, 2]
 
 
-def test_a_killed_one_goes_on_with_its_whole_shards(tmp_path):
-    """SIGKILL at any time; the other processes of the killed one end, too."""
-    source, output = many(tmp_path / "source", 400), tmp_path / "out"
-    command = [sys.executable, "-m", "fdscale", "shards", "pack", source, output]
+def packing(source: Path, output: Path, stderr: int) -> subprocess.Popen:
+    """`fdscale shards pack` at work, in shards of two images."""
+    command = [sys.executable, "-m", "fdscale", "shards", "pack", str(source), str(output)]
     options = ["--samples-per-shard", "2", "--workers", "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    process = subprocess.Popen([*map(str, command), *options], env=environment, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [*command, *options], env=environment, text=True, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True
+    )
+
+
+def wait_for_records(process: subprocess.Popen, output: Path) -> None:
     records = hidden(output) / "records"
     while not records.exists() or len(list(records.glob("*.json"))) < 5:
         assert process.poll() is None
         time.sleep(0.002)
+
+
+def test_a_killed_one_goes_on_with_its_whole_shards(tmp_path):
+    """SIGKILL at any time; the other processes of the killed one end, too."""
+    source, output = many(tmp_path / "source", 400), tmp_path / "out"
+    process = packing(source, output, subprocess.DEVNULL)
+    wait_for_records(process, output)
     others = descendants(process.pid)
     process.kill()
     process.wait()
@@ -107,6 +118,21 @@ def test_a_killed_one_goes_on_with_its_whole_shards(tmp_path):
     pack(source, tmp_path / "at_once", 2)
     assert contents(output) == contents(tmp_path / "at_once")
     assert not hidden(output).exists()
+
+
+def test_a_terminated_one_ends_in_order(tmp_path):
+    """SIGTERM to all of its processes, as a preempted job gets it."""
+    output = tmp_path / "out"
+    process = packing(many(tmp_path / "source", 400), output, subprocess.STDOUT)
+    wait_for_records(process, output)
+    others = descendants(process.pid)
+    os.killpg(process.pid, signal.SIGTERM)
+    told, _ = process.communicate()
+    assert process.returncode == 130
+    assert "interrupted; the same command goes on with the shards that are whole" in told
+    assert "leaked" not in told
+    assert "Traceback" not in told
+    assert_end(others)
 
 
 def test_a_full_disk_loses_nothing(source, tmp_path):
@@ -218,9 +244,7 @@ def test_images_that_are_none_are_left_out_counted_and_named(tmp_path, caplog):
     source = many(tmp_path / "source", 20)
     for name, (data, _) in BAD.items():
         (source / name).write_bytes(data)
-    with pytest.raises(
-        UserError, match=r"\d of 23 images are left out already, more than --max-bad-ratio 0\.01 allows: "
-    ):
+    with pytest.raises(UserError, match=r"3 of 23 images are left out, more than --max-bad-ratio 0\.01 allows: "):
         pack(source, tmp_path / "out", 6)
     index = pack(source, tmp_path / "out", 6, max_bad_ratio=0.2)
     assert len(index) == 20
