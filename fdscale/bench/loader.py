@@ -35,7 +35,6 @@ from fdscale.terminal import terminal
 SIZE, BATCH = 224, 64
 SCALE, RATIO, FLIP = (0.08, 1.0), (3 / 4, 4 / 3), 0.5
 WARM_UP = 4  # batches
-BARE_IMAGES = 256  # of each process, held in memory
 
 PHOTOS = 4000
 WAYS = {
@@ -171,11 +170,11 @@ def _bare(
     work: Callable[[bytes, random.Random], None], index: Index, number: int, images: int, rank: Connection
 ) -> None:
     reader, draw = ImageReader(index), random.Random(number)
-    held = [reader.read((number * BARE_IMAGES + place) % len(index)) for place in range(min(BARE_IMAGES, images))]
+    held = [reader.read(place % len(index)) for place in range(number * images, (number + 1) * images)]
     for data in held[:WARM_UP]:
         work(data, draw)
     rank.send("ready")
     rank.recv()
     for place in range(images):
-        work(held[place % len(held)], draw)
+        work(held[place], draw)
     rank.send("done")

@@ -118,4 +118,4 @@ def _centre_box(width: int, height: int, ratio: tuple[float, float]) -> Box:
 
 def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
     """(3, H, W), in memory as Pillow has it: channels last."""
-    return np.array(image).transpose(2, 0, 1)
+    return np.asarray(image).transpose(2, 0, 1)

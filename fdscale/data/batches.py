@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, get_worker_info
 
 from fdscale.data.augment import Augmentation, augment, centre_crop
 from fdscale.data.holding import note
@@ -40,6 +40,10 @@ class Batch:
     rows: slice
     bad: list[str]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes each tensor takes a file descriptor and a handshake: the small ones go as they are."""
+        return _handed_over, (self.images, self.labels.numpy(), self.keys.numpy(), self.rows, self.bad)
+
     @property
     def valid(self) -> Tensor:
         """Bool (B,): False for padding rows."""
@@ -53,6 +57,12 @@ class Batch:
         """The same batch on a device; the copy overlaps with computation where the memory is pinned."""
         images, labels = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels))
         return replace(self, images=images, labels=labels)
+
+
+def _handed_over(
+    images: Tensor, labels: NDArray[np.int64], keys: NDArray[np.int64], rows: slice, bad: list[str]
+) -> Batch:
+    return Batch(images, torch.from_numpy(labels), torch.from_numpy(keys), rows, bad)
 
 
 @dataclass(frozen=True)
@@ -88,11 +98,15 @@ class TrainBatches(Dataset[Batch]):
     def __getitem__(self, request: Request) -> Batch:
         views = request.views if self._views is None else request.views % self._views
         numbers = zip(*self._mixture.located(request.samples), views, request.samples, strict=True)
-        seen = [self._seen(*map(int, each)) for each in numbers]
-        images = _stacked([found.image.pixels for found in seen])
+        images = _room(len(request.samples), self._image_size)
+        seen = []
+        for row, each in zip(images.numpy(), numbers, strict=True):
+            seen.append(found := self._seen(*map(int, each)))
+            row[:] = found.image.pixels.transpose(1, 2, 0)
         labels = np.array([found.image.label for found in seen])
         keys = np.array([found.image.key for found in seen], np.uint64)
-        return _batch(images, labels, keys, request.rows, [found.bad for found in seen if found.bad])
+        channels_first = images.permute(0, 3, 1, 2)
+        return _batch(channels_first, labels, keys, request.rows, [found.bad for found in seen if found.bad])
 
     def name(self, sample: int) -> str:
         """`SHARD:MEMBER` of a sample."""
@@ -151,13 +165,13 @@ class EvalBatches(Dataset[Batch]):
         self.reader.close()
 
 
-def _stacked(views: Sequence[NDArray[np.uint8]]) -> Tensor:
-    """Views (3, H, W) as one (B, 3, H, W), channels last in memory as they are, so that whole rows are copied.
-
-    In a worker that is into memory which it shares with its rank.
-    """
-    whole: Tensor = default_collate([torch.from_numpy(view.transpose(1, 2, 0)) for view in views])
-    return whole.permute(0, 3, 1, 2)
+def _room(images: int, size: int) -> Tensor:
+    """Memory for so many images, uint8 (B, size, size, 3); in a worker it is shared with its rank."""
+    shape = (images, size, size, 3)
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def _batch(

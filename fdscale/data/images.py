@@ -18,6 +18,7 @@ from fdscale.config.errors import UserError
 from fdscale.data.index import SAMPLES_FILE, Index
 from fdscale.data.scan import LARGEST_IMAGE
 
+MOST_AT_ONCE = 2**24  # bytes that a decoder is fed with
 OPEN_SHARDS = 1024  # per process at most: the shards of all lanes and windows that a rank reads in turn, as a rule
 # PIL alone would try each of its plugins on what a shard holds, whatever its name: EPS starts Ghostscript
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -58,6 +59,7 @@ def open_image(file: BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Imag
     image = Image.open(file, formats=formats)
     if image.width * image.height > MOST_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels; allowed: {MOST_PIXELS}")
+    image.decodermaxblock = MOST_AT_ONCE  # all in one go, not in pieces
     return image
 
 
@@ -151,14 +153,16 @@ class ImageReader:
         shard, offset, size, _, _, crc = self.index.samples[sample].item()
         self._refuse_outside(sample, shard, offset, size)
         data = self._bytes(shard, offset, size)
-        if zlib.crc32(data) != crc and self.index.remote is not None:
+        if zlib.crc32(data) == crc:
+            return data
+        if self.index.remote is not None:
             os.close(self._open.pop(shard))
             self.index.remote.mend(shard)  # a node's disk that spoils a shard must not change what is trained on
             data = self._bytes(shard, offset, size)
-        if zlib.crc32(data) != crc:
-            self._refuse_changed(sample, shard, os.fstat(self._open[shard]))
-            raise BadImage(f"{self.index.name(sample)} (its bytes are not those that were indexed)")
-        return data
+            if zlib.crc32(data) == crc:
+                return data
+        self._refuse_changed(sample, shard, os.fstat(self._open[shard]))
+        raise BadImage(f"{self.index.name(sample)} (its bytes are not those that were indexed)")
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
         try:
