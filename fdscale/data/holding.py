@@ -28,11 +28,12 @@ class Holding:
     def of_the_dead(self) -> list[int]:
         """The samples that workers held which have ended, or are about to; for their rank, whose children they are."""
         patience = time.monotonic() + PATIENCE
-        while not (ended := [i for i, process in enumerate(self._processes) if _has_ended(process)]):
-            if time.monotonic() > patience:
-                break
+        while True:
+            places = enumerate(self._processes)
+            held = [self._samples[i] for i, process in places if self._samples[i] != NOTHING and _has_ended(process)]
+            if held or time.monotonic() > patience:
+                return held
             time.sleep(0.01)
-        return [self._samples[i] for i in ended if self._samples[i] != NOTHING]
 
 
 def _has_ended(child: int) -> bool:
