@@ -16,7 +16,7 @@ from tests.prove.page import Page
 
 pytestmark = [pytest.mark.prove, pytest.mark.timeout(3000)]
 
-PHOTOS, IMAGES, REPEATS = 4000, 5120, 7
+PHOTOS, IMAGES, REPEATS = 4000, 2560, 7
 COLUMNS = ["processes", *WAYS.values(), "to webdataset", "to the bare loop", "to decoding"]
 
 
