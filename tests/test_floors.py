@@ -50,9 +50,11 @@ FLOORS = {
     "fdscale.postmortem": 4,
     "fdscale.summary": 4,
     "fdscale.checkpoints": 4,
-    "fdscale.commands": 5,
-    "fdscale.cli": 5,
-    "fdscale.__main__": 6,
+    "fdscale.diagnostics": 4,
+    "fdscale.study": 5,
+    "fdscale.commands": 6,
+    "fdscale.cli": 6,
+    "fdscale.__main__": 7,
 }
 ONE_ROOM = {  # what stops a rank; the launcher's files; the post-mortem's; the command line's
     "fdscale.cluster.orphans": "fdscale.cluster.ranks",
@@ -80,7 +82,7 @@ HEAVY = {
     ),
     "prometheus_client": ("fdscale.training.prometheus",),
     "huggingface_hub": ("fdscale.fetch",),
-    "matplotlib": ("fdscale.diagnostics.plots",),
+    "matplotlib": ("fdscale.diagnostics.plots", "fdscale.study.plots"),
     "faster_coco_eval": (
         "fdscale.data.dense.masks",
         "fdscale.downstream.detection.average_precision",
