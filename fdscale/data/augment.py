@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fdscale.data.draws import Purpose, generator
-from fdscale.data.images import reading, to_rgb
+from fdscale.data.draws import Draws, Purpose, generator
+from fdscale.data.images import READING, to_rgb
 from fdscale.data.randaugment import RandAugment
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -42,7 +42,7 @@ def augment(
     RandomResizedCrop and horizontal flip, which is all that distillation has (official implementation), then
     RandAugment where that is wanted; nobody normalises here. `view` is how often the sample was shown before.
     """
-    draw = generator(seed, key, view, Purpose.VIEW)
+    draw = Draws(seed, key, view, Purpose.VIEW)
     flip = draw.random() < augmentation.flip
     box = _crop_box(image.width, image.height, augmentation.crop_scale, augmentation.crop_ratio, draw)
     crop = _resized_crop(image, box, size, FILTERS[augmentation.interpolation])
@@ -66,7 +66,7 @@ def centre_crop(image: Image.Image, size: int, interpolation: Literal["bilinear"
 
 def _resized_crop(image: Image.Image, box: Box, size: int, resampling: Image.Resampling) -> Image.Image:
     """The box resized to an RGB square; nothing outside it enters, as in torchvision, where it is not reduced."""
-    with reading():
+    with READING:
         times = _reduced(image, box, size)
         image.load()
     left, top, right, bottom = (side / times for side in box)
@@ -93,7 +93,7 @@ def _crop_box(
     height: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
-    draw: np.random.Generator,
+    draw: Draws,
 ) -> Box:
     """(left, top, right, bottom) by torchvision's rule: ten tries of (area, log ratio), then the centre."""
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
@@ -102,8 +102,7 @@ def _crop_box(
         aspect = math.exp(draw.uniform(*log_ratio))
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            left = int(draw.integers(width - crop_width + 1))
-            top = int(draw.integers(height - crop_height + 1))
+            left, top = draw.below(width - crop_width + 1), draw.below(height - crop_height + 1)
             return left, top, left + crop_width, top + crop_height
     return _centre_box(width, height, ratio)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -12,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from fdscale.data.augment import Augmentation, augment, centre_crop
 from fdscale.data.holding import note
 from fdscale.data.images import AGAIN, BadImage, Decoded, ImageReader, decode_or_next
 from fdscale.data.index import Index
+from fdscale.data.lending import Lent, handed_over, room_for
 from fdscale.data.mixture import Mixture
 
 PADDING = -1  # in Request.samples: a row without a sample
@@ -41,8 +41,8 @@ class Batch:
     bad: list[str]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Between processes each tensor takes a file descriptor and a handshake: the small ones go as they are."""
-        return _handed_over, (self.images, self.labels.numpy(), self.keys.numpy(), self.rows, self.bad)
+        """Between processes each tensor would take a file descriptor and a handshake: the small ones go as they are."""
+        return _received, (handed_over(self.images), self.labels.numpy(), self.keys.numpy(), self.rows, self.bad)
 
     @property
     def valid(self) -> Tensor:
@@ -59,9 +59,10 @@ class Batch:
         return replace(self, images=images, labels=labels)
 
 
-def _handed_over(
-    images: Tensor, labels: NDArray[np.int64], keys: NDArray[np.int64], rows: slice, bad: list[str]
+def _received(
+    images: Tensor | Lent, labels: NDArray[np.int64], keys: NDArray[np.int64], rows: slice, bad: list[str]
 ) -> Batch:
+    images = images.received() if isinstance(images, Lent) else images
     return Batch(images, torch.from_numpy(labels), torch.from_numpy(keys), rows, bad)
 
 
@@ -95,10 +96,14 @@ class TrainBatches(Dataset[Batch]):
         self._seed = seed
         self._views = views
 
+    @property
+    def image_bytes(self) -> int:
+        return 3 * self._image_size**2
+
     def __getitem__(self, request: Request) -> Batch:
         views = request.views if self._views is None else request.views % self._views
         numbers = zip(*self._mixture.located(request.samples), views, request.samples, strict=True)
-        images = _room(len(request.samples), self._image_size)
+        images = room_for((len(request.samples), self._image_size, self._image_size, 3))
         seen = []
         for row, each in zip(images.numpy(), numbers, strict=True):
             seen.append(found := self._seen(*map(int, each)))
@@ -136,6 +141,8 @@ class TrainBatches(Dataset[Batch]):
 class EvalBatches(Dataset[Batch]):
     """Request -> centre-cropped micro batch; padding and undecodable rows are zero images with label -2."""
 
+    image_bytes = 0
+
     def __init__(self, index: Index, image_size: int, interpolation: Literal["bilinear", "bicubic"]) -> None:
         self.reader = ImageReader(index)
         self._image_size = image_size
@@ -163,15 +170,6 @@ class EvalBatches(Dataset[Batch]):
     def close(self) -> None:
         """Let go of the open shards."""
         self.reader.close()
-
-
-def _room(images: int, size: int) -> Tensor:
-    """Memory for so many images, uint8 (B, size, size, 3); in a worker it is shared with its rank."""
-    shape = (images, size, size, 3)
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def _batch(
