@@ -28,7 +28,7 @@ PADDING_LABEL = -2
 class Batch:
     """One micro batch of B images, as a person sees them; nothing is normalised yet.
 
-    `images` uint8 (B, 3, H, W), in training channels last in memory; `labels` int64 (B,), -1 unknown, -2 padding
+    `images` uint8 (B, 3, H, W), channels last in memory; `labels` int64 (B,), -1 unknown, -2 padding
     (evaluation only); `keys` int64 (B,), the bit pattern of the uint64 sample key, always on the CPU, since they name
     samples and enter no computation; `rows`: which rows of the step's global batch these are; `bad`: names of the
     undecodable samples met here (in training each is replaced by the next decodable one, label and key included).
@@ -141,27 +141,29 @@ class TrainBatches(Dataset[Batch]):
 class EvalBatches(Dataset[Batch]):
     """Request -> centre-cropped micro batch; padding and undecodable rows are zero images with label -2."""
 
-    image_bytes = 0
-
     def __init__(self, index: Index, image_size: int, interpolation: Literal["bilinear", "bicubic"]) -> None:
         self.reader = ImageReader(index)
         self._image_size = image_size
         self._interpolation = interpolation
 
+    @property
+    def image_bytes(self) -> int:
+        return 3 * self._image_size**2
+
     def __getitem__(self, request: Request) -> Batch:
         size, bad = self._image_size, []
-        images = np.zeros((len(request.samples), 3, size, size), np.uint8)
+        images = room_for((len(request.samples), size, size, 3)).zero_().permute(0, 3, 1, 2)
         labels = np.full(len(images), PADDING_LABEL, np.int64)
         keys = np.zeros(len(images), np.uint64)
         for row in np.flatnonzero(request.samples != PADDING):
             try:
                 sample = int(request.samples[row])
                 note(sample)
-                images[row] = centre_crop(self.reader.decode(sample), size, self._interpolation)
+                images.numpy()[row] = centre_crop(self.reader.decode(sample), size, self._interpolation)
                 labels[row], keys[row] = self.reader.index.samples[["label", "key"]][sample]
             except BadImage as error:
                 bad.append(str(error))
-        return _batch(torch.from_numpy(images), labels, keys, request.rows, bad)
+        return _batch(images, labels, keys, request.rows, bad)
 
     def name(self, sample: int) -> str:
         """`SHARD:MEMBER` of a sample."""

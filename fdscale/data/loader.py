@@ -32,6 +32,7 @@ START_METHOD = "fork"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 KEPT = 64 * 2**20  # bytes that a worker holds on to: an image of 16 million pixels, decoded
 AHEAD = 2  # micro batches that a worker has ready, or is at
+AT_ONCE = 2  # that an evaluation looks at: the next one comes before the last one is let go of
 
 
 class MicroBatches(Protocol):
@@ -139,7 +140,7 @@ class EvalLoader:
         self._samples = samples
         self._rows = slice(rank * batch_size, (rank + 1) * batch_size)
         self._together = world_size * batch_size
-        self._feed = _Feed(batches, workers, device, rank, world_size, batch_size, 1)
+        self._feed = _Feed(batches, workers, device, rank, world_size, batch_size, AT_ONCE)
 
     def __len__(self) -> int:
         """Batches of each rank."""
