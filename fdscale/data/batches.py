@@ -76,9 +76,9 @@ class Request:
 
 
 class View(NamedTuple):
-    """What is shown of one sample: uint8 (3, H, W), its label and its uint64 key."""
+    """What is shown of one sample: an RGB image, its label and its uint64 key."""
 
-    pixels: NDArray[np.uint8]
+    pixels: Image.Image
     label: int
     key: int
 
@@ -105,9 +105,9 @@ class TrainBatches(Dataset[Batch]):
         numbers = zip(*self._mixture.located(request.samples), views, request.samples, strict=True)
         images = room_for((len(request.samples), self._image_size, self._image_size, 3))
         seen = []
-        for row, each in zip(images.numpy(), numbers, strict=True):
+        for row, each in zip(images.flatten(1).numpy(), numbers, strict=True):
             seen.append(found := self._seen(*map(int, each)))
-            row[:] = found.image.pixels.transpose(1, 2, 0)
+            row[:] = np.frombuffer(found.image.pixels.tobytes(), np.uint8)
         labels = np.array([found.image.label for found in seen])
         keys = np.array([found.image.key for found in seen], np.uint64)
         channels_first = images.permute(0, 3, 1, 2)
@@ -129,12 +129,12 @@ class TrainBatches(Dataset[Batch]):
 
         def view_of(candidate: int) -> View:
             note(first + candidate)
-            label, key = reader.index.samples[["label", "key"]][candidate].item()
+            *_, label, key, _ = reader.index.samples[candidate].item()
             return View(reader.seen(candidate, partial(self._augmented, key, view)), label, key)
 
         return decode_or_next(view_of, own, len(reader.index), str(reader.index.folder), AGAIN)
 
-    def _augmented(self, key: int, view: int, image: Image.Image) -> NDArray[np.uint8]:
+    def _augmented(self, key: int, view: int, image: Image.Image) -> Image.Image:
         return augment(image, key, view, self._seed, self._image_size, self._augmentation)
 
 

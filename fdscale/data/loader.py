@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import ImageFile
 from torch.utils.data import DataLoader
 
 from fdscale.config.errors import UserError
@@ -31,6 +33,7 @@ from fdscale.data.remote.fetching import FetchAhead
 START_METHOD = "fork"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 KEPT = 64 * 2**20  # bytes that a worker holds on to: an image of 16 million pixels, decoded
+PIECE = 2**18  # bytes in which Pillow hands pixels out: a view of 256 pixels comes in one
 AHEAD = 2  # micro batches that a worker has ready, or is at
 AT_ONCE = 2  # that an evaluation looks at: the next one comes before the last one is let go of
 
@@ -229,17 +232,19 @@ class _Feed:
     def _begin(self, worker: int) -> None:
         """In a new worker."""
         _leave_signals_to_the_rank(self._exiting)
-        _keep_freed_memory()
+        _spare_memory()
         self._holding.begin(worker)
         if self._lender is not None:
             self._lender.begin(worker)
 
 
-def _keep_freed_memory() -> None:
-    """In a worker: what an image took serves the next one.
+def _spare_memory() -> None:
+    """In a worker: what an image took serves the next one, and what the rank had is not looked through for garbage.
 
-    glibc would give it back to the kernel, and have it faulted in again, page by page, with every image.
+    glibc would give memory back to the kernel, and have it faulted in again, page by page, with every image.
     """
+    gc.freeze()
+    ImageFile.MAXBLOCK = PIECE
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, KEPT)
