@@ -1,0 +1,43 @@
+"""`results.jsonl`: one row a finished task, from which the report is drawn and redrawn. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a task: its place in the design, what was measured, how long it took, what its worker then held."""
+
+    task: str
+    kind: str
+    seed: int
+    of: str
+    network: str
+    values: Mapping[str, float]
+    seconds: float
+    resident_bytes: int
+
+
+def append(result: Result, file: Path) -> None:
+    """Add a row; the file is there from the first one on."""
+    with file.open("a") as rows:
+        rows.write(json.dumps(asdict(result)) + "\n")
+
+
+def read_results(file: Path) -> list[Result]:
+    """The rows of a `results.jsonl`, of each task the last one; a line torn by a kill is left out."""
+    if not file.exists():
+        return []
+    lines = file.read_text().split("\n")[:-1]  # what follows the last line break is torn
+    return list({row.task: row for row in (Result(**json.loads(line)) for line in lines)}.values())
+
+
+def by_seed(results: list[Result], kind: str, of: str, network: str, value: str) -> dict[int, float]:
+    """One quantity of one of the networks, by seed, as far as it was measured."""
+    wanted = (kind, of, network)
+    found = (row for row in results if (row.kind, row.of, row.network) == wanted and value in row.values)
+    return {row.seed: row.values[value] for row in found}

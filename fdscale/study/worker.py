@@ -1,0 +1,99 @@
+"""A worker: one process that imports torch and DeepSpeed once, then does one task after the other. No torch until then.
+
+It is the only rank of a world of its own, so that its runs need nobody's consent.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from fdscale.cluster.ranks import Rank, export_rank, free_port
+from fdscale.config.errors import UserError
+from fdscale.study.tasks import TRAINED, Task
+
+THREADS = "OMP_NUM_THREADS"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of a task: its values; None where it was stopped by a signal, or failed, which `problem` tells."""
+
+    values: dict[str, float] | None
+    seconds: float
+    peak_bytes: int
+    problem: str | None = None
+
+
+def serve(pipe: Connection, log: Path, shards: tuple[str, str]) -> None:
+    """Do what comes through the pipe until it is closed; everything that runs say goes to `log`.
+
+    `shards` are those that probes and diagnostics look at: training and held-out.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the study's to tell; it asks with SIGTERM
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    _become_a_rank(log)
+    from fdscale.study.doing import done  # imports torch
+
+    gc.freeze()  # what is imported is never garbage
+    while True:
+        try:
+            task: Task = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_answer(task, shards, done))
+
+
+def _answer(task: Task, shards: tuple[str, str], done: Any) -> Answer:
+    print(f"--- {task.name}", flush=True)
+    began, values, problem = time.perf_counter(), None, None
+    try:
+        values = done(task, *shards)
+    except UserError as error:
+        problem = str(error)
+    except Exception:
+        problem = traceback.format_exc()
+    gc.collect()
+    return Answer(values, time.perf_counter() - began, _resident_bytes(), problem)
+
+
+def _become_a_rank(log: Path) -> None:
+    """The only rank of a world, on one core, its output in a file; no launcher's variables are heeded."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(descriptor, stream.fileno())
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    os.environ[THREADS] = "1"
+    export_rank(Rank(0, 0, 1, 1, "127.0.0.1", free_port()))
+
+
+def _stop_with_parent() -> None:
+    """A study that is killed closes no run: ask this process to, as a signal would."""
+    parent = parent_process()
+    assert parent is not None, "runs in a worker"
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _resident_bytes() -> int:
+    """What this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def is_run(task: Task) -> bool:
+    """Whether a task goes through `fit()`."""
+    return task.kind in TRAINED
