@@ -1,0 +1,245 @@
+"""Figures of measurements, drawn from rows and maps alone; the one file of this room that knows matplotlib.
+
+Colours are Okabe and Ito's (2008), which colour-blind readers tell apart; markers and dashes tell them apart in grey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from fdscale.diagnostics.intervals import mean_interval
+from fdscale.diagnostics.rows import Measurement
+from fdscale.diagnostics.selection import (
+    Array,
+    by_layer,
+    compared,
+    curves,
+    layer_means,
+    of,
+    pairs_in,
+    surface,
+)
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS, DASHES = ("o", "^", "s", "D", "v", "P"), ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
+WIDTH, PANEL, DPI = 7.2, 2.3, 300  # inches of a figure, of a panel's height, dots to the inch
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "svg.hashsalt": "fdscale",
+}
+BLOCK = "block"
+FAINTEST = 0.1  # times uniform attention: what is darker is drawn as dark
+
+
+@contextmanager
+def _figure(file: Path, rows: int, height: float = PANEL) -> Iterator[Figure]:
+    """A figure that is saved as `file`.png and .svg."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height * rows + 0.35), layout="constrained")
+        yield figure
+        figure.savefig(file.with_suffix(".png"), dpi=DPI)
+        figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
+
+
+def plot_heads(rows: Sequence[Measurement], models: Sequence[str], measures: Mapping[str, str], file: Path) -> None:
+    """A panel for each model and each of `measures` (with the label of its axis): a dot a head, the mean as a line."""
+    with _figure(file, len(measures)) as figure:
+        panels = figure.subplots(len(measures), len(models), sharex="col", sharey="row", squeeze=False)
+        for line, (measure, label) in zip(panels, measures.items(), strict=True):
+            for place, (axes, model) in enumerate(zip(line, models, strict=True)):
+                layers, values = by_layer(rows, model, measure)
+                axes.plot(layers, values, MARKERS[place % 6], ms=2.8, mew=0, alpha=0.5, color=_colour(place))
+                axes.plot(*layer_means(rows, model, measure), color="black", lw=1.2)
+                if not len(values):
+                    _say_nothing(axes, rows, model, measure)
+            line[0].set_ylabel(label)
+            _from_zero(line[0])
+        for axes, model in zip(panels[0], models, strict=True):
+            axes.set_title(_folded(model, len(models)))
+        _number_blocks(panels[-1])
+
+
+def plot_layers(rows: Sequence[Measurement], models: Sequence[str], measures: Mapping[str, str], file: Path) -> None:
+    """A panel for each of `measures` (with the label of its axis): a line for each model over its layers."""
+    columns = min(len(measures), 2)
+    with _figure(file, -(-len(measures) // columns)) as figure:
+        panels = figure.subplots(-(-len(measures) // columns), columns, squeeze=False).flat
+        for axes, (measure, label) in zip(panels, measures.items(), strict=False):
+            for place, model in enumerate(models):
+                axes.plot(*layer_means(rows, model, measure), **_line(place), label=model)
+            axes.set_ylabel(label)
+            _from_zero(axes)
+        for axes in panels:  # those that are left over
+            axes.set_visible(False)
+        shown = [axes for axes in figure.axes if axes.get_visible()]
+        _number_blocks(shown)
+        _name_models(figure, shown[0])
+
+
+def plot_maps(
+    rows: Sequence[Measurement], models: Sequence[str], maps: Mapping[str, Mapping[int, Array]], file: Path
+) -> None:
+    """The averaged attention maps of each model's first, middle and last block, times their size: uniform is 1."""
+    shown = {model: _first_middle_last(maps[model]) for model in models if maps.get(model)}
+    every = np.concatenate([np.ravel(value * value.shape[-1]) for found in shown.values() for value in found.values()])
+    positive = every[every > 0]
+    high = float(np.quantile(positive, 0.998)) if len(positive) else 1.0
+    norm = LogNorm(FAINTEST, max(high, 1 / FAINTEST))
+    with _figure(file, len(shown), 2.0) as figure:
+        panels = figure.subplots(len(shown), 3, squeeze=False)
+        for line, (model, found) in zip(panels, shown.items(), strict=True):
+            for axes, (layer, value) in zip(line, found.items(), strict=False):
+                drawn = axes.imshow(
+                    np.maximum(value * value.shape[-1], FAINTEST / 10), norm=norm, cmap="cividis", interpolation="nearest"
+                )
+                axes.set_title(f"block {layer}: {_scores(rows, model, layer)}", fontsize=7)
+                axes.set_xticks([0, len(value) - 1])
+                axes.set_yticks([0, len(value) - 1])
+                axes.grid(False)
+            for axes in line[len(found) :]:
+                axes.set_visible(False)
+            line[0].set_ylabel(f"{_folded(model, 4)}\nquery patch")
+        for axes in panels[-1]:
+            axes.set_xlabel("key patch")
+        figure.colorbar(drawn, ax=panels, aspect=30, extend="both").set_label("times uniform attention")
+
+
+def plot_curves(rows: Sequence[Measurement], models: Sequence[str], measures: Mapping[str, str], file: Path) -> None:
+    """A panel for each of `measures`: each direction thin, their mean thick, in the band of its 95 % interval."""
+    with _figure(file, 1, 2.8) as figure:
+        panels = figure.subplots(1, len(measures), squeeze=False)[0]
+        for axes, (measure, label) in zip(panels, measures.items(), strict=True):
+            for place, model in enumerate(models):
+                where, values = curves(rows, model, measure)
+                if not len(where):
+                    continue
+                axes.plot(where, values.T, color=_colour(place), lw=0.5, alpha=0.45)
+                if len(values) > 1:
+                    intervals = np.array([mean_interval(column) for column in values.T.tolist()], np.float64)
+                    axes.fill_between(where, *intervals.T[1:], color=_colour(place), alpha=0.15, lw=0)
+                axes.plot(where, values.mean(axis=0), **_line(place), lw=2.0, label=model)
+            axes.set(ylabel=label, xlabel="distance along a filter-normalised direction")
+            _from_zero(axes)
+        _name_models(figure, panels[0])
+
+
+def plot_surfaces(rows: Sequence[Measurement], models: Sequence[str], measure: str, label: str, file: Path) -> None:
+    """A panel for each model that has a surface: contours of a measure in a plane, on one scale."""
+    found = {model: surface(rows, model, measure) for model in models}
+    shown = {model: parts for model, parts in found.items() if parts[2].size}
+    every = np.concatenate([parts[2].ravel() for parts in shown.values()])
+    levels = MaxNLocator(10).tick_values(np.nanmin(every), np.nanmax(every))
+    norm = Normalize(levels[0], levels[-1])
+    with _figure(file, -(-len(shown) // 3), 2.7) as figure:
+        panels = figure.subplots(-(-len(shown) // 3), min(len(shown), 3), squeeze=False)
+        for axes, (model, (across, along, values)) in zip(panels.flat, shown.items(), strict=False):
+            drawn = axes.contourf(across, along, values, levels, norm=norm, cmap="cividis")
+            axes.contour(across, along, values, levels, norm=norm, colors="white", linewidths=0.5)
+            axes.plot(0, 0, "+", color="white", ms=7, mew=1.2)
+            axes.set(title=_folded(model, min(len(shown), 3)), aspect="equal", xlabel="first direction")
+            axes.locator_params(nbins=5)
+            axes.grid(False)
+        for axes in panels.flat[len(shown) :]:
+            axes.set_visible(False)
+        for line in panels:
+            line[0].set_ylabel("second direction")
+        figure.colorbar(drawn, ax=panels, shrink=0.8, aspect=30).set_label(label)
+
+
+def plot_alignment(rows: Sequence[Measurement], measure: str, file: Path) -> None:
+    """A heat map for each pair of models: how alike each layer of the one is to each layer of the other."""
+    pairs = pairs_in(rows, measure)
+    columns = min(len(pairs), 3)
+    with _figure(file, -(-len(pairs) // columns), 2.6) as figure:
+        panels = figure.subplots(-(-len(pairs) // columns), columns, squeeze=False)
+        for axes, (model, other) in zip(panels.flat, pairs, strict=False):
+            values = compared(rows, model, other, measure)
+            drawn = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", origin="lower", interpolation="nearest")
+            axes.set(xlabel=f"{_folded(other, columns)}: {BLOCK}", ylabel=f"{_folded(model, 3)}: {BLOCK}")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+            axes.grid(False)
+        for axes in panels.flat[len(pairs) :]:
+            axes.set_visible(False)
+        figure.colorbar(drawn, ax=panels, shrink=0.8, aspect=30).set_label("CKA")
+
+
+def _colour(place: int) -> str:
+    return COLOURS[place % len(COLOURS)]
+
+
+def _folded(model: str, panels: int) -> str:
+    """A name in as many lines as it takes beside so many panels."""
+    return fill(model, max(12, 96 // panels))
+
+
+def _line(place: int) -> dict[str, Any]:
+    return {
+        "color": _colour(place),
+        "linestyle": DASHES[place % len(DASHES)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "ms": 3.2,
+    }
+
+
+def _number_blocks(panels: Sequence[Any]) -> None:
+    for axes in panels:
+        axes.set_xlabel(BLOCK)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+
+
+def _from_zero(axes: Any) -> None:
+    """A small difference is not drawn as a large one."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0) if low < -0.05 * high else 0, high)
+
+
+def _name_models(figure: Figure, axes: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(3, max(1, len(labels))), handlelength=3)
+
+
+def _say_nothing(axes: Any, rows: Sequence[Measurement], model: str, measure: str) -> None:
+    """An empty panel is not read as zero."""
+    axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color="#666666")
+
+
+def _first_middle_last(maps: Mapping[int, Array]) -> dict[int, Array]:
+    """Three blocks' maps (n, n), each the mean over its windows."""
+    layers = sorted(maps)
+    chosen = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+    return {layer: np.asarray(maps[layer], np.float64).mean(axis=0) for layer in chosen}
+
+
+def _scores(rows: Sequence[Measurement], model: str, layer: int) -> str:
+    """`diagonal 0.31, column 0.05`."""
+    told = {"attention_diagonality": "diagonal", "attention_column_share": "column"}
+    values = {
+        word: row.value for measure, word in told.items() for row in of(rows, model, measure) if row.layer == layer
+    }
+    return ", ".join(f"{word} {value:.2f}" for word, value in values.items())
