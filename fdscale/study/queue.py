@@ -12,7 +12,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from fdscale.config.errors import UserError
-from fdscale.study.tasks import Task
+from fdscale.study.tasks import Design, Task
 from fdscale.study.worker import Answer, serve
 
 END_SECONDS = 60.0  # a step and a commit
@@ -32,22 +32,25 @@ def work_off(
     done: set[str],
     workers: int,
     logs: Path,
-    shards: tuple[str, str],
+    equipment: tuple[Design, Path],
     finished: Callable[[Task, Answer], None],
 ) -> None:
     """Have every task done that is not `done` yet; `finished` hears of each. Raises UserError where one fails.
 
-    An exception, Ctrl-C among them, lets runs under way end their step and commit, where they are gone on from.
+    `equipment` is what workers know of the study. An exception, Ctrl-C among them, lets runs under way end their step
+    and commit, where they are gone on from.
     """
     waiting = [task for task in tasks if task.name not in done]
     ready = set(done)
-    with _started(min(workers, len(waiting)), logs, shards) as team:
+    with _started(min(workers, len(waiting)), logs, equipment) as team:
         while waiting or any(worker.task for worker in team):
             _hand_out(waiting, ready, team)
             for worker in _answered(team):
                 task, answer = _taken_back(worker)
                 if answer.values is None:
-                    raise UserError(f"{task.name}: {answer.problem or 'stopped by a signal'}\nwhat it said is in {logs}")
+                    raise UserError(
+                        f"{task.name}: {answer.problem or 'stopped by a signal'}\nwhat it said is in {logs}"
+                    )
                 ready.add(task.name)
                 finished(task, answer)
 
@@ -78,15 +81,15 @@ def _taken_back(worker: Worker) -> tuple[Task, Answer]:
     except (EOFError, ConnectionResetError):
         worker.process.join(END_SECONDS)
         problem = f"its process ended with code {worker.process.exitcode}; run the same command again"
-        return task, Answer(None, 0.0, 0, problem)
+        return task, Answer(None, problem=problem)
 
 
 @contextmanager
-def _started(workers: int, logs: Path, shards: tuple[str, str]) -> Iterator[list[Worker]]:
+def _started(workers: int, logs: Path, equipment: tuple[Design, Path]) -> Iterator[list[Worker]]:
     """So many workers; at the end they are asked to stop, and those that do not are killed."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # read when a worker's libraries are loaded
-    team = [_start(logs / f"worker_{number}.log", shards) for number in range(workers)]
+    team = [_start(logs / f"worker_{number}.log", equipment) for number in range(workers)]
     os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
     try:
         yield team
@@ -100,10 +103,10 @@ def _started(workers: int, logs: Path, shards: tuple[str, str]) -> Iterator[list
             worker.process.kill()
 
 
-def _start(log: Path, shards: tuple[str, str]) -> Worker:
+def _start(log: Path, equipment: tuple[Design, Path]) -> Worker:
     context = multiprocessing.get_context("spawn")  # a fork would inherit threads and their locks
     ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, log, shards), name=log.stem, daemon=True)
+    process = context.Process(target=serve, args=(theirs, log, *equipment), name=log.stem, daemon=True)
     process.start()
     theirs.close()
     return Worker(process, ours)

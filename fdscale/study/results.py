@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a task: its place in the design, what was measured, how long it took, what its worker then held."""
+    """What came of a task: its place in the design, what was measured, when it ended, how long it took its worker.
+
+    `seconds` are by the clock, `cpu_seconds` those of its core; `resident_bytes` is what the worker then held.
+    """
 
     task: str
     kind: str
@@ -18,7 +21,9 @@ class Result:
     of: str
     network: str
     values: Mapping[str, float]
+    ended: float
     seconds: float
+    cpu_seconds: float
     resident_bytes: int
 
 
@@ -36,8 +41,8 @@ def read_results(file: Path) -> list[Result]:
     return list({row.task: row for row in (Result(**json.loads(line)) for line in lines)}.values())
 
 
-def by_seed(results: list[Result], kind: str, of: str, network: str, value: str) -> dict[int, float]:
+def by_seed(results: Iterable[Result], kind: str, of: str, network: str, value: str) -> dict[int, float]:
     """One quantity of one of the networks, by seed, as far as it was measured."""
     wanted = (kind, of, network)
     found = (row for row in results if (row.kind, row.of, row.network) == wanted and value in row.values)
-    return {row.seed: row.values[value] for row in found}
+    return {row.seed: row.values[value] for row in sorted(found, key=lambda row: row.seed)}

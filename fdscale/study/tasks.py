@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from fdscale.config.programs import AnySettings
 from fdscale.config.recipe import load_recipe
 from fdscale.config.settings import StudentSettings
 
 RECIPES = Path(__file__).parent / "recipes"
-Kind = Literal["supervised", "contrastive", "distill", "finetune", "probe", "diagnose"]
-TRAINED: tuple[Kind, ...] = ("supervised", "contrastive", "distill", "finetune")  # kinds with a recipe
-TEACHERS: tuple[Kind, ...] = ("contrastive", "supervised")
+TRAINED: tuple[str, ...] = ("supervised", "contrastive", "distill", "finetune")  # kinds with a recipe
+TEACHERS: tuple[str, ...] = ("contrastive", "supervised")
 TEACHER, FULL, SCRATCH = "teacher", "distilled", "random"
 ABLATIONS: dict[str, tuple[str, ...]] = {  # what takes an ingredient out of a distillation
     "without whitening": ("target.whiten=false",),
@@ -22,19 +21,28 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # what takes an ingredient out of a d
 }
 VARIANTS = {FULL: (), **ABLATIONS}
 WEIGHTS = "student.safetensors"
+BEFORE, AFTER = "before", "after"  # teacher, and what was distilled from it
+QUICK = {  # the two-minute cut: everything is done, nothing is learned
+    "supervised": ("steps=12", "optim.warmup_steps=2"),
+    "contrastive": ("steps=12", "optim.warmup_steps=2"),
+    "distill": ("steps=8", "optim.warmup_steps=2"),
+    "finetune": ("steps=8", "optim.warmup_steps=2"),
+}
+QUICK_LOOK = (16, 2)  # images and directions
 
 
 @dataclass(frozen=True)
 class Task:
-    """One thing that a worker does: a run through `fit()`, or a look at what runs have left.
+    """One thing that a worker does: a run through `fit()` (`kind` in TRAINED), a `probe`, or to `diagnose`.
 
     `name` is its folder below the study's runs; `network` says which of a seed's networks it is about: the `teacher`
     of the kind `of`, what was `distilled` from it, with or without an ingredient, or `random` weights (`of` is "").
-    `overrides` go on top of its kind's recipe; `files` are weights that it looks at.
+    `overrides` go on top of its kind's recipe; `files` are weights that it looks at. A probe of random weights has the
+    overrides of their fine-tuning, from which it makes its file.
     """
 
     name: str
-    kind: Kind
+    kind: str
     seed: int
     of: str
     network: str
@@ -45,13 +53,18 @@ class Task:
 
 @dataclass(frozen=True)
 class Design:
-    """Everything that decides the numbers: shards, how many classes they have, seeds, settings by kind of run."""
+    """Everything that decides the numbers: shards, how many classes they have, seeds, settings by kind of run.
+
+    The diagnostics look at so many held-out `images`, and along so many `directions` of the loss landscape.
+    """
 
     shards: str
     held_out: str
     classes: int
     seeds: tuple[int, ...]
     overrides: Mapping[str, tuple[str, ...]]
+    images: int = 256
+    directions: int = 5
 
     def own(self, kind: str) -> tuple[str, ...]:
         """What the user sets for every run of a kind."""
@@ -66,12 +79,14 @@ def tasks_of(design: Design, runs: Path) -> list[Task]:
 def _of_seed(design: Design, runs: Path, seed: int) -> Iterator[Task]:
     trained = list(_trained(design, runs, seed))
     yield from trained
-    yield _scratch(design, runs, seed)
+    yield from _scratch(design, runs, seed)
     for task in trained:
         yield _finetuned(design, runs, task)
     for task in trained:
         if task.network in (TEACHER, FULL):
             yield _probe(runs, task)
+    for kind in TEACHERS:
+        yield _look(runs, seed, kind)
 
 
 def _trained(design: Design, runs: Path, seed: int) -> Iterator[Task]:
@@ -96,10 +111,13 @@ def _finetuned(design: Design, runs: Path, start: Task) -> Task:
     return _run(design, runs, name, "finetune", start.seed, start.of, start.network, (start.name,), given)
 
 
-def _scratch(design: Design, runs: Path, seed: int) -> Task:
-    """The student's network from the very weights with which the seed's distillations begin."""
+def _scratch(design: Design, runs: Path, seed: int) -> Iterator[Task]:
+    """The student's network with the very weights with which the seed's distillations begin: fine-tuned, and probed."""
     shape = [*_of_student(load_settings(design, "distill").student), f"classes={design.classes}"]
-    return _run(design, runs, _name(seed, SCRATCH, "finetuned"), "finetune", seed, "", SCRATCH, (), shape)
+    tuned = _run(design, runs, _name(seed, SCRATCH, "finetuned"), "finetune", seed, "", SCRATCH, (), shape)
+    yield tuned
+    file = runs / _name(seed, SCRATCH, "probed") / WEIGHTS
+    yield Task(_name(seed, SCRATCH, "probed"), "probe", seed, "", SCRATCH, (), tuned.overrides, (str(file),))
 
 
 def _of_student(student: StudentSettings) -> Iterator[str]:
@@ -113,7 +131,7 @@ def _run(
     design: Design,
     runs: Path,
     name: str,
-    kind: Kind,
+    kind: str,
     seed: int,
     of: str,
     network: str,
@@ -131,7 +149,15 @@ def _probe(runs: Path, task: Task) -> Task:
     return Task(f"{task.name}_probed", "probe", task.seed, task.of, task.network, (task.name,), (), files)
 
 
-def load_settings(design: Design, kind: Kind):  # type: ignore[no-untyped-def]
+def _look(runs: Path, seed: int, kind: str) -> Task:
+    """Diagnostics of a teacher and of what was distilled from it with every ingredient."""
+    trained = [_name(seed, kind, network) for network in (TEACHER, FULL)]
+    needs = (*trained, *(f"{name}_finetuned" for name in trained))
+    files = tuple(str(runs / name) for name in needs)
+    return Task(f"{_name(seed, kind, 'diagnosed')}", "diagnose", seed, kind, FULL, needs, (), files)
+
+
+def load_settings(design: Design, kind: str) -> AnySettings:
     """The settings of a kind of run, as far as they do not differ from run to run."""
     deepspeed = f"deepspeed={RECIPES / 'one_rank.json'}"
     return load_recipe(str(RECIPES / f"{kind}.toml"), [deepspeed, *design.own(kind)])

@@ -13,34 +13,36 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from fdscale.cluster.ranks import Rank, export_rank, free_port
 from fdscale.config.errors import UserError
-from fdscale.study.tasks import TRAINED, Task
+from fdscale.study.tasks import Design, Task
 
 THREADS = "OMP_NUM_THREADS"
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of a task: its values; None where it was stopped by a signal, or failed, which `problem` tells."""
+    """What became of a task: its values; None where it was stopped by a signal, or failed, which `problem` tells.
+
+    `seconds` by the clock, of which its core worked `cpu_seconds`; what the process held afterwards.
+    """
 
     values: dict[str, float] | None
-    seconds: float
-    peak_bytes: int
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    resident_bytes: int = 0
     problem: str | None = None
 
 
-def serve(pipe: Connection, log: Path, shards: tuple[str, str]) -> None:
-    """Do what comes through the pipe until it is closed; everything that runs say goes to `log`.
-
-    `shards` are those that probes and diagnostics look at: training and held-out.
-    """
+def serve(pipe: Connection, log: Path, design: Design, runs: Path) -> None:
+    """Do what comes through the pipe until it is closed; everything that runs say goes to `log`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the study's to tell; it asks with SIGTERM
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     _become_a_rank(log)
@@ -52,20 +54,22 @@ def serve(pipe: Connection, log: Path, shards: tuple[str, str]) -> None:
             task: Task = pipe.recv()
         except EOFError:
             return
-        pipe.send(_answer(task, shards, done))
+        pipe.send(_answer(task, partial(done, task, design, runs)))
 
 
-def _answer(task: Task, shards: tuple[str, str], done: Any) -> Answer:
+def _answer(task: Task, done: Callable[[], dict[str, float] | None]) -> Answer:
     print(f"--- {task.name}", flush=True)
-    began, values, problem = time.perf_counter(), None, None
+    began, worked = time.perf_counter(), time.process_time()
+    values, problem = None, None
     try:
-        values = done(task, *shards)
+        values = done()
     except UserError as error:
         problem = str(error)
     except Exception:
         problem = traceback.format_exc()
     gc.collect()
-    return Answer(values, time.perf_counter() - began, _resident_bytes(), problem)
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
+    return Answer(values, seconds, cpu_seconds, _resident_bytes(), problem)
 
 
 def _become_a_rank(log: Path) -> None:
@@ -92,8 +96,3 @@ def _resident_bytes() -> int:
     """What this process holds now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def is_run(task: Task) -> bool:
-    """Whether a task goes through `fit()`."""
-    return task.kind in TRAINED
