@@ -115,7 +115,10 @@ def plot_maps(
         for line, (model, found) in zip(panels, shown.items(), strict=True):
             for axes, (layer, value) in zip(line, found.items(), strict=False):
                 drawn = axes.imshow(
-                    np.maximum(value * value.shape[-1], FAINTEST / 10), norm=norm, cmap="cividis", interpolation="nearest"
+                    np.maximum(value * value.shape[-1], FAINTEST / 10),
+                    norm=norm,
+                    cmap="cividis",
+                    interpolation="nearest",
                 )
                 axes.set_title(f"block {layer}: {_scores(rows, model, layer)}", fontsize=7)
                 axes.set_xticks([0, len(value) - 1])
