@@ -15,7 +15,8 @@ DEFAULT_BATCH, DEFAULT_WORKERS = 16, 2
 
 def diagnose(
     models: Annotated[
-        list[str], typer.Argument(help="Runs' folders, student files, timm:NAME=FILE, TEACHER=FILE; FILE may be random.")
+        list[str],
+        typer.Argument(help="Runs' folders, student files, timm:NAME=FILE, TEACHER=FILE; FILE may be random."),
     ],
     data: Annotated[Path, typer.Option(help="A shard folder; the loss landscape needs labels.")],
     output: Annotated[Path, typer.Option(help="A new folder: measurements.jsonl, maps.npz, figures, index.html.")],

@@ -41,7 +41,7 @@ class AttentionMeasures:
     remains. Per head and layer, means over queries and images: `attention_distance` (Dosovitskiy et al. 2021, figure 7)
     in pixels of the image that the backbone is given, `attention_entropy`, `attention_on_prefix` (what patches gave to
     prefix tokens); `attention_information`, normalised mutual information of query and key (Park et al. 2023, section
-    3), the mean over windows and images. Per layer: `head_similarity`, the mean cosine over pairs of heads' maps; and of
+    3), the mean over windows and images. Per layer: `head_similarity`, the mean cosine over pairs of heads; and of
     the map averaged over images and heads `attention_diagonality`, `attention_column_share`, `attention_offset_share`
     (`attention_maps.py`), means over windows.
     """

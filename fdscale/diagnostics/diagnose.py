@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fdscale import __version__
-from fdscale.config.errors import SettingsError, UserError, attempt, nearest
+from fdscale.config.errors import SettingsError, attempt, nearest
 from fdscale.data.batches import Batch
 from fdscale.data.index import Index, load_index
 from fdscale.data.progress import progress
@@ -45,8 +45,8 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(32, 8, LandscapePlan(directions=3, points=5)),
-    "thorough": Preset(256, 32, LandscapePlan(directions=5, points=11, surface=9)),
+    "quick": Preset(32, 12, LandscapePlan(directions=3, points=5)),
+    "thorough": Preset(256, 64, LandscapePlan(directions=5, points=11, surface=9)),
 }
 
 

@@ -1,4 +1,4 @@
-"""Networks as the command line names them: student files, runs, teachers of the table, timm's; nothing is downloaded."""
+"""Networks as the command line names them: student files, runs, teachers, timm's; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ from pathlib import Path
 
 import timm
 import torch
-from torch import nn
 
 from fdscale.build.networks import prepare_teacher
 from fdscale.build.weights import RANDOM
 from fdscale.config.errors import SettingsError, UserError, attempt, nearest
 from fdscale.config.settings import TeacherSettings
+from fdscale.diagnostics.heads import run_head
 from fdscale.diagnostics.subjects import Subject
 from fdscale.planning.networks import planned_teacher
-from fdscale.students.files import load_weights, read_weights
+from fdscale.students.files import load_weights
 from fdscale.students.geometry import STUDENTS, file_geometry
-from fdscale.students.student import Student, build_student
-from fdscale.students.swin_v2 import Linear32
+from fdscale.students.student import build_student
 from fdscale.teachers.fetched import fetched, verify
 from fdscale.teachers.table import TEACHERS, TIMM_PREFIX
-from fdscale.teachers.teacher import Float32LayerNorm
 from fdscale.training.run_directory import RunDirectory
 
 FORMS = "a run's folder, a student file, timm:NAME=FILE, TEACHER=FILE, or either with =random"
@@ -175,27 +173,7 @@ def _built_student(name: str, weights: Path) -> Subject:
     classifier = weights.with_name(weights.name.replace("student", "classifier", 1))
     if classifier == weights or not classifier.is_file():
         return Subject(name, student)
-    return Subject(name, student, _head(student, classifier))
-
-
-def _head(student: Student, file: Path) -> nn.Module:
-    """The classifier that a fine-tuning left beside its student: a linear layer, and a norm before it where it is new.
-
-    Such a norm takes the place of the student's final one, and is in both files; here it comes after the pooling, as
-    it was trained. Raises UserError for a file of another kind.
-    """
-    held = read_weights(file)
-    if "head.weight" not in held or held["head.weight"].shape[1:] != (student.width,):
-        raise UserError(f"{file}: no classifier of this student: its head.weight must be (classes, {student.width})")
-    head = nn.Sequential()
-    if "fc_norm.weight" in held:
-        norm = student.backbone.norm
-        assert isinstance(norm, nn.LayerNorm), "the file's geometry has the norm that fc_norm came in place of"
-        student.backbone.norm = nn.Identity()
-        head.add_module("fc_norm", Float32LayerNorm.of(norm))
-    head.add_module("head", Linear32(student.width, len(held["head.weight"])))
-    head.load_state_dict(held)
-    return head
+    return Subject(name, student, run_head(student, classifier))
 
 
 def _on(subject: Subject, device: torch.device) -> Subject:

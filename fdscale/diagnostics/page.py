@@ -38,9 +38,7 @@ LAST_THIRD = (
 )
 
 
-def write_page(
-    rows: Sequence[Measurement], pictures: Sequence[Picture], figures: Path, told: str, file: Path
-) -> None:
+def write_page(rows: Sequence[Measurement], pictures: Sequence[Picture], figures: Path, told: str, file: Path) -> None:
     """Write the page, the PNGs of `figures` inside it; `told` says on what was measured."""
     models = models_in(rows)
     title = " and ".join(models) if len(models) < 3 else f"{', '.join(models[:-1])} and {models[-1]}"
@@ -50,7 +48,7 @@ def write_page(
         *_table(rows, models),
         *_missing(rows),
         *(_section(picture, figures) for picture in pictures),
-        '<h2>The numbers</h2><p>Every value is a row of <code>measurements.jsonl</code> beside this page; the averaged '
+        "<h2>The numbers</h2><p>Every value is a row of <code>measurements.jsonl</code> beside this page; the averaged "
         "maps are in <code>maps.npz</code>, the figures, also as SVG, in <code>figures/</code>.</p>",
     ]
     file.write_text(_whole(f"fdscale: {title}", "\n".join(parts)))
@@ -69,7 +67,7 @@ def _table(rows: Sequence[Measurement], models: Sequence[str]) -> Iterator[str]:
     yield '<div class="wide"><table>'
     yield f'<thead><tr><th scope="col"></th>{head}<th scope="col">unit</th></tr></thead><tbody>'
     for line in summary(rows):
-        cells = "".join(f"<td>{escape(line.told[model]) or '–'}</td>" for model in models)
+        cells = "".join(f"<td>{escape(line.told[model]) or '-'}</td>" for model in models)
         yield f'<tr><th scope="row">{escape(line.title)}</th>{cells}<td class="unit">{escape(line.unit)}</td></tr>'
     yield f'</tbody></table></div><p class="aside">{LAST_THIRD}</p>'
 

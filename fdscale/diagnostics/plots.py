@@ -53,6 +53,7 @@ STYLE = {
     "svg.hashsalt": "fdscale",
 }
 BLOCK = "block"
+TOO_FAR_APART = 10.0
 FAINTEST = 0.1  # times uniform attention: what is darker is drawn as dark
 
 
@@ -76,7 +77,7 @@ def plot_heads(rows: Sequence[Measurement], models: Sequence[str], measures: Map
                 axes.plot(layers, values, MARKERS[place % 6], ms=2.8, mew=0, alpha=0.5, color=_colour(place))
                 axes.plot(*layer_means(rows, model, measure), color="black", lw=1.2)
                 if not len(values):
-                    _say_nothing(axes, rows, model, measure)
+                    _say_nothing(axes)
             line[0].set_ylabel(label)
             _from_zero(line[0])
         for axes, model in zip(panels[0], models, strict=True):
@@ -86,19 +87,18 @@ def plot_heads(rows: Sequence[Measurement], models: Sequence[str], measures: Map
 
 def plot_layers(rows: Sequence[Measurement], models: Sequence[str], measures: Mapping[str, str], file: Path) -> None:
     """A panel for each of `measures` (with the label of its axis): a line for each model over its layers."""
-    columns = min(len(measures), 2)
-    with _figure(file, -(-len(measures) // columns)) as figure:
-        panels = figure.subplots(-(-len(measures) // columns), columns, squeeze=False).flat
+    columns, lines = min(len(measures), 2), -(-len(measures) // 2)
+    with _figure(file, lines) as figure:
+        panels = list(figure.subplots(lines, columns, squeeze=False).flat)
         for axes, (measure, label) in zip(panels, measures.items(), strict=False):
             for place, model in enumerate(models):
                 axes.plot(*layer_means(rows, model, measure), **_line(place), label=model)
             axes.set_ylabel(label)
             _from_zero(axes)
-        for axes in panels:  # those that are left over
+        for axes in panels[len(measures) :]:
             axes.set_visible(False)
-        shown = [axes for axes in figure.axes if axes.get_visible()]
-        _number_blocks(shown)
-        _name_models(figure, shown[0])
+        _number_blocks(panels[: len(measures)])
+        _name_models(figure, panels[0])
 
 
 def plot_maps(
@@ -115,7 +115,10 @@ def plot_maps(
         for line, (model, found) in zip(panels, shown.items(), strict=True):
             for axes, (layer, value) in zip(line, found.items(), strict=False):
                 drawn = axes.imshow(
-                    np.maximum(value * value.shape[-1], FAINTEST / 10), norm=norm, cmap="cividis", interpolation="nearest"
+                    np.maximum(value * value.shape[-1], FAINTEST / 10),
+                    norm=norm,
+                    cmap="cividis",
+                    interpolation="nearest",
                 )
                 axes.set_title(f"block {layer}: {_scores(rows, model, layer)}", fontsize=7)
                 axes.set_xticks([0, len(value) - 1])
@@ -134,18 +137,33 @@ def plot_curves(rows: Sequence[Measurement], models: Sequence[str], measures: Ma
     with _figure(file, 1, 2.8) as figure:
         panels = figure.subplots(1, len(measures), squeeze=False)[0]
         for axes, (measure, label) in zip(panels, measures.items(), strict=True):
+            highest = []
             for place, model in enumerate(models):
                 where, values = curves(rows, model, measure)
-                if not len(where):
-                    continue
-                axes.plot(where, values.T, color=_colour(place), lw=0.5, alpha=0.45)
-                if len(values) > 1:
-                    intervals = np.array([mean_interval(column) for column in values.T.tolist()], np.float64)
-                    axes.fill_between(where, *intervals.T[1:], color=_colour(place), alpha=0.15, lw=0)
-                axes.plot(where, values.mean(axis=0), **_line(place), lw=2.0, label=model)
-            axes.set(ylabel=label, xlabel="distance along a filter-normalised direction")
-            _from_zero(axes)
+                if len(where):
+                    _plot_directions(axes, where, values, place, model)
+                    highest.append(values.mean(axis=0).max())
+            axes.set(xlabel="distance along a filter-normalised direction", ylabel=label)
+            _fit(axes, highest, np.concatenate([line.get_ydata() for line in axes.lines]))
         _name_models(figure, panels[0])
+
+
+def _plot_directions(axes: Any, where: Array, values: Array, place: int, model: str) -> None:
+    """Values (K, S) along K directions."""
+    axes.plot(where, values.T, color=_colour(place), lw=0.5, alpha=0.45)
+    if len(values) > 1:
+        intervals = np.array([mean_interval(column) for column in values.T.tolist()], np.float64)
+        axes.fill_between(where, *intervals.T[1:], color=_colour(place), alpha=0.15, lw=0)
+    axes.plot(where, values.mean(axis=0), **_line(place), lw=2.0, label=model)
+
+
+def _fit(axes: Any, highest: Sequence[float], values: Array) -> None:
+    """The values fill the panel, not their intervals; models that differ by more than ten times share a log scale."""
+    top = values.max()
+    if max(highest) > TOO_FAR_APART * min(highest) and values.min() > 0:
+        axes.set(yscale="log", ylim=(0.8 * values.min(), 1.25 * top), ylabel=f"{axes.get_ylabel()}, log scale")
+    else:
+        axes.set_ylim(0, 1.05 * top)
 
 
 def plot_surfaces(rows: Sequence[Measurement], models: Sequence[str], measure: str, label: str, file: Path) -> None:
@@ -179,10 +197,12 @@ def plot_alignment(rows: Sequence[Measurement], measure: str, file: Path) -> Non
         panels = figure.subplots(-(-len(pairs) // columns), columns, squeeze=False)
         for axes, (model, other) in zip(panels.flat, pairs, strict=False):
             values = compared(rows, model, other, measure)
-            drawn = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", origin="lower", interpolation="nearest")
-            axes.set(xlabel=f"{_folded(other, columns)}: {BLOCK}", ylabel=f"{_folded(model, 3)}: {BLOCK}")
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+            drawn = axes.imshow(
+                values, vmin=0, vmax=1, cmap="viridis", origin="lower", interpolation="nearest", aspect="auto"
+            )
+            axes.set(title=f"with {_folded(other, columns)}", xlabel="its block", ylabel=f"block of {_folded(model, 3)}")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+            axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
             axes.grid(False)
         for axes in panels.flat[len(pairs) :]:
             axes.set_visible(False)
@@ -210,30 +230,36 @@ def _line(place: int) -> dict[str, Any]:
 def _number_blocks(panels: Sequence[Any]) -> None:
     for axes in panels:
         axes.set_xlabel(BLOCK)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
 
 
 def _from_zero(axes: Any) -> None:
     """A small difference is not drawn as a large one."""
     low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0) if low < -0.05 * high else 0, high)
+    axes.set_ylim(low if low < -0.05 * high else 0, 1.05 * high)
 
 
 def _name_models(figure: Figure, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(3, max(1, len(labels))), handlelength=3)
+    columns = min(3, len(labels))
+    order = [place for column in range(columns) for place in range(column, len(labels), columns)]  # read line by line
+    ordered = [handles[place] for place in order], [labels[place] for place in order]
+    figure.legend(*ordered, loc="outside upper left", ncols=columns, handlelength=3)
 
 
-def _say_nothing(axes: Any, rows: Sequence[Measurement], model: str, measure: str) -> None:
+def _say_nothing(axes: Any) -> None:
     """An empty panel is not read as zero."""
+    axes.set_xlim(0, 1)
     axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color="#666666")
 
 
 def _first_middle_last(maps: Mapping[int, Array]) -> dict[int, Array]:
-    """Three blocks' maps (n, n), each the mean over its windows."""
+    """Three blocks' maps (n, n), each the mean over its windows, of which some may be padded."""
     layers = sorted(maps)
     chosen = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
-    return {layer: np.asarray(maps[layer], np.float64).mean(axis=0) for layer in chosen}
+    windows = {layer: np.asarray(maps[layer], np.float64) for layer in chosen}
+    counts = {layer: np.maximum(np.isfinite(values).sum(axis=0), 1) for layer, values in windows.items()}
+    return {layer: np.nansum(values, axis=0) / counts[layer] for layer, values in windows.items()}
 
 
 def _scores(rows: Sequence[Measurement], model: str, layer: int) -> str:
@@ -242,4 +268,4 @@ def _scores(rows: Sequence[Measurement], model: str, layer: int) -> str:
     values = {
         word: row.value for measure, word in told.items() for row in of(rows, model, measure) if row.layer == layer
     }
-    return ", ".join(f"{word} {value:.2f}" for word, value in values.items())
+    return ", ".join(f"{word} {value:z.2f}" for word, value in values.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from fdscale.diagnostics.rows import Measurement
 from fdscale.diagnostics.selection import models_in, reasons
@@ -16,7 +17,7 @@ def summary_table(rows: Sequence[Measurement]) -> Table:
     table = Table(title="attention: means over the last third of the blocks", title_justify="left")
     table.add_column("")
     for model in models_in(rows):
-        table.add_column(model, justify="right", overflow="fold")
+        table.add_column(Text(model), justify="right", overflow="fold")
     table.add_column("unit")
     for line in summary(rows):
         table.add_row(line.title, *line.told.values(), line.unit)

@@ -71,7 +71,9 @@ def pairs_in(rows: Iterable[Measurement], measure: str) -> list[tuple[str, str]]
 def compared(rows: Iterable[Measurement], model: str, other: str, measure: str) -> Array:
     """The values (layers of the model, layers of the other), NaN where there is none."""
     found = [row for row in of(rows, model, measure) if row.other == other]
-    ours, theirs = (sorted(set(layers)) for layers in ((r.layer or 0 for r in found), (r.other_layer or 0 for r in found)))
+    ours, theirs = (
+        sorted(set(layers)) for layers in ((r.layer or 0 for r in found), (r.other_layer or 0 for r in found))
+    )
     values = np.full((len(ours), len(theirs)), np.nan)
     for row in found:
         values[ours.index(row.layer or 0), theirs.index(row.other_layer or 0)] = row.value

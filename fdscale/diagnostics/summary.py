@@ -33,18 +33,18 @@ def summary(rows: Rows) -> list[Line]:
 def _mean(measure: str, digits: int, rows: Rows, model: str) -> str:
     """Over the last third of the layers, each counted once."""
     found = last_third(rows, model, measure)
-    return f"{np.mean([values.mean() for _, values in found]):.{digits}f}" if found else ""
+    return f"{np.mean([values.mean() for _, values in found]):z.{digits}f}" if found else ""
 
 
 def _spread(measure: str, digits: int, rows: Rows, model: str) -> str:
     """The standard deviation over a layer's heads, likewise."""
     found = [values.std() for _, values in last_third(rows, model, measure) if len(values) > 1]
-    return f"{np.mean(found):.{digits}f}" if found else ""
+    return f"{np.mean(found):z.{digits}f}" if found else ""
 
 
 def _last(measure: str, digits: int, rows: Rows, model: str) -> str:
     values = by_layer(rows, model, measure)[1]
-    return f"{values[-1]:.{digits}f}" if len(values) else ""
+    return f"{values[-1]:z.{digits}f}" if len(values) else ""
 
 
 def _with_interval(measure: str, rows: Rows, model: str) -> str:
@@ -58,7 +58,7 @@ def _with_interval(measure: str, rows: Rows, model: str) -> str:
 
 def _at_centre(measure: str, digits: int, rows: Rows, model: str) -> str:
     found = [row.value for row in of(rows, model, measure) if row.at is not None and not any(row.at)]
-    return f"{found[0]:.{digits}f}" if found else ""
+    return f"{found[0]:z.{digits}f}" if found else ""
 
 
 def _images(rows: Rows, model: str) -> str:
