@@ -46,6 +46,10 @@ def conduct(design: Design, output: Path, workers: int) -> None:
     Raises UserError where `output` holds another study, and for a run that fails.
     """
     _refuse_another(design, output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be made: {error.strerror}; name another folder") from error
     write_text(output / DESIGN, json.dumps(asdict(design), indent=2) + "\n")
     results, tasks = output / RESULTS, tasks_of(design, output / RUNS)
     done = {row.task for row in read_results(results)} & {task.name for task in tasks}

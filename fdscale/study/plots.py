@@ -48,7 +48,7 @@ def plot_accuracies(groups: Sequence[Mapping[str, Mapping[int, float]]], label: 
                 ]
                 axes.plot(*zip(*line, strict=True), color=GREY, lw=0.6, alpha=0.7, zorder=1)
             for number, (name, values) in enumerate(group.items()):
-                _seeds_and_mean(axes: Any, place, list(values.values()), number)
+                _seeds_and_mean(axes, place, list(values.values()), number)
                 names[place] = name
                 place += 1
             place += 0.5

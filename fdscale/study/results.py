@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,17 +29,20 @@ class Result:
 
 
 def append(result: Result, file: Path) -> None:
-    """Add a row; the file is there from the first one on."""
+    """Add a row; the file is there from the first one on, and a line that was torn stays apart."""
+    torn = file.exists() and file.stat().st_size > 0 and not file.read_bytes().endswith(b"\n")
     with file.open("a") as rows:
-        rows.write(json.dumps(asdict(result)) + "\n")
+        rows.write("\n" * torn + json.dumps(asdict(result)) + "\n")
 
 
 def read_results(file: Path) -> list[Result]:
     """The rows of a `results.jsonl`, of each task the last one; a line torn by a kill is left out."""
-    if not file.exists():
-        return []
-    lines = file.read_text().split("\n")[:-1]  # what follows the last line break is torn
-    return list({row.task: row for row in (Result(**json.loads(line)) for line in lines)}.values())
+    found: dict[str, Result] = {}
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with suppress(ValueError):
+            row = Result(**json.loads(line))
+            found[row.task] = row
+    return list(found.values())
 
 
 def by_seed(results: Iterable[Result], kind: str, of: str, network: str, value: str) -> dict[int, float]:
