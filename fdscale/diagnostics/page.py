@@ -33,8 +33,8 @@ figcaption { max-width: 46rem; margin-top: .5rem; }
 li { margin: .3rem 0; }
 """
 LAST_THIRD = (
-    "Numbers of attention are means over the last third of the blocks, where supervised and contrastive networks "
-    "differ most from distilled ones. Each figure below says how to read it."
+    "Numbers of attention are means over the last third of the blocks, where the paper looks for what distillation "
+    "changes. Each figure below says how to read it."
 )
 
 
