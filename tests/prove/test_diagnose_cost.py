@@ -48,8 +48,8 @@ def test_a_vit_b_is_diagnosed_in_bounded_memory(name: str, digits: Path, tmp_pat
     page.row(name, lambda: cost(RUNS[name], digits, tmp_path / "out"))
     page.write_table(
         "What diagnosing costs",
-        "`fdscale diagnose` of a ViT-B/16 at 224 pixels with random weights, on the embedded digits, on two CPU cores and "
-        "nothing else, from the command's start to its end, page and figures included. Peak memory is that of the "
+        "`fdscale diagnose` of a ViT-B/16 at 224 pixels with random weights, on the embedded digits, on two CPU cores "
+        "and nothing else, from the command's start to its end, page and figures included. Peak memory is that of the "
         "process that holds the network (0.33 GiB of weights); two more decode images.",
         COLUMNS,
         [line(key, page.rows[key]) for key in RUNS if key in page.rows],
@@ -72,7 +72,7 @@ def cost(options: tuple[str, ...], digits: Path, output: Path) -> dict[str, Any]
 
 
 def line(name: str, row: dict[str, Any]) -> dict[str, str]:
-    preset = PRESETS[name] if name in PRESETS else None
+    preset = PRESETS.get(name)
     images = preset.images if preset else int(RUNS[name][-1])
     told = [name, str(images)]
     told += [str(preset.landscape_images), str(preset.plan.evaluations)] if preset else ["none", "none"]
