@@ -180,8 +180,12 @@ def write_numbers(found: Found, folder: Path, about: Mapping[str, Any]) -> None:
     """What was measured, as files, from which the figures are drawn: rows first, then maps, and what was asked."""
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(found.rows, folder / NUMBERS)
-    maps = {f"{model}/{block}": value for model, blocks in found.maps.items() for block, value in blocks.items()}
-    np.savez_compressed(folder / MAPS, **{name: value.astype(np.float32) for name, value in maps.items()})
+    maps: dict[str, Any] = {
+        f"{model}/{block}": value.astype(np.float32)
+        for model, blocks in found.maps.items()
+        for block, value in blocks.items()
+    }
+    np.savez_compressed(folder / MAPS, **maps)
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
 
 

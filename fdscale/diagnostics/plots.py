@@ -33,7 +33,7 @@ from fdscale.diagnostics.selection import (
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS, DASHES = ("o", "^", "s", "D", "v", "P"), ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 WIDTH, PANEL, DPI = 7.2, 2.3, 300  # inches of a figure, of a panel's height, dots to the inch
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "axes.titlesize": 8,

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fdscale.cli import main
 from fdscale.config.errors import SettingsError
@@ -21,7 +22,8 @@ from fdscale.diagnostics.diagnose import Found, Preset, diagnose, draw_page, mea
 from fdscale.diagnostics.lines import LandscapePlan
 from fdscale.diagnostics.rows import Measurement
 from fdscale.diagnostics.subjects import Subject
-from fdscale.students.student import Student
+from fdscale.students.geometry import ViTGeometry
+from fdscale.students.student import Student, build_student
 from tests.diagnostics.networks import subject_of
 
 Saved = Callable[..., Student]
@@ -127,8 +129,9 @@ def test_the_same_images_give_the_same_rows(digits: Path) -> None:
 
 
 def test_models_side_by_side_measure_as_they_do_alone(digits: Path) -> None:
-    """One that is larger reads its own images; nobody sees those of another."""
-    first, second = subject_of("beit"), subject_of("vit")
+    """One of another image size reads its own images, and takes nothing from the others'."""
+    larger = build_student(ViTGeometry(16, 2, 2, patch_size=8, image_size=48)).eval().requires_grad_(False)
+    first, second = subject_of("beit"), Subject("larger", larger)
     together = look(digits, first, second, only=["attention", "features", "landscape"])
     alone = [row for each in (first, second) for row in look(digits, each, only=["attention", "features"]).rows]
     assert [row for row in together.rows if row.measure in ATTENTION | MAPS | FEATURES] == [
@@ -172,6 +175,32 @@ def test_broken_weights_leave_reasons_and_what_can_be_measured(digits: Path, cap
     assert all(row.reason for row in found.rows if row.value is None)
     assert [row.reason for row in found.rows if (row.model, row.measure) == ("broken", "landscape")]
     assert measured(found.rows, "swin_v2") >= EVERYTHING
+
+
+class Fragile(nn.Module):
+    """A backbone that takes no more than four images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = subject_of("beit").backbone
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > 4:
+            raise TypeError("four images\nat most")
+        return self.whole(images)
+
+
+def test_a_forward_that_fails_leaves_its_reason_and_the_other_models_go_on(digits: Path) -> None:
+    fragile = Student(Fragile(), 32, (4, 4), 1, 32).eval().requires_grad_(False)
+    found = look(digits, Subject("fragile", fragile), subject_of("beit"))
+    assert [(row.measure, row.reason) for row in found.rows if row.model == "fragile" and row.other is None] == [
+        ("attention", "its forward fails: four images at most"),
+        ("features", "its forward fails: four images at most"),
+        ("landscape", "four images at most"),
+    ]
+    assert [row.reason for row in found.rows if row.measure == "cka"] == ["its forward fails: four images at most"] * 2
+    assert measured(found.rows, "beit") >= EVERYTHING
+    assert found.maps["fragile"] == {}
 
 
 def test_one_image_leaves_out_what_needs_more(digits: Path) -> None:
