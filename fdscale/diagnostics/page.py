@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fdscale.diagnostics.figures import Picture
 from fdscale.diagnostics.rows import Measurement
-from fdscale.diagnostics.selection import models_in, reasons
+from fdscale.diagnostics.selection import few, models_in, reasons
 from fdscale.diagnostics.summary import summary
 
 STYLE = """
@@ -79,7 +79,7 @@ def _missing(rows: Sequence[Measurement]) -> Iterator[str]:
         return
     yield "<h2>Not measured</h2><ul>"
     for model, reason, measures in found:
-        yield f"<li>{escape(model)}, {escape(', '.join(measures))}: {escape(reason)}</li>"
+        yield f"<li>{escape(model)}, {escape(few(measures))}: {escape(reason)}</li>"
     yield "</ul>"
 
 

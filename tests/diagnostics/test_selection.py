@@ -10,6 +10,7 @@ from fdscale.diagnostics.selection import (
     by_layer,
     compared,
     curves,
+    few,
     last_third,
     layer_means,
     models_in,
@@ -77,6 +78,11 @@ def test_reasons_are_told_once_whatever_the_layer() -> None:
         ("b", "no labels", ["landscape"]),
     ]
     assert missing_sentences(rows)[1] == "b: landscape not measured: no labels"
+
+
+def test_many_measures_are_told_as_few() -> None:
+    assert few(["a", "b", "c"]) == "a, b, c"
+    assert few(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
 
 
 def test_the_summary_is_of_the_last_third_and_the_centre() -> None:
