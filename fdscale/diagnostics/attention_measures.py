@@ -25,8 +25,8 @@ UNITS = {
     "attention_offset_share": "1",
 }
 NOTHING_SEEN = (
-    "no block attends from patch to patch at places that are known here: a ConvNet, or windows other than Swin's; "
-    "measure its features and its loss landscape"
+    "no block attends from patch to patch as is seen here: a ConvNet, windows other than Swin's, kernels of its own; "
+    "its features and its loss landscape are measured all the same"
 )
 ONE_HEAD = "one head alone has no other to be like"
 ONE_PATCH = "a window of one patch has no other to look at"

@@ -43,6 +43,10 @@ class Preset:
     landscape_images: int
     plan: LandscapePlan
 
+    def of(self, images: int) -> Preset:
+        """The same on so many images, of which the landscape takes no more than before."""
+        return replace(self, images=images, landscape_images=min(images, self.landscape_images))
+
 
 PRESETS = {
     "quick": Preset(32, 12, LandscapePlan(directions=3, points=5)),
@@ -71,7 +75,7 @@ def diagnose(
 ) -> Found:
     """Diagnose models on a sample of a shard folder; `output` gets the rows, then the maps, figures and the page.
 
-    `images` replaces the preset's; `names` are what rows call the models, `only` the parts of PARTS that are wanted.
+    `images` replaces the preset's, `names` are what rows call the models, `only` the parts of PARTS that are wanted.
     Raises SettingsError with all that is wrong with models, shards, output and parts, before anything is measured.
     """
     problems = [*_unknown(only, PARTS, "--only"), *_unknown([preset], PRESETS, "--preset"), *_nothing_to_draw_with()]
@@ -83,7 +87,7 @@ def diagnose(
     assert asked is not None
     assert index is not None
     subjects = build_subjects(asked, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    wanted = PRESETS[preset] if images is None else replace(PRESETS[preset], images=images)
+    wanted = PRESETS[preset] if images is None else PRESETS[preset].of(images)
     found = measure(subjects, index, wanted, only or PARTS, batch, workers)
     write_numbers(found, output, _about(asked, index, preset, wanted))
     draw_page(output)
@@ -122,7 +126,8 @@ def _look(
     workers: int,
 ) -> list[dict[int, Batch]]:
     """One pass over the sample; returns the first batches, in which there are labels enough for the landscape."""
-    chosen = evenly_spread(len(index), max(preset.images, preset.landscape_images))
+    parts, wanted = watched[0].parts, preset.landscape_images if LANDSCAPE in watched[0].parts else 0
+    chosen = evenly_spread(len(index), wanted if set(parts) == {LANDSCAPE} else max(preset.images, wanted))
     sizes = [one.subject.image_size for one in watched]
     device = next(watched[0].subject.network.parameters()).device
     held: list[dict[int, Batch]] = []
@@ -130,7 +135,7 @@ def _look(
     with progress(len(chosen) * len(watched), 0, "images") as advance:
         for batches in batches_by_size(index, chosen, sizes, batch, workers, device):
             known = int((batches[sizes[0]].labels >= 0).sum())
-            if known and labelled < preset.landscape_images:
+            if known and labelled < wanted:
                 held.append(batches)
                 labelled += known
             for one in watched:
@@ -175,8 +180,12 @@ def write_numbers(found: Found, folder: Path, about: Mapping[str, Any]) -> None:
     """What was measured, as files, from which the figures are drawn: rows first, then maps, and what was asked."""
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(found.rows, folder / NUMBERS)
-    maps = {f"{model}/{block}": value for model, blocks in found.maps.items() for block, value in blocks.items()}
-    np.savez_compressed(folder / MAPS, **{name: value.astype(np.float32) for name, value in maps.items()})
+    maps: dict[str, Any] = {
+        f"{model}/{block}": value.astype(np.float32)
+        for model, blocks in found.maps.items()
+        for block, value in blocks.items()
+    }
+    np.savez_compressed(folder / MAPS, **maps)
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
 
 

@@ -15,7 +15,7 @@ from fdscale.blocks import blocks_of
 from fdscale.diagnostics.rows import Measurement
 from fdscale.diagnostics.subjects import Subject
 
-CONSTANT = 1e-20  # of the tokens' own square: fp32 holds no smaller variance
+CONSTANT = 1e-13  # of the tokens' own square: a smaller variance is what fp32 rounds
 NOT_FINITE = "the tokens are not finite"
 
 

@@ -127,8 +127,8 @@ TOLD = {
     "landscape": (
         "Loss and accuracy around the weights",
         "Each thin line is one random direction, each filter's step as long as its weights (Li et al., 2018); the "
-        "thick line is their mean, the band its 95 % interval. The wider and flatter the valley around 0, the less "
-        "the network minds that its weights are disturbed.",
+        "thick line is their mean, the band the mean's 95 % interval. The wider and flatter the valley around 0, the "
+        "less the network minds that its weights are disturbed.",
         "Cross entropy and accuracy against the distance from the trained weights, one colour a model.",
     ),
     "surface_loss": (
@@ -151,8 +151,9 @@ TOLD = {
     "alignment": (
         "Which layers of two models resemble each other",
         "Centred kernel alignment of every block of the one with every block of the other, on the same images: 1 where "
-        "they order images alike. A bright diagonal is two networks that build up features in step; a dark upper end, "
-        "features that distillation has changed.",
-        "Heat map of centred kernel alignment between the blocks of two models.",
+        "they tell images apart alike. A bright diagonal is two networks that build up features in step; where it "
+        "darkens, they part. All are compared with the first model, which is compared with itself; the last block is "
+        "the network's output.",
+        "Heat maps of centred kernel alignment between the blocks of the first model and of each.",
     ),
 }

@@ -53,7 +53,6 @@ def _norm_like_the_final(student: Student, file: Path) -> Float32LayerNorm:
     return Float32LayerNorm(student.width, eps=norm.eps, bias=norm.bias is not None)
 
 
-@torch.enable_grad()
 def fitted_head(features: Tensor, labels: Tensor) -> nn.Linear:
     """A linear classifier fitted to features (S, C), fp32, and their labels (S,), as `fdscale probe` fits it.
 

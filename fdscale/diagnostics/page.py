@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fdscale.diagnostics.figures import Picture
 from fdscale.diagnostics.rows import Measurement
-from fdscale.diagnostics.selection import models_in, reasons
+from fdscale.diagnostics.selection import few, models_in, reasons
 from fdscale.diagnostics.summary import summary
 
 STYLE = """
@@ -33,8 +33,8 @@ figcaption { max-width: 46rem; margin-top: .5rem; }
 li { margin: .3rem 0; }
 """
 LAST_THIRD = (
-    "Numbers of attention are means over the last third of the blocks, where supervised and contrastive networks "
-    "differ most from distilled ones. Each figure below says how to read it."
+    "Numbers of attention are means over the last third of the blocks, where the paper looks for what distillation "
+    "changes. Each figure below says how to read it."
 )
 
 
@@ -79,7 +79,7 @@ def _missing(rows: Sequence[Measurement]) -> Iterator[str]:
         return
     yield "<h2>Not measured</h2><ul>"
     for model, reason, measures in found:
-        yield f"<li>{escape(model)}, {escape(', '.join(measures))}: {escape(reason)}</li>"
+        yield f"<li>{escape(model)}, {escape(few(measures))}: {escape(reason)}</li>"
     yield "</ul>"
 
 

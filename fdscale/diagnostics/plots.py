@@ -33,7 +33,7 @@ from fdscale.diagnostics.selection import (
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS, DASHES = ("o", "^", "s", "D", "v", "P"), ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 WIDTH, PANEL, DPI = 7.2, 2.3, 300  # inches of a figure, of a panel's height, dots to the inch
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8,
     "axes.titlesize": 8,
@@ -173,7 +173,7 @@ def plot_surfaces(rows: Sequence[Measurement], models: Sequence[str], measure: s
     every = np.concatenate([parts[2].ravel() for parts in shown.values()])
     levels = MaxNLocator(10).tick_values(np.nanmin(every), np.nanmax(every))
     norm = Normalize(levels[0], levels[-1])
-    with _figure(file, -(-len(shown) // 3), 2.7) as figure:
+    with _figure(file, -(-len(shown) // 3), 2.7 if len(shown) < 3 else 2.0) as figure:
         panels = figure.subplots(-(-len(shown) // 3), min(len(shown), 3), squeeze=False)
         for axes, (model, (across, along, values)) in zip(panels.flat, shown.items(), strict=False):
             drawn = axes.contourf(across, along, values, levels, norm=norm, cmap="cividis")
@@ -200,7 +200,9 @@ def plot_alignment(rows: Sequence[Measurement], measure: str, file: Path) -> Non
             drawn = axes.imshow(
                 values, vmin=0, vmax=1, cmap="viridis", origin="lower", interpolation="nearest", aspect="auto"
             )
-            axes.set(title=f"with {_folded(other, columns)}", xlabel="its block", ylabel=f"block of {_folded(model, 3)}")
+            axes.set(
+                title=f"with {_folded(other, columns)}", xlabel="its block", ylabel=f"block of {_folded(model, 3)}"
+            )
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
             axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
             axes.grid(False)

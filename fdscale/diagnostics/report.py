@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fdscale.diagnostics.rows import Measurement
-from fdscale.diagnostics.selection import models_in, reasons
+from fdscale.diagnostics.selection import few, models_in, reasons
 from fdscale.diagnostics.summary import summary
 
 
@@ -26,4 +26,4 @@ def summary_table(rows: Sequence[Measurement]) -> Table:
 
 def missing_sentences(rows: Sequence[Measurement]) -> list[str]:
     """`MODEL: MEASURES not measured: REASON`, one a model and reason."""
-    return [f"{model}: {', '.join(measures)} not measured: {reason}" for model, reason, measures in reasons(rows)]
+    return [f"{model}: {few(measures)} not measured: {reason}" for model, reason, measures in reasons(rows)]

@@ -23,9 +23,8 @@ def evenly_spread(samples: int, wanted: int, seed: int = 0) -> NDArray[np.int64]
     In an order of chance, since shards are often packed class by class, and batches shall be mixed.
     """
     draw, count = np.random.default_rng(seed), min(wanted, samples)
-    edges = np.linspace(0, samples, count + 1)
-    chosen = np.floor(edges[:-1] + draw.random(count) * np.diff(edges)).astype(np.int64)
-    return draw.permutation(np.minimum(chosen, samples - 1))
+    edges = np.arange(count + 1) * samples // max(count, 1)
+    return draw.permutation(draw.integers(edges[:-1], edges[1:]))
 
 
 class Sampled:

@@ -89,3 +89,9 @@ def reasons(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, list[str]]]
             measures = found.setdefault((row.model, reason), [])
             measures += [row.measure] if row.measure not in measures else []
     return ((model, reason, measures) for (model, reason), measures in found.items())
+
+
+def few(measures: Sequence[str]) -> str:
+    """Names of measures in a sentence: no more than three."""
+    shown = ", ".join(measures[:3])
+    return shown if len(measures) <= 3 else f"{shown} and {len(measures) - 3} more"

@@ -69,7 +69,7 @@ _LINES: tuple[tuple[str, str, Callable[[Rows, str], str]], ...] = (
     ("attention distance", "pixels", partial(_mean, "attention_distance", 1)),
     ("its spread over the heads of a block", "pixels", partial(_spread, "attention_distance", 1)),
     ("head similarity", "cosine", partial(_mean, "head_similarity", 3)),
-    ("diagonality of the averaged maps", "0 to 1", partial(_mean, "attention_diagonality", 3)),
+    ("diagonality of the averaged maps", "at most 1", partial(_mean, "attention_diagonality", 3)),
     ("share of the offset in them", "0 to 1", partial(_mean, "attention_offset_share", 3)),
     ("share of the column in them", "0 to 1", partial(_mean, "attention_column_share", 3)),
     ("attention entropy", "nats", partial(_mean, "attention_entropy", 2)),

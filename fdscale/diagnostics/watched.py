@@ -19,7 +19,11 @@ from fdscale.diagnostics.subjects import Subject
 
 ATTENTION, FEATURES, ALIGNMENT, LANDSCAPE = "attention", "features", "alignment", "landscape"
 PARTS = (ATTENTION, FEATURES, ALIGNMENT, LANDSCAPE)
-FAILURES = (UserError, RuntimeError, ValueError, ArithmeticError)  # of a network, and of what is computed of it
+# what any network raises when it is run in another way than it expects, and what is computed of it
+FAILURES = (
+    *(UserError, RuntimeError, ValueError, ArithmeticError),
+    *(TypeError, AttributeError, LookupError, AssertionError),
+)
 
 T = TypeVar("T")
 
@@ -31,8 +35,13 @@ def tried(compute: Callable[[], T], failed: dict[str, str], part: str) -> T | No
     try:
         return compute()
     except FAILURES as error:
-        failed[part] = " ".join(str(error).split()) or type(error).__name__
+        failed[part] = sentence_of(error)
     return None
+
+
+def sentence_of(error: Exception) -> str:
+    """An error's text in one line, or its name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class Watched:
@@ -59,7 +68,7 @@ class Watched:
         try:
             self._forward(as_pixels(images))
         except FAILURES as error:
-            self.failed |= dict.fromkeys((ATTENTION, FEATURES, ALIGNMENT), f"its forward fails: {error}")
+            self.failed |= dict.fromkeys((ATTENTION, FEATURES, ALIGNMENT), f"its forward fails: {sentence_of(error)}")
 
     def _forward(self, pixels: Tensor) -> None:
         with watching_tokens(self.subject, self._see_tokens):
@@ -80,11 +89,12 @@ class Watched:
 
     def rows(self) -> list[Measurement]:
         """The rows of attention and features, and one with a reason for each of these that failed."""
-        name, measured = self.subject.name, []
+        name = self.subject.name
+        measured: list[Measurement] = []
         for part, rows in {ATTENTION: self._attention.rows, FEATURES: self._features.rows}.items():
             if part in self.parts:
                 measured += tried(lambda rows=rows: rows(name), self.failed, part) or []  # type: ignore[misc]
-        told = {part: reason for part, reason in self.failed.items() if part in self.parts and part != LANDSCAPE}
+        told = {part: self.failed[part] for part in (ATTENTION, FEATURES) if part in self.parts and part in self.failed}
         return measured + [
             Measurement(name, part, None, "", self._images, reason=reason) for part, reason in told.items()
         ]

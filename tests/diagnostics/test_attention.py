@@ -140,12 +140,12 @@ def test_images_that_are_not_square_have_rows_of_another_length() -> None:
 def test_a_map_of_odd_size_that_is_halved_has_twice_the_stride() -> None:
     arguments = {"img_size": 56, "embed_dim": 8, "depths": (1, 1, 1), "num_heads": (1, 1, 1), "window_size": 7}
     subject = attending.timm_network("swin_tiny_patch4_window7_224", **arguments)  # maps of 14, 7 and 4
-    for _ in range(2):  # each forward begins anew
-        _, seen = watched(subject, attending.pixels(1, (56, 56)))
-        first = [attention.positions[0, 0].tolist() for (attention,) in seen.values()]
-        last = [attention.positions[-1, -1].tolist() for (attention,) in seen.values()]
-        assert first == [[2, 2], [4, 4], [8, 8]]
-        assert last == [[54, 54], [52, 52], [56, 56]]
+    seen: list[Attention] = []
+    with torch.no_grad(), watching_attention(subject, lambda _, attention: seen.append(attention)):
+        for images in (1, 2):  # each forward begins anew
+            subject.tokens(attending.pixels(images, (56, 56)))
+    assert [attention.positions[0, 0].tolist() for attention in seen] == [[2, 2], [4, 4], [8, 8]] * 2
+    assert [attention.positions[-1, -1].tolist() for attention in seen] == [[54, 54], [52, 52], [56, 56]] * 2
 
 
 def test_two_attentions_of_one_block_come_as_its_heads() -> None:
@@ -153,10 +153,24 @@ def test_two_attentions_of_one_block_come_as_its_heads() -> None:
     assert [attention.weights.shape for (attention,) in seen.values()] == [(3, 1, 4, 17, 17)] * 2
 
 
-@pytest.mark.parametrize("name", ["test_convnext", "test_resnet", "xcit_nano_12_p16_224", "hiera_tiny_224"])
-def test_networks_without_attention_from_patch_to_patch_are_never_seen(name: str) -> None:
-    subject = attending.student(timm.create_model(name, num_classes=0, global_pool=""), image_size=224)
-    images = attending.pixels(1, (224, 224))
+@pytest.mark.parametrize(
+    ("name", "arguments", "size"),
+    [
+        ("test_convnext", {}, 32),
+        ("test_resnet", {}, 32),
+        (
+            "xcit_nano_12_p16_224",
+            {"img_size": 32, "embed_dim": 64, "depth": 2, "cls_attn_layers": 1},
+            32,
+        ),  # 16 channels
+        ("hiera_tiny_224", {}, 224),
+    ],
+)
+def test_networks_without_attention_from_patch_to_patch_are_never_seen(
+    name: str, arguments: dict[str, Any], size: int
+) -> None:
+    backbone = timm.create_model(name, num_classes=0, global_pool="", **arguments)
+    subject, images = attending.student(backbone), attending.pixels(1, (size, size))
     found, seen = watched(subject, images)
     assert seen == {}
     with torch.no_grad():
@@ -175,6 +189,30 @@ def test_two_networks_that_are_watched_at_once_are_told_apart() -> None:
     assert torch.equal(again, plain[0])
     assert torch.equal(found, plain[1])
     assert [len(calls) for calls in (*first.values(), *second.values())] == [1, 1, 1, 1]
+
+
+class Pooled(nn.Module):
+    """A ViT whose tokens go through one more attention, which is no block's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.num_features = attending.vit().backbone, 24
+        self.pool = nn.MultiheadAttention(24, 2, batch_first=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.trunk(images)
+        return self.pool(tokens, tokens, tokens, need_weights=False)[0]
+
+
+def test_attention_outside_of_blocks_is_neither_seen_nor_changed() -> None:
+    subject, images = attending.student(Pooled(), prefix_tokens=1), attending.pixels(2)
+    seen: list[int] = []
+    with torch.no_grad():
+        plain = subject.tokens(images)
+        with watching_attention(subject, lambda block, _: seen.append(block)):
+            assert torch.equal(subject.tokens(images), plain)
+            assert _get_current_function_mode_stack() == []
+    assert seen == [0, 1]
 
 
 def hooks_of(network: nn.Module) -> int:
@@ -206,6 +244,21 @@ def test_a_forward_that_fails_leaves_nothing_behind(
     assert _get_current_function_mode_stack() == []
     assert hooks_of(subject.network) == before
     assert list(watched(subject, attending.pixels(1))[1]) == [0, 1]
+
+
+def test_a_forward_that_failed_is_over_for_those_that_follow() -> None:
+    subject, seen = attending.vit(), []
+    with torch.no_grad(), watching_attention(subject, lambda block, _: seen.append(block)):
+        blocks: Any = subject.backbone.blocks
+        with (
+            pytest.raises(RuntimeError),
+            blocks[1].mlp.register_forward_pre_hook(lambda *_: torch.zeros(3) @ torch.zeros(4)),
+        ):
+            subject.tokens(attending.pixels(1))
+        torch.zeros(1, 1, 3, 3).softmax(-1)  # nobody's
+        assert _get_current_function_mode_stack() == []
+        subject.tokens(attending.pixels(1))
+    assert seen == [0, 0, 1]
 
 
 def test_what_the_listener_raises_comes_out_and_leaves_nothing_behind() -> None:

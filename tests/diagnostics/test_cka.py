@@ -83,8 +83,9 @@ def test_of_independent_layers_it_falls_to_0_where_the_biased_one_does_not() -> 
 def test_what_has_no_value_has_a_reason() -> None:
     (row,) = aligned([torch.rand(3, 5)] * 2, [torch.rand(3, 5)] * 2)
     assert (row.value, row.reason, row.layer) == (None, "CKA needs batches of 4 images or more", None)
-    for broken in (torch.full((6, 5), 1 / 3), torch.zeros(6, 5), torch.full((6, 5), math.nan)):
-        first, second = aligned([torch.rand(6, 5)], [broken, torch.rand(6, 5)])
+    rounded = torch.full((7, 5), 7.0) + torch.rand(7, 5) * 1e-6
+    for broken in (rounded, torch.zeros(7, 5), torch.full((7, 5), math.nan)):
+        first, second = aligned([torch.rand(7, 5)], [broken, torch.rand(7, 5)])
         assert first.value is None
         assert first.reason == "a layer does not tell the images apart, or is not finite"
         assert second.value is not None
