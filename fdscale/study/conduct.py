@@ -22,6 +22,7 @@ from fdscale.study.worker import Answer
 from fdscale.training.run_directory import differences, write_text
 
 RESULTS, DESIGN, RUNS, LOGS = "results.jsonl", "design.json", "runs", "logs"
+COMMIT = "commit"  # at which the first run began
 
 
 def design_of(
@@ -50,7 +51,8 @@ def conduct(design: Design, output: Path, workers: int) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be made: {error.strerror}; name another folder") from error
-    write_text(output / DESIGN, json.dumps(asdict(design), indent=2) + "\n")
+    commit = _begun_at(output)
+    write_text(output / DESIGN, json.dumps({**asdict(design), COMMIT: commit}, indent=2) + "\n")
     results, tasks = output / RESULTS, tasks_of(design, output / RUNS)
     done = {row.task for row in read_results(results)} & {task.name for task in tasks}
     with terminated_as_interrupted(), progress(len(tasks), len(done), "tasks") as advance:
@@ -61,7 +63,7 @@ def conduct(design: Design, output: Path, workers: int) -> None:
 
         if len(done) < len(tasks):
             work_off(tasks, done, workers, output / LOGS, (design, output / RUNS), finished)
-    write_report(design, read_results(results), output)
+    write_report(design, commit, read_results(results), output)
 
 
 def _result(task: Task, answer: Answer) -> Result:
@@ -88,11 +90,20 @@ def _classes(train: Index, held_out: Index) -> int:
     return classes
 
 
+def _begun_at(output: Path) -> str:
+    """The commit at which the study began; empty without a repository."""
+    if (output / DESIGN).exists():
+        return str(json.loads((output / DESIGN).read_text())[COMMIT])
+    from fdscale.build.run_info import code_commit  # imports torch
+
+    return code_commit()
+
+
 def _refuse_another(design: Design, output: Path) -> None:
     """More seeds may be asked for later; everything else decides the numbers."""
     file = output / DESIGN
     before: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     now = json.loads(json.dumps(asdict(design)))
-    if before and (changed := differences(before, now, {"seeds", "shards", "held_out"})):
+    if before and (changed := differences(before, now, {"seeds", "shards", "held_out", COMMIT})):
         listed = "\n  ".join(changed)
         raise UserError(f"--output {output} holds another study:\n  {listed}\nname another folder")

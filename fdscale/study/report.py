@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from fdscale import __version__
 from fdscale.diagnostics.page import STYLE
 from fdscale.study import tables
 from fdscale.study.claims import CLAIMS, RULE
@@ -29,15 +30,15 @@ class Heading:
 Block = str | Heading | Table | Picture
 
 
-def write_report(design: Design, results: Sequence[Result], output: Path) -> None:
+def write_report(design: Design, commit: str, results: Sequence[Result], output: Path) -> None:
     """Draw the figures and write both files; what a study has not done yet is left out."""
     pictures = draw(results, output / "runs", output / FIGURES)
-    blocks = list(_blocks(design, results, pictures))
+    blocks = list(_blocks(design, commit, results, pictures))
     (output / MARKDOWN).write_text(as_markdown(blocks, FIGURES + "/"))
     (output / HTML).write_text(_as_html(blocks, output / FIGURES))
 
 
-def _blocks(design: Design, results: Sequence[Result], pictures: dict[str, Picture]) -> Iterator[Block]:
+def _blocks(design: Design, commit: str, results: Sequence[Result], pictures: dict[str, Picture]) -> Iterator[Block]:
     def shown(name: str) -> Iterator[Picture]:
         yield from (picture for key, picture in pictures.items() if key == name)
 
@@ -62,7 +63,7 @@ def _blocks(design: Design, results: Sequence[Result], pictures: dict[str, Pictu
     yield Heading("What was run")
     yield WHAT_A_SEED_VARIES
     yield tables.budgets(results)
-    yield _spent(results)
+    yield _spent(commit, results)
 
 
 def _opening(design: Design, results: Sequence[Result]) -> str:
@@ -105,13 +106,14 @@ WHAT_A_SEED_VARIES = (
 )
 
 
-def _spent(results: Sequence[Result]) -> str:
+def _spent(commit: str, results: Sequence[Result]) -> str:
     minutes = (max(row.ended for row in results) - min(row.ended - row.seconds for row in results)) / 60
     work = sum(row.seconds for row in results) / 60
     held = max(row.resident_bytes for row in results) / 2**20
     return (
         f"{work:.0f} minutes of work of one core each, {minutes:.0f} minutes from the first run to the last; a worker "
-        f"held {held:.0f} MiB at most. `results.jsonl` has every number of this page, `runs/` what each run left."
+        f"held {held:.0f} MiB at most. Begun at commit {commit or 'unknown'}, fdscale {__version__}. `results.jsonl` has "
+        "every number of this page, `runs/` what each run left."
     )
 
 

@@ -38,7 +38,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if task.kind == "diagnose":
             (output / "runs" / task.name).mkdir(parents=True)
             write_rows(measurements(task.seed), output / "runs" / task.name / "measurements.jsonl")
-    write_report(DESIGN, read_results(output / RESULTS), output)
+    write_report(DESIGN, "abc1234", read_results(output / RESULTS), output)
     return output
 
 
@@ -113,12 +113,13 @@ def test_the_markdown_leads_to_figures_that_exist(study: Path) -> None:
     text = (study / "report.md").read_text()
     linked = re.findall(r"\]\(([^)]+)\)", text)
     assert len(linked) == 5
+    assert "Begun at commit abc1234" in text
     assert all((study / link).is_file() and (study / link).with_suffix(".svg").is_file() for link in linked)
 
 
 def test_a_study_that_is_half_done_has_a_report(tmp_path: Path) -> None:
     some = [made_up(task) for task in tasks_of(DESIGN, tmp_path) if task.kind != "diagnose" and task.seed == 0]
-    write_report(DESIGN, some, tmp_path)
+    write_report(DESIGN, "", some, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "*inconclusive*: +2.00 points" in text  # of one seed there is no interval
     assert "figures/heads.png" not in text
