@@ -111,8 +111,8 @@ def _spent(commit: str, results: Sequence[Result]) -> str:
     work = sum(row.seconds for row in results) / 60
     held = max(row.resident_bytes for row in results) / 2**20
     return (
-        f"{work:.0f} minutes of work of one core each, {minutes:.0f} minutes from the first run to the last; a worker "
-        f"held {held:.0f} MiB at most. Begun at commit {commit or 'unknown'}, fdscale {__version__}. `results.jsonl` has "
+        f"{work:.0f} minutes of work of one core, {minutes:.0f} minutes from the first run to the last; a worker held "
+        f"{held:.0f} MiB at most. Begun at commit {commit or 'unknown'}, fdscale {__version__}. `results.jsonl` has "
         "every number of this page, `runs/` what each run left."
     )
 

@@ -1,7 +1,7 @@
 """The paper in miniature, in full: `make study` in runs/study, and its report as docs/measurements/study.md.
 
-`python -m pytest -m prove tests/prove/test_study.py`; a study that is there is gone on with, and one that is finished is
-taken as it is, as long as nothing that it measures has changed since.
+`python -m pytest -m prove tests/prove/test_study.py`; a study that is there is gone on with, and one that is finished
+is taken as it is, as long as nothing that it measures has changed since.
 """
 
 from __future__ import annotations
