@@ -52,12 +52,14 @@ def draw(results: Sequence[Result], runs: Path, folder: Path) -> dict[str, Pictu
 def _of_results(results: Sequence[Result], folder: Path) -> Iterator[Picture]:
     from fdscale.study import plots
 
-    groups = [{"random\nweights": _percent(results, "", SCRATCH)}]
-    groups += [
+    scratch = {"random\nweights": _percent(results, "", SCRATCH)}
+    groups = [
         {f"{of}\nteacher": _percent(results, of, TEACHER), "distilled\nfrom it": _percent(results, of, FULL)}
         for of in TEACHERS
     ]
-    plots.plot_accuracies(groups, "held-out images told right,\nfine-tuned on few labels (%)", folder / "accuracy")
+    plots.plot_accuracies(
+        scratch, groups, "held-out images told right,\nfine-tuned on few labels (%)", folder / "accuracy"
+    )
     yield Picture("accuracy", READING["accuracy"], "Fine-tuned accuracy of each network, a dot a seed.")
     lines = [
         (f"{claim.sentence}: {of}", number, list(found.differences.values()))
@@ -119,7 +121,8 @@ def _mean_line(rows: Sequence[Measurement], model: str) -> tuple[Array, Array]:
 
 READING = {
     "accuracy": "A small dot is a seed, a grey line joins runs of one seed, the large marker is their "
-    "mean with its 95 % interval. Students have the size of their teachers, and saw no label before fine-tuning.",
+    "mean with its 95 % interval; the two scales differ. Students have the size of their teachers, and saw no label "
+    "before fine-tuning.",
     "differences": "Small markers are seeds, the large one is their mean with its 95 % interval. Right of zero "
     "the first of the pair was better: the distilled student than its teacher, or with the ingredient than without.",
     "heads": "A dot is a head of one of the seeds: how far from its own place a patch looks on average. Dots that are "

@@ -36,25 +36,37 @@ def _figure(file: Path, height: float) -> Iterator[Figure]:
         figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
 
 
-def plot_accuracies(groups: Sequence[Mapping[str, Mapping[int, float]]], label: str, file: Path) -> None:
-    """Groups of networks side by side: a dot a seed, joined within a group, mean and 95 % interval beside."""
+def plot_accuracies(
+    apart: Mapping[str, Mapping[int, float]],
+    groups: Sequence[Mapping[str, Mapping[int, float]]],
+    label: str,
+    file: Path,
+) -> None:
+    """Networks side by side, by name: a dot a seed, those of a group joined, mean and 95 % interval beside.
+
+    Those `apart` have a panel and a scale of their own.
+    """
     with _figure(file, 3.0) as figure:
-        axes = figure.subplots()
-        place, names = 0.0, {}
-        for group in groups:
-            for seed in sorted({seed for values in group.values() for seed in values}):
-                line = [
-                    (place + number, values[seed]) for number, values in enumerate(group.values()) if seed in values
-                ]
-                axes.plot(*zip(*line, strict=True), color=GREY, lw=0.6, alpha=0.7, zorder=1)
-            for number, (name, values) in enumerate(group.items()):
-                _seeds_and_mean(axes, place, list(values.values()), number)
-                names[place] = name
-                place += 1
-            place += 0.5
-        axes.set_xticks(list(names), list(names.values()))
-        axes.set_ylabel(label)
-        axes.grid(axis="x", visible=False)
+        first, second = figure.subplots(1, 2, width_ratios=(1, 4))
+        _side_by_side(first, [apart])
+        _side_by_side(second, groups)
+        first.set_xlim(-0.5, 0.6)
+        first.set_ylabel(label)
+
+
+def _side_by_side(axes: Any, groups: Sequence[Mapping[str, Mapping[int, float]]]) -> None:
+    place, names = 0.0, {}
+    for group in groups:
+        for seed in sorted({seed for values in group.values() for seed in values}):
+            line = [(place + number, values[seed]) for number, values in enumerate(group.values()) if seed in values]
+            axes.plot(*zip(*line, strict=True), color=GREY, lw=0.6, alpha=0.7, zorder=1)
+        for number, (name, values) in enumerate(group.items()):
+            _seeds_and_mean(axes, place, list(values.values()), number)
+            names[place] = name
+            place += 1
+        place += 0.5
+    axes.set_xticks(list(names), list(names.values()))
+    axes.grid(axis="x", visible=False)
 
 
 def _seeds_and_mean(axes: Any, place: float, values: list[float], number: int) -> None:

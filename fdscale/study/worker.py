@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import parent_process
@@ -54,7 +55,9 @@ def serve(pipe: Connection, log: Path, design: Design, runs: Path) -> None:
             task: Task = pipe.recv()
         except EOFError:
             return
-        pipe.send(_answer(task, partial(done, task, design, runs)))
+        answer = _answer(task, partial(done, task, design, runs))
+        with suppress(BrokenPipeError):  # the study has ended meanwhile; what comes next tells
+            pipe.send(answer)
 
 
 def _answer(task: Task, done: Callable[[], dict[str, float] | None]) -> Answer:
