@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from fdscale.cli import main
+from fdscale.cluster.ranks import REQUEUE_EXIT_CODE
 from fdscale.config.errors import UserError
 from fdscale.data.packing.digits import Digits
 from fdscale.data.packing.shards import write_shards
@@ -131,6 +136,20 @@ def test_a_run_that_fails_is_named_with_its_reason(tmp_path: Path, shards: tuple
     own = {"supervised": ("labelled=3",), "contrastive": ("labelled=3",)}  # fewer than a batch
     with pytest.raises(UserError, match=r"(?s)seed_0/contrastive_teacher: .*what it said is in"):
         conduct(design_of(shards, range(1), own, True, tmp_path), tmp_path, workers=1)
+
+
+def test_a_study_that_is_stopped_commits_what_it_is_at(tmp_path: Path, shards: tuple[Path, Path]) -> None:
+    longer = [*command(shards, tmp_path), "--workers", "1", "contrastive.steps=100000"]
+    process = subprocess.Popen([sys.executable, "-m", "fdscale", *longer])
+    log = tmp_path / "logs" / "worker_0.log"
+    while not (log.exists() and "step 1/100000" in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == REQUEUE_EXIT_CODE
+    (committed,) = (tmp_path / "runs/seed_0/contrastive_teacher/attempts").glob("0001/step_*")
+    assert (committed / "manifest.json").is_file()
+    assert "stopped by a signal" in log.read_text()
 
 
 @pytest.mark.parametrize(
