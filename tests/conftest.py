@@ -36,6 +36,7 @@ LONGEST = (  # files begun first, so that two workers end together
     "tests/downstream/segmentation",
     "tests/downstream",
     "tests/training",
+    "tests/diagnostics",
     "tests/test_plan.py",
     "tests/test_scale.py",
     "tests/export",

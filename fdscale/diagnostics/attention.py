@@ -88,10 +88,11 @@ class _Image:
         if len(shape) == 4:
             maps = [(shape[1], shape[2]), (shape[2], shape[3])]  # channels last, first
             return next(((grid, 0) for grid in maps if grid[0] * grid[1] == tokens), None)
+        aspect = self.size[0] / self.size[1]
         for prefix in (prefix_tokens, 0) if tokens in shape[:2] else ():
-            high = round(max(tokens - prefix, 0) ** 0.5 * (self.size[0] / self.size[1]) ** 0.5)
-            if high and high * ((tokens - prefix) // high) == tokens - prefix:
-                return (high, (tokens - prefix) // high), prefix
+            high, wide = (round((max(tokens - prefix, 0) * ratio) ** 0.5) for ratio in (aspect, 1 / aspect))
+            if 0 < high * wide == tokens - prefix:
+                return (high, wide), prefix
         return None
 
 

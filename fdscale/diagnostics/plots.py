@@ -54,7 +54,8 @@ STYLE: dict[Any, Any] = {
 }
 BLOCK = "block"
 TOO_FAR_APART = 10.0
-FAINTEST = 0.1  # times uniform attention: what is darker is drawn as dark
+FAINTEST = 0.1  # times uniform attention: what is less is drawn as dark
+TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 @contextmanager
@@ -106,16 +107,13 @@ def plot_maps(
 ) -> None:
     """The averaged attention maps of each model's first, middle and last block, times their size: uniform is 1."""
     shown = {model: _first_middle_last(maps[model]) for model in models if maps.get(model)}
-    every = np.concatenate([np.ravel(value * value.shape[-1]) for found in shown.values() for value in found.values()])
-    positive = every[every > 0]
-    high = float(np.quantile(positive, 0.998)) if len(positive) else 1.0
-    norm = LogNorm(FAINTEST, max(high, 1 / FAINTEST))
+    norm = _around_uniform([value * len(value) for found in shown.values() for value in found.values()])
     with _figure(file, len(shown), 2.0) as figure:
         panels = figure.subplots(len(shown), 3, squeeze=False)
         for line, (model, found) in zip(panels, shown.items(), strict=True):
             for axes, (layer, value) in zip(line, found.items(), strict=False):
                 drawn = axes.imshow(
-                    np.maximum(value * value.shape[-1], FAINTEST / 10),
+                    np.maximum(value * len(value), FAINTEST / 10),
                     norm=norm,
                     cmap="cividis",
                     interpolation="nearest",
@@ -129,7 +127,17 @@ def plot_maps(
             line[0].set_ylabel(f"{_folded(model, 4)}\nquery patch")
         for axes in panels[-1]:
             axes.set_xlabel("key patch")
-        figure.colorbar(drawn, ax=panels, aspect=30, extend="both").set_label("times uniform attention")
+        ticks = [tick for tick in TICKS if norm.vmin <= tick <= norm.vmax]
+        bar = figure.colorbar(drawn, ax=panels, aspect=30, extend="both", ticks=ticks, format="%g")
+        bar.minorticks_off()
+        bar.set_label("times uniform attention")
+
+
+def _around_uniform(maps: Sequence[Array]) -> LogNorm:
+    """From where to where colours go, for all maps: at least a factor of three around uniform attention, which is 1."""
+    every = np.concatenate([values.ravel() for values in maps])
+    low, high = np.quantile(every, [0.002, 0.998])
+    return LogNorm(min(max(low, FAINTEST), 1 / 3), max(high, 3.0))
 
 
 def plot_curves(rows: Sequence[Measurement], models: Sequence[str], measures: Mapping[str, str], file: Path) -> None:
@@ -171,14 +179,15 @@ def plot_surfaces(rows: Sequence[Measurement], models: Sequence[str], measure: s
     found = {model: surface(rows, model, measure) for model in models}
     shown = {model: parts for model, parts in found.items() if parts[2].size}
     every = np.concatenate([parts[2].ravel() for parts in shown.values()])
-    levels = MaxNLocator(10).tick_values(np.nanmin(every), np.nanmax(every))
+    levels = MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(np.nanmin(every), np.nanmax(every))
     norm = Normalize(levels[0], levels[-1])
     with _figure(file, -(-len(shown) // 3), 2.7 if len(shown) < 3 else 2.0) as figure:
         panels = figure.subplots(-(-len(shown) // 3), min(len(shown), 3), squeeze=False)
         for axes, (model, (across, along, values)) in zip(panels.flat, shown.items(), strict=False):
             drawn = axes.contourf(across, along, values, levels, norm=norm, cmap="cividis")
             axes.contour(across, along, values, levels, norm=norm, colors="white", linewidths=0.5)
-            axes.plot(0, 0, "+", color="white", ms=7, mew=1.2)
+            for colour, width in (("black", 2.6), ("white", 1.2)):  # seen on dark and on bright
+                axes.plot(0, 0, "+", color=colour, ms=6 + width, mew=width)
             axes.set(title=_folded(model, min(len(shown), 3)), aspect="equal", xlabel="first direction")
             axes.locator_params(nbins=5)
             axes.grid(False)

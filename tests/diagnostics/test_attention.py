@@ -177,6 +177,13 @@ def test_networks_without_attention_from_patch_to_patch_are_never_seen(
         assert torch.equal(found, subject.tokens(images))
 
 
+def test_tokens_that_are_no_map_of_the_image_are_not_placed() -> None:
+    four_unknown = attending.timm_network("vit_tiny_patch16_224", 0, reg_tokens=3, **attending.TINY_VIT)
+    assert watched(four_unknown, attending.pixels(1))[1] == {}  # 16 + 4 tokens are no 4 x 5 of a square image
+    known = attending.timm_network("vit_tiny_patch16_224", 4, reg_tokens=3, **attending.TINY_VIT)
+    assert list(watched(known, attending.pixels(1))[1]) == [0, 1]
+
+
 def test_two_networks_that_are_watched_at_once_are_told_apart() -> None:
     one, other = attending.open_clip(), attending.vit()
     images = attending.pixels(2)
