@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ def conduct(design: Design, output: Path, workers: int) -> None:
 
     Raises UserError where `output` holds another study, and for a run that fails.
     """
+    if find_spec("matplotlib") is None:
+        raise UserError(
+            "the report is drawn by matplotlib, which is not installed: pip install 'fdscale[demo,diagnose]'"
+        )
     _refuse_another(design, output)
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,9 @@ def draw(results: Sequence[Result], runs: Path, folder: Path) -> dict[str, Pictu
         ]
         for of in TEACHERS
     }
-    drawn = [*_of_results(results, folder), *(_of_measurements(found, folder) if all(found.values()) else ())]
+    drawn = list(_of_results(results, folder))
+    if all(found.values()):
+        drawn += [*_of_measurements(found, folder), _of_maps(results, runs, found, folder)]
     return {picture.name: picture for picture in drawn}
 
 
@@ -106,6 +108,24 @@ def _of_measurements(found: Diagnosed, folder: Path) -> Iterator[Picture]:
     yield Picture("landscape", READING["landscape"], "Cross entropy against the distance from the trained weights.")
 
 
+def _of_maps(results: Sequence[Result], runs: Path, found: Diagnosed, folder: Path) -> Picture:
+    """The averaged attention maps of the first seed."""
+    from fdscale.diagnostics.plots import plot_maps
+
+    rows: list[Measurement] = []
+    maps: dict[str, dict[int, Array]] = {}
+    for of in TEACHERS:
+        task = next(row.task for row in results if (row.kind, row.of) == ("diagnose", of))
+        names = {BEFORE: f"{of} teacher", AFTER: f"distilled from the {of}"}
+        rows += [replace(row, model=names[row.model]) for row in found[of][0]]
+        with np.load(runs / task / "maps.npz") as stored:
+            for key in stored.files:
+                model, _, block = key.partition("/")
+                maps.setdefault(names[model], {})[int(block)] = stored[key]
+    plot_maps(rows, list(maps), maps, folder / "maps")
+    return Picture("maps", READING["maps"], "Averaged attention maps of first, middle and last block.")
+
+
 def _joined(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
@@ -129,6 +149,9 @@ READING = {
     "spread over many distances are heads that do different things; the line is their mean.",
     "attention": "Lines are means over seeds, bands their 95 % intervals. Lower head similarity is more diverse heads; "
     "diagonality and the shares say what the attention maps, averaged over images, are made of.",
+    "maps": "One seed. Row: the patch that looks; column: the patch that is looked at, numbered line by line. A bright "
+    "diagonal and lines beside it are patches that look at their neighbours, bright columns a few places that every "
+    "patch looks at.",
     "landscape": "The loss of the fine-tuned networks on held-out images, their weights moved along random "
     "filter-normalised directions (Li et al., 2018): mean over directions and seeds, the band is the 95 % interval "
     "over seeds. The wider the valley, the flatter the minimum.",

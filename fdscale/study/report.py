@@ -58,7 +58,7 @@ def _blocks(design: Design, commit: str, results: Sequence[Result], pictures: di
     yield Heading("Diagnostics, before and after")
     yield _about_diagnostics(design)
     yield tables.diagnostics(results)
-    for name in ("heads", "attention", "landscape"):
+    for name in ("heads", "attention", "maps", "landscape"):
         yield from shown(name)
     yield Heading("What was run")
     yield WHAT_A_SEED_VARIES

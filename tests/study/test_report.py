@@ -6,6 +6,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fdscale.diagnostics.rows import Measurement, write_rows
@@ -38,6 +39,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if task.kind == "diagnose":
             (output / "runs" / task.name).mkdir(parents=True)
             write_rows(measurements(task.seed), output / "runs" / task.name / "measurements.jsonl")
+            maps = {f"{model}/{block}": np.eye(9)[None] for model in (BEFORE, AFTER) for block in range(3)}
+            np.savez(output / "runs" / task.name / "maps.npz", **maps)
     write_report(DESIGN, "abc1234", read_results(output / RESULTS), output)
     return output
 
@@ -105,14 +108,14 @@ def test_the_page_holds_its_figures_and_closes_what_it_opens(study: Path) -> Non
     page = Page()
     page.feed((study / "report.html").read_text())
     assert page.open == []
-    assert len(page.asked) == 5
+    assert len(page.asked) == 6
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in page.asked)
 
 
 def test_the_markdown_leads_to_figures_that_exist(study: Path) -> None:
     text = (study / "report.md").read_text()
     linked = re.findall(r"\]\(([^)]+)\)", text)
-    assert len(linked) == 5
+    assert len(linked) == 6
     assert "Begun at commit abc1234" in text
     assert all((study / link).is_file() and (study / link).with_suffix(".svg").is_file() for link in linked)
 
