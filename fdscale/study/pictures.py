@@ -116,7 +116,7 @@ def _of_maps(results: Sequence[Result], runs: Path, found: Diagnosed, folder: Pa
     maps: dict[str, dict[int, Array]] = {}
     for of in TEACHERS:
         task = next(row.task for row in results if (row.kind, row.of) == ("diagnose", of))
-        names = {BEFORE: f"{of} teacher", AFTER: f"distilled from the {of}"}
+        names = {BEFORE: f"{of} teacher", AFTER: f"student of the {of} teacher"}
         rows += [replace(row, model=names[row.model]) for row in found[of][0]]
         with np.load(runs / task / "maps.npz") as stored:
             for key in stored.files:

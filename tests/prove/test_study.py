@@ -23,7 +23,9 @@ pytestmark = [pytest.mark.prove, pytest.mark.timeout(5400)]
 
 STUDY, SEEDS, MINUTES = REPOSITORY / "runs" / "study", 5, 30
 IMAGES = REPOSITORY / "docs" / "images"
-MEASURED = [f"fdscale/{room}" for room in ("study", "train.py", "downstream", "distill", "students", "data")]
+OWN = ("recipes", "tasks.py", "contrastive.py", "doing.py", "looking.py")
+MEASURED = [*(f"fdscale/study/{name}" for name in OWN), "fdscale/train.py", "fdscale/downstream/classify.py"]
+MEASURED += ["fdscale/distill", "fdscale/students", "fdscale/data/augment.py", "fdscale/training/optim.py"]
 
 
 def test_the_study_in_full() -> None:

@@ -26,6 +26,7 @@ from fdscale.study.conduct import conduct, design_of
 from fdscale.study.results import Result, read_results
 from fdscale.study.tasks import TRAINED, tasks_of
 
+pytestmark = pytest.mark.timeout(600)  # the first of them waits for the study
 SEEDS = 2
 MIB = 2**20
 
