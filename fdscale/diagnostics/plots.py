@@ -107,14 +107,14 @@ def plot_maps(
 ) -> None:
     """The averaged attention maps of each model's first, middle and last block, times their size: uniform is 1."""
     shown = {model: _first_middle_last(maps[model]) for model in models if maps.get(model)}
-    norm = _around_uniform([value * len(value) for found in shown.values() for value in found.values()])
+    low, high = _around_uniform([value * len(value) for found in shown.values() for value in found.values()])
     with _figure(file, len(shown), 2.0) as figure:
         panels = figure.subplots(len(shown), 3, squeeze=False)
         for line, (model, found) in zip(panels, shown.items(), strict=True):
             for axes, (layer, value) in zip(line, found.items(), strict=False):
                 drawn = axes.imshow(
                     np.maximum(value * len(value), FAINTEST / 10),
-                    norm=norm,
+                    norm=LogNorm(low, high),
                     cmap="cividis",
                     interpolation="nearest",
                 )
@@ -127,17 +127,17 @@ def plot_maps(
             line[0].set_ylabel(f"{_folded(model, 4)}\nquery patch")
         for axes in panels[-1]:
             axes.set_xlabel("key patch")
-        ticks = [tick for tick in TICKS if norm.vmin <= tick <= norm.vmax]
+        ticks = [tick for tick in TICKS if low <= tick <= high]
         bar = figure.colorbar(drawn, ax=panels, aspect=30, extend="both", ticks=ticks, format="%g")
         bar.minorticks_off()
         bar.set_label("times uniform attention")
 
 
-def _around_uniform(maps: Sequence[Array]) -> LogNorm:
+def _around_uniform(maps: Sequence[Array]) -> tuple[float, float]:
     """From where to where colours go, for all maps: at least a factor of three around uniform attention, which is 1."""
     every = np.concatenate([values.ravel() for values in maps])
-    low, high = np.quantile(every, [0.002, 0.998])
-    return LogNorm(min(max(low, FAINTEST), 1 / 3), max(high, 3.0))
+    low, high = np.quantile(every, [0.002, 0.998]).tolist()
+    return min(max(low, FAINTEST), 1 / 3), max(high, 3.0)
 
 
 def plot_curves(rows: Sequence[Measurement], models: Sequence[str], measures: Mapping[str, str], file: Path) -> None:
