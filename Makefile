@@ -1,5 +1,5 @@
-# `make demo`, `make test`, `make prove` and `make check` each make .venv and install into it first; nothing but make and
-# Python 3.11 or newer has to be there. Another interpreter: `make setup PYTHON=python3.12`.
+# `make demo`, `make study`, `make test`, `make prove` and `make check` each make .venv and install into it first; nothing
+# but make and Python 3.11 or newer has to be there. Another interpreter: `make setup PYTHON=python3.12`.
 # A machine with its own torch (a GPU container, a cluster module): `SYSTEM_TORCH=1 make setup` keeps it.
 
 PYTHON ?= python3
@@ -15,12 +15,16 @@ ifeq ($(wildcard /dev/nvidia[0-9]*),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: setup demo test test-cluster prove check dashboards
+.PHONY: setup demo study test test-cluster prove check dashboards
 
 setup: $(stamp)
 
 demo: $(stamp)
 	$(in_venv) bash launchers/demo.sh
+
+# The paper in miniature on two cores, in half an hour; STUDY='--quick --output runs/quick' for two minutes of it.
+study: $(stamp)
+	$(in_venv) fdscale study $(STUDY)
 
 test: $(stamp)
 	$(in_venv) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

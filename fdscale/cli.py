@@ -13,7 +13,7 @@ import typer
 from fdscale.cluster.gpus import visible_gpus
 from fdscale.cluster.orphans import note_launchers
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE, USER_ERROR_EXIT_CODE
-from fdscale.commands import cluster, measuring, runs, shards, training, weights
+from fdscale.commands import cluster, diagnosing, measuring, runs, shards, studying, training, weights
 from fdscale.config.errors import StartAgain, UserError
 from fdscale.terminal import TerminalHandler
 
@@ -37,6 +37,8 @@ app = _group(
     training.detect,
     measuring.probe,
     measuring.evaluate,
+    diagnosing.diagnose,
+    studying.study,
     weights.models,
     weights.fetch,
     weights.where,

@@ -24,6 +24,7 @@ import pytest
 WORKER = Path(__file__).parent / "rank_worker.py"
 REPOSITORY = WORKER.parent.parent
 LONGEST = (  # files begun first, so that two workers end together
+    "tests/study/test_study.py",
     "tests/test_runs.py",
     "tests/downstream/test_dense.py",
     "tests/test_train.py",
@@ -36,6 +37,7 @@ LONGEST = (  # files begun first, so that two workers end together
     "tests/downstream/segmentation",
     "tests/downstream",
     "tests/training",
+    "tests/diagnostics",
     "tests/test_plan.py",
     "tests/test_scale.py",
     "tests/export",

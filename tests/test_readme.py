@@ -75,7 +75,7 @@ def test_every_other_command_exists_and_its_settings_are_valid(words: list[str])
     if words[:3] == ["python", "-m", "fdscale.bench"]:
         assert bench_parser().parse_args(words[3:]).what == "gpu"
         return
-    if words[1] in ("models", "import", "checkpoint", "export", "probe", "evaluate") or words[1:3] == [
+    if words[1] in ("models", "import", "checkpoint", "export", "probe", "evaluate", "diagnose") or words[1:3] == [
         "doctor",
         "runs/swinv2_g",
     ]:

@@ -25,6 +25,7 @@ class Purpose(IntEnum):
     CROP = 4
     COLOURS = 5
     JITTER = 6
+    CONTRAST = 7
 
 
 def generator(seed: int, item: int, time: int, purpose: Purpose) -> np.random.Generator:

@@ -19,12 +19,12 @@ from fdscale.config.errors import UserError
 from fdscale.data.batches import EvalBatches
 from fdscale.data.index import Index, load_index
 from fdscale.data.loader import EvalLoader
-from fdscale.downstream.linear import Features, accuracy_of, best_linear
 from fdscale.students.files import load_weights
 from fdscale.students.geometry import file_geometry
 from fdscale.students.student import Student, build_student
 from fdscale.training.engine import Connection, connect
 from fdscale.training.evaluate import gather_rows
+from fdscale.training.linear import Features, accuracy_of, best_linear
 from fdscale.training.run_directory import write_text
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,7 @@ from fdscale.data.index import load_index
 from fdscale.data.loader import EvalLoader
 from fdscale.data.packing.digits import pack_digits
 from fdscale.data.packing.pack import pack
-from fdscale.downstream.linear import fitted
-from fdscale.downstream.probe import Features, probe
+from fdscale.downstream.probe import probe
 from fdscale.students.files import load_weights, save_student
 from fdscale.students.geometry import ViTGeometry, file_geometry
 from fdscale.students.student import build_student
@@ -83,20 +82,6 @@ def test_it_finds_what_others_find_on_any_number_of_ranks(
     weights, nearest = similarity.topk(20)
     votes = torch.zeros(len(asked), 10).scatter_add_(1, known_labels[nearest], (weights / 0.07).exp())
     assert alone["knn_accuracy"] == pytest.approx(float((votes.argmax(1) == wanted).double().mean()), abs=1.5 / 449)
-
-
-def uneven_fit(connection: Connection) -> list[float]:
-    """A rank may have no rows at all."""
-    drawn = torch.Generator().manual_seed(5)
-    rows, labels = torch.randn(30, 4, generator=drawn), torch.randint(3, (30,), generator=drawn)
-    mine = slice(0, 30) if connection.rank.rank == 0 else slice(30, 30)
-    layer = fitted(Features(rows[mine], labels[mine], labels[mine]), 3, 1e-2)
-    return [float(value) for value in layer.weight.detach().flatten()]
-
-
-def test_a_rank_may_be_left_without_images(one_rank: Any, two_ranks: Any) -> None:
-    (alone,), (one, other) = one_rank(uneven_fit), two_ranks(uneven_fit)
-    assert one == other == pytest.approx(alone, abs=1e-4)
 
 
 def test_labels_that_cannot_be_judged_are_refused(student: Path, shards: tuple[Path, Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from fdscale.distill.targets import TargetMaker
 from fdscale.students.drop_path import drop_path_rows
 from fdscale.students.geometry import STUDENTS, Geometry, SwinV2Geometry, ViTGeometry
 from fdscale.students.student import Student, build_student, set_activation_checkpointing
-from fdscale.training.engine import Connection, compute_dtype, full_state, set_learning_rate, start_engine
+from fdscale.training.engine import Connection, compute_dtype, connect, full_state, set_learning_rate, start_engine
 from fdscale.training.loop import train_step
 from fdscale.training.optim import Schedule, adamw, layer_scales, parameter_groups
 
@@ -215,3 +216,13 @@ def test_the_teachers_type_follows_the_json() -> None:
     assert compute_dtype({"bf16": {"enabled": False}}) is torch.float32
     assert compute_dtype({"torch_autocast": {"enabled": True, "dtype": "float16"}}) is torch.float16
     assert compute_dtype({"torch_autocast": {"enabled": True}}) is torch.bfloat16
+
+
+def connected_again(connection: Connection) -> tuple[bool, int]:
+    before = len(os.listdir("/proc/self/task"))
+    again = [connect(connection.rank) for _ in range(3)]
+    return all(one.control is connection.control for one in again), len(os.listdir("/proc/self/task")) - before
+
+
+def test_a_process_that_connects_for_each_of_its_runs_gathers_no_threads(two_ranks: Any) -> None:
+    assert two_ranks(connected_again) == [(True, 0), (True, 0)]

@@ -1,4 +1,4 @@
-"""A linear classifier on features that lie divided over the ranks: fitted to the end, the same one on each of them."""
+"""A linear classifier on features that may lie divided over the ranks: fitted to the end, the same on each."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def fitted(known: Features, classes: int, penalty: float) -> nn.Linear:
         own.backward()
         for parameter in layer.parameters():
             assert parameter.grad is not None
-            dist.all_reduce(parameter.grad)
+            _summed(parameter.grad)
         with torch.no_grad():
             assert layer.weight.grad is not None
             layer.weight.grad.add_(layer.weight, alpha=2 * penalty)
@@ -89,5 +89,7 @@ def accuracy_of(layer: nn.Linear, asked: Features) -> float:
 
 
 def _summed(value: Tensor) -> Tensor:
-    dist.all_reduce(value)
+    """Over all ranks, in place; a process that joined none has all of it."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
     return value
