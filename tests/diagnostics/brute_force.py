@@ -237,7 +237,7 @@ def _at(place: Place) -> tuple[float, float]:
 
 
 def _mean(values: Any) -> float:
-    return float(np.mean(list(values)))
+    return float(np.mean(list(values) or [math.nan]))
 
 
 def cosine(one: Array, other: Array) -> float:
