@@ -15,8 +15,8 @@ class Measurement:
 
     `layer` counts blocks from 0 over the whole depth, `head` attention heads within it; `other` and `other_layer` name
     the second model where two are compared; `direction` counts random directions, `at` is where on one, or on two, the
-    value was taken, and `classifier` whose loss it is: that of the one that the `run` left, which moves with the network,
-    or of one `fitted` to the same images, which stays. `low` and `high` are a 95 % interval. `reason` says why there is
+    value was taken, and `classifier` whose loss it is: of the one that the `run` left, which moves with the network, or
+    of one `fitted` to the same images, which stays. `low` and `high` are a 95 % interval. `reason` says why there is
     no value.
     """
 
