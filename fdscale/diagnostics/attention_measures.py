@@ -25,8 +25,10 @@ UNITS = {
     "attention_offset_share": "1",
 }
 NOTHING_SEEN = (
-    "no block attends from patch to patch as is seen here: a ConvNet, windows other than Swin's, kernels of its own; "
-    "its features and its loss landscape are measured all the same"
+    "no block attends from patch to patch as is seen here: a ConvNet, windows other than Swin's, kernels of its own"
+)
+NOT_SEEN = (
+    "attention from patch to patch is not seen in this block: it has none, or over tokens that are no map of the image"
 )
 ONE_HEAD = "one head alone has no other to be like"
 ONE_PATCH = "a window of one patch has no other to look at"
@@ -47,7 +49,9 @@ class AttentionMeasures:
     regions. A region is a window, or each part of one that the mask keeps from the others.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int = 0) -> None:
+        """`blocks` is the network's number of them, so that rows can tell which ones gave nothing."""
+        self._of_network = blocks
         self._blocks: dict[int, AttentionSums] = {}
 
     def update(self, block: int, attention: Attention) -> None:
@@ -64,13 +68,20 @@ class AttentionMeasures:
         return {block: _average(sums) for block, sums in sorted(self._blocks.items())}
 
     def rows(self, model: str) -> list[Measurement]:
-        """Every measure of every block; a value that is not a number, or cannot be, is None with a reason."""
+        """Every measure of every block; a value that is not a number, or cannot be, is None with a reason.
+
+        So is a row `attention` of a block that gave nothing where others did.
+        """
         if not self._blocks:
             return [Measurement(model, name, None, unit, 0, reason=NOTHING_SEEN) for name, unit in UNITS.items()]
         return [
             _row(model, name, value, reason, sums.images, layer, head)
             for layer, sums in sorted(self._blocks.items())
             for name, head, value, reason in (*_per_head(sums), *_per_layer(sums))
+        ] + [
+            Measurement(model, "attention", None, "", 0, layer, reason=NOT_SEEN)
+            for layer in range(self._of_network)
+            if layer not in self._blocks
         ]
 
 

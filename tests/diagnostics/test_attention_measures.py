@@ -247,6 +247,23 @@ def test_a_network_without_attention_says_why_there_is_nothing() -> None:
     assert all(row.value is None and row.layer is None and "ConvNet" in str(row.reason) for row in rows)
 
 
+def test_blocks_that_gave_nothing_are_told_where_others_did() -> None:
+    """PVT's blocks attend to a map that is pooled to fewer keys, but for the last stage's two."""
+    subject = attending.timm_network("pvt_v2_b0")
+    measures, plain = AttentionMeasures(len(blocks_of(subject.backbone))), AttentionMeasures()
+    with torch.no_grad(), watching_attention(subject, measures.update), watching_attention(subject, plain.update):
+        subject.tokens(attending.pixels(2, (64, 64)))
+    rows = measures.rows("pvt")
+    told = [row for row in rows if row.measure == "attention"]
+    assert [(row.layer, row.value, row.images) for row in told] == [(number, None, 0) for number in range(6)]
+    assert all("not seen in this block" in str(row.reason) for row in told)
+    assert [row for row in rows if row not in told] == plain.rows("pvt")
+
+
+def test_a_network_without_attention_is_told_once_however_many_blocks_it_has() -> None:
+    assert AttentionMeasures(12).rows("a ConvNet") == AttentionMeasures().rows("a ConvNet")
+
+
 def test_one_head_and_one_patch_have_no_one_to_be_compared_with() -> None:
     measures = AttentionMeasures()
     measures.update(0, of_grid(torch.ones(1, 1, 1), 1, 1))
