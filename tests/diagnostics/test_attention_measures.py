@@ -251,7 +251,12 @@ def test_blocks_that_gave_nothing_are_told_where_others_did() -> None:
     """PVT's blocks attend to a map that is pooled to fewer keys, but for the last stage's two."""
     subject = attending.timm_network("pvt_v2_b0")
     measures, plain = AttentionMeasures(len(blocks_of(subject.backbone))), AttentionMeasures()
-    with torch.no_grad(), watching_attention(subject, measures.update), watching_attention(subject, plain.update):
+
+    def update(block: int, attention: Attention) -> None:
+        for each in (measures, plain):
+            each.update(block, attention)
+
+    with torch.no_grad(), watching_attention(subject, update):
         subject.tokens(attending.pixels(2, (64, 64)))
     rows = measures.rows("pvt")
     told = [row for row in rows if row.measure == "attention"]
