@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fdscale.blocks import blocks_of
 from fdscale.diagnostics.catching import CatchingAttention, weights_first
 from fdscale.diagnostics.subjects import Subject
-from fdscale.diagnostics.windows import WINDOWED, Grid, block_places, grid_places
+from fdscale.diagnostics.windows import WINDOWED, Grid, block_places, block_regions, grid_places
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,15 @@ class Attention:
 
     `weights`, fp32 (B, W, H, n, n), are softmaxed over the last axis and the network's own: not to be changed in place.
     `positions`, fp32 (W, n, 2), are the centres (y, x) of the tokens' patches in pixels of the backbone's image; NaN
-    for prefix tokens, of which there are `prefix_tokens` before the patches, and for padding.
+    for prefix tokens, of which there are `prefix_tokens` before the patches, and for padding. `regions`, int64 (W, n):
+    a mask keeps tokens of a window that have different numbers from each other, as in Swin's shifted ones; None where
+    there is no mask.
     """
 
     weights: Tensor
     positions: Tensor
     prefix_tokens: int = 0
+    regions: Tensor | None = None
 
 
 Seen = Callable[[int, Attention], None]
@@ -89,7 +92,8 @@ class _Image:
             maps = [(shape[1], shape[2]), (shape[2], shape[3])]  # channels last, first
             return next(((grid, 0) for grid in maps if grid[0] * grid[1] == tokens), None)
         aspect = self.size[0] / self.size[1]
-        for prefix in (prefix_tokens, 0) if tokens in shape[:2] else ():
+        of_tokens = shape[1] if shape[0] == self.batch else shape[0] if shape[1] == self.batch else None
+        for prefix in (prefix_tokens, 0) if tokens == of_tokens else ():
             high, wide = (round((max(tokens - prefix, 0) * ratio) ** 0.5) for ratio in (aspect, 1 / aspect))
             if 0 < high * wide == tokens - prefix:
                 return (high, wide), prefix
@@ -161,17 +165,20 @@ class _Watch:
         image = self._image
         placed = [(weights, *found) for weights in run.caught if (found := self._place(run, image, weights))]
         if placed:
-            _, positions, prefix_tokens = placed[0]
+            _, positions, prefix_tokens, regions = placed[0]
             by_window = [weights.unflatten(0, (-1, len(positions))) for weights, *_ in placed]
             weights = by_window[0] if len(by_window) == 1 else torch.cat(by_window, dim=2)
-            self._seen(run.number, Attention(weights, positions.to(weights.device), prefix_tokens))
+            device = weights.device
+            regions = None if regions is None else regions.to(device)
+            self._seen(run.number, Attention(weights, positions.to(device), prefix_tokens, regions))
 
-    def _place(self, run: _Running, image: _Image, weights: Tensor) -> tuple[Tensor, int] | None:
-        """Where the tokens of (rows, H, n, n) are, in pixels (W, n, 2), and how many come before the patches."""
+    def _place(self, run: _Running, image: _Image, weights: Tensor) -> tuple[Tensor, int, Tensor | None] | None:
+        """Where the tokens of (rows, H, n, n) are, in pixels (W, n, 2), how many precede the patches, and regions."""
         rows, tokens = weights.shape[0], weights.shape[-1]
+        regions = None
         if isinstance(run.block, WINDOWED):
             grid, prefix = (run.shape[1], run.shape[2]), 0
-            places = block_places(run.block, grid)
+            places, regions = block_places(run.block, grid), block_regions(run.block, grid)
         elif (found := image.grid_of(run.shape, tokens, self._prefix_tokens)) is not None:
             grid, prefix = found
             places = grid_places(grid, prefix)
@@ -179,7 +186,7 @@ class _Watch:
             return None
         if (rows, tokens) != (image.batch * places.shape[0], places.shape[1]):
             return None
-        return (places + 0.5) * torch.tensor(image.stride_of(grid)), prefix
+        return (places + 0.5) * torch.tensor(image.stride_of(grid)), prefix, regions
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

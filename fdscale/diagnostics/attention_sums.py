@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fdscale.config.errors import UserError
@@ -14,9 +15,10 @@ TINY = 1e-300  # a row that gives patches nothing at all stays zeros
 class AttentionSums:
     """What is added up of one block, image by image: as large for a million of them as for one.
 
-    Patch tokens alone are queries and keys; each row is divided by what it gave to them. W windows, H heads, n tokens.
+    Patch tokens alone are queries and keys, and of a masked window those of one region; each row is divided by what it
+    gave to them. W windows of up to R regions, H heads, n tokens; `members`, (W, n, R), are the patches of each region.
     `distance` (pixels), `entropy`, `on_prefix`: (H,), sums of the means over an image's queries; `information`: (H,),
-    of the means over its windows; `similarity` of the mean over pairs of heads; `average`, (W, n, n), of the
+    of the means over its regions; `similarity` of the mean over pairs of heads; `average`, (W, n, n), of the
     heads' mean.
     """
 
@@ -25,7 +27,9 @@ class AttentionSums:
         self.patches = ~first.positions.isnan().any(dim=-1)  # (W, n)
         self.images, self.heads = 0, first.weights.shape[2]
         places = first.positions.nan_to_num().double()
-        self._pairs = self.patches[:, :, None] & self.patches[:, None, :]
+        regions = torch.zeros_like(self.patches, dtype=torch.long) if first.regions is None else first.regions
+        self.members = F.one_hot(regions).bool() & self.patches[..., None]
+        self._pairs = self.members.double() @ self.members.double().transpose(1, 2) > 0
         self._distances = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist") * self._pairs
         zeros = self._distances.new_zeros
         self.distance, self.entropy, self.on_prefix = zeros(self.heads), zeros(self.heads), zeros(self.heads)
@@ -58,12 +62,17 @@ class AttentionSums:
         self.images += 1
 
     def _information(self, maps: Tensor, entropies: Tensor) -> Tensor:
-        """I(q; k) / sqrt(H(q) H(k)) of equally likely queries, the mean over windows of two patches or more: (H,)."""
-        counts = self.patches.sum(dim=-1)
+        """I(q; k) / sqrt(H(q) H(k)) of equally likely queries, the mean over regions of two patches or more: (H,)."""
+        members = self.members.double()
+        counts = members.sum(dim=1)  # (W, R)
         large = counts > 1
-        counts = counts[large][:, None].double()
-        of_keys = torch.special.entr(maps[large].sum(dim=-2) / counts[..., None]).sum(dim=-1)
-        shared = of_keys - entropies[large].sum(dim=-1) / counts
+        queries = (members @ counts[..., None]).mT.clamp(min=1)  # of each token's region, (W, 1, n)
+        of_keys, of_rows = (
+            torch.einsum("whn,wnr->wrh", values, members)[large]
+            for values in (torch.special.entr(maps.sum(dim=-2) / queries), entropies)
+        )
+        counts = counts[large][:, None]
+        shared = of_keys - of_rows / counts
         normalised = shared / (counts.log() * of_keys).sqrt()
         return normalised.masked_fill(of_keys <= 0, 0.0).mean(dim=0)  # one key for all queries tells nothing
 

@@ -131,8 +131,8 @@ class _Layer:
 
     def _likeness(self) -> tuple[float | None, str | None]:
         mean = float(self.similarity) / self.images
-        if math.isnan(mean):
-            return None, NOT_FINITE if self.sum.isnan().any() else "an image has one token"
+        if not math.isfinite(mean):
+            return None, "an image has one token" if self.sum.isfinite().all() else NOT_FINITE
         return mean, None
 
 

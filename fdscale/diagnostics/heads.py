@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,12 +21,27 @@ from fdscale.training.linear import Features, best_linear
 WEIGHT = "head.weight"
 
 
+class PooledNormHead(nn.Sequential):
+    """A classifier with a norm of its own behind the pooling: it is given tokens without the final norm before it."""
+
+
+@contextmanager
+def without_final_norm(backbone: nn.Module) -> Iterator[None]:
+    """Inside, the network gives the tokens that its final `norm` is given; afterwards it has it again."""
+    norm = backbone.norm
+    backbone.norm = nn.Identity()
+    try:
+        yield
+    finally:
+        backbone.norm = norm
+
+
 def run_head(student: Student, file: Path) -> nn.Module:
     """The classifier in `file`, a run's `classifier.safetensors`, for the student of the student file beside it.
 
     Maps the mean of the patch tokens (B, C) to logits (B, classes), fp32, as the run's own. Where the file has a norm
-    after pooling, which is the student file's final norm too, the final norm is taken out of `student`: it must be
-    loaded before. Raises UserError for a file that is no classifier, or one of another student.
+    after pooling, which the student file has as its final norm, it is a `PooledNormHead`. Raises UserError for a file
+    that is no classifier, or one of another student.
     """
     held = read_weights(file)
     if WEIGHT not in held:
@@ -33,13 +50,11 @@ def run_head(student: Student, file: Path) -> nn.Module:
     new_norm = any(name.startswith(NEW_NORM) for name in held)
     if new_norm:
         parts = {NEW_NORM.rstrip("."): _norm_like_the_final(student, file), **parts}
-    head = nn.Sequential(OrderedDict(parts))
+    head = (PooledNormHead if new_norm else nn.Sequential)(OrderedDict(parts))
     try:
         head.load_state_dict(held)
     except RuntimeError as error:  # other names or shapes
         raise UserError(f"{file}: not the classifier of a student of width {student.width}: {error}") from error
-    if new_norm:
-        student.backbone.norm = nn.Identity()
     return head.eval().requires_grad_(False)
 
 

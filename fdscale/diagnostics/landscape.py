@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,8 @@ def loss_landscape(
 
     A subject's head was trained with its network and moves with it. A subject without one gets a linear classifier
     fitted to its features of these same images, which stays: how long its weights are is the penalty's doing. Weights
-    come back bit for bit. Raises UserError for weights that are not finite, and for labels that the head has not.
+    come back bit for bit. Rows say in `classifier` which it was. Raises UserError for weights that are not finite, for
+    labels that the head has not, and where a head must be fitted and all images are of one class.
     """
     _refuse_broken(subject)
     head = subject.head if subject.head is not None else _fitted(subject, labelled, batch)
@@ -66,7 +67,8 @@ def loss_landscape(
     def evaluated() -> Point:
         return _evaluated(subject, head, labelled, batch)
 
-    return landscape_of(subject.name, nn.ModuleList(moved), evaluated, len(labelled), plan, advance)
+    rows = landscape_of(subject.name, nn.ModuleList(moved), evaluated, len(labelled), plan, advance)
+    return [replace(row, classifier="fitted" if subject.head is None else "run") for row in rows]
 
 
 @torch.no_grad()
@@ -81,6 +83,11 @@ def _evaluated(subject: Subject, head: nn.Module, labelled: LabelledImages, batc
 
 
 def _fitted(subject: Subject, labelled: LabelledImages, batch: int) -> nn.Module:
+    if len(labelled.labels.unique()) < 2:
+        raise UserError(
+            f"{subject.name}: it has no classifier, and none can be fitted to {len(labelled)} images of one class: "
+            "their loss would be flat whatever the weights; look at more images, or at a run with its classifier"
+        )
     with torch.no_grad():
         features = [subject.pooled(pixels) for pixels, _ in labelled.batches(batch, _device(subject))]
     return fitted_head(torch.cat(features), labelled.labels.to(_device(subject)))

@@ -28,6 +28,7 @@ from fdscale.training.run_directory import RunDirectory
 
 FORMS = "a run's folder, a student file, timm:NAME=FILE, TEACHER=FILE, or either with =random"
 WEIGHTS = ".safetensors"
+IMPORTED = ("set teacher.name to student_file", "name the student file that it leaves")
 OF_A_RECIPE = re.compile(r"teacher\.(\w+: )?")  # here networks have no settings of that name
 
 
@@ -103,10 +104,21 @@ def _student(text: str, path: Path) -> Asked:
         raise UserError(f"{text}: no {weights.name} in it; a run leaves it when its last step is done")
     if path.is_file() and weights.suffix != WEIGHTS:
         raise UserError(f"{text}: no student file, whose name ends in {WEIGHTS}; other files as NAME={text}")
+    if not weights.with_suffix(".json").is_file():
+        raise UserError(_not_alone(text, weights))
     file_geometry(weights)
     folder = weights.resolve().parent.name
     name = weights.stem.replace("student", folder, 1) if weights.stem.startswith("student") else weights.stem
     return Asked(text, name, weights)
+
+
+def _not_alone(text: str, weights: Path) -> str:
+    """Of weights without a geometry beside them."""
+    student = weights.with_name(weights.name.replace("classifier", "student", 1))
+    if student != weights and student.is_file():
+        return f"{text}: a run's classifier is no network; name {student}, which it comes with"
+    described = weights.with_suffix(".json").name
+    return f"{text}: no {described} beside it, which tells a student's network; weights of a named one as NAME={text}"
 
 
 def _unknown(text: str, source: str) -> str:
@@ -137,8 +149,20 @@ def _fetched(text: str, name: str) -> str:
 
 def _told_of(text: str, error: UserError) -> SettingsError:
     """Mistakes that are told of a recipe's teacher, told of a model."""
+    source, _, weights = text.partition("=")
+    if weights and _is_student(Path(weights)):
+        return SettingsError([f"{text}: {weights} is a student and no {source}; name it alone, {weights}"])
     problems = error.problems if isinstance(error, SettingsError) else [str(error)]
-    return SettingsError([f"{text}: {OF_A_RECIPE.sub('', problem, count=1)}" for problem in problems])
+    told = [OF_A_RECIPE.sub("", problem, count=1).replace(*IMPORTED) for problem in problems]
+    return SettingsError([f"{text}: {problem}" for problem in told])
+
+
+def _is_student(path: Path) -> bool:
+    try:
+        file_geometry(RunDirectory(path).student if path.is_dir() else path)
+    except UserError:
+        return False
+    return True
 
 
 def _names_short(models: int, names: int) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,9 @@ class Measurement:
 
     `layer` counts blocks from 0 over the whole depth, `head` attention heads within it; `other` and `other_layer` name
     the second model where two are compared; `direction` counts random directions, `at` is where on one, or on two, the
-    value was taken. `low` and `high` are a 95 % interval. `reason` says why there is no value.
+    value was taken, and `classifier` whose loss it is: of the one that the `run` left, which moves with the network, or
+    of one `fitted` to the same images, which stays. `low` and `high` are a 95 % interval. `reason` says why there is
+    no value.
     """
 
     model: str
@@ -28,6 +31,7 @@ class Measurement:
     other_layer: int | None = None
     direction: int | None = None
     at: tuple[float, ...] | None = None
+    classifier: Literal["run", "fitted"] | None = None
     low: float | None = None
     high: float | None = None
     reason: str | None = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fdscale.diagnostics.heads import PooledNormHead, without_final_norm
 from fdscale.students.student import Student
 from fdscale.teachers.teacher import Teacher
 
@@ -15,7 +17,10 @@ class Subject:
     """A network in evaluation mode that needs no gradient, by the name that rows and figures call it.
 
     `network` maps pixels (B, 3, H, W) in [0, 1] to tokens (B, prefix + h*w, C) after its final norm, whatever its own
-    normalisation is; `head` maps the mean of its patch tokens (B, C), fp32, to logits (B, classes).
+    normalisation is; `head` maps the mean of its patch tokens (B, C), fp32, to logits (B, classes). A run that was
+    fine-tuned with `head.norm="after_pooling"` had no final norm: its student file has the head's norm in that place,
+    and so have the `tokens`, which are then what those of any other network are; only what the head is given, `pooled`,
+    comes without.
     """
 
     name: str
@@ -41,4 +46,7 @@ class Subject:
 
     def pooled(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] -> the mean of the patch tokens, fp32 (B, C): what a head is given."""
-        return self.tokens(pixels)[:, self.prefix_tokens :].float().mean(dim=1)
+        own_norm = isinstance(self.head, PooledNormHead)
+        with without_final_norm(self.backbone) if own_norm else nullcontext():
+            tokens = self.tokens(pixels)
+        return tokens[:, self.prefix_tokens :].float().mean(dim=1)

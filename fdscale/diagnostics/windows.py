@@ -1,4 +1,4 @@
-"""Where in the image the tokens of a block's windows are: the cyclic shift undone, padding marked."""
+"""Where in the image the tokens of a block's windows are, the cyclic shift undone, and which of them are masked."""
 
 from __future__ import annotations
 
@@ -15,10 +15,19 @@ Grid = tuple[int, int]
 
 def block_places(block: nn.Module, grid: Grid) -> Tensor:
     """Rows and columns on its map of the tokens of a `WINDOWED` block's windows, as `window_places`."""
+    return window_places(grid, *_window_and_shift(block), bool(getattr(block, "pads_first", False)))
+
+
+def block_regions(block: nn.Module, grid: Grid) -> Tensor:
+    """Which tokens of a `WINDOWED` block's windows its mask lets see each other, as `window_regions`."""
+    return window_regions(grid, *_window_and_shift(block))
+
+
+def _window_and_shift(block: nn.Module) -> tuple[Grid, Grid]:
     window, shift = block.window_size, block.shift_size  # the block's own: where one window covers the map, both shrank
     assert isinstance(window, tuple)
     assert isinstance(shift, tuple)
-    return window_places(grid, window, shift, bool(getattr(block, "pads_first", False)))
+    return window, shift
 
 
 def window_places(grid: Grid, window: Grid, shift: Grid, pads_first: bool) -> Tensor:
@@ -29,11 +38,26 @@ def window_places(grid: Grid, window: Grid, shift: Grid, pads_first: bool) -> Te
     then rolled.
     """
     rows, columns = (_along(*sizes, pads_first) for sizes in zip(grid, window, shift, strict=True))
-    shape = (len(rows), len(columns), window[0], window[1])
-    down = rows[:, None, :, None].expand(shape)
-    across = columns[None, :, None, :].expand(shape)
-    places = torch.stack((down, across), dim=-1).reshape(len(rows) * len(columns), -1, 2)
+    places = _in_windows(rows, columns)
     return places.masked_fill(places.isnan().any(dim=-1, keepdim=True), torch.nan)
+
+
+def window_regions(grid: Grid, window: Grid, shift: Grid) -> Tensor:
+    """Which tokens of a window the mask of a shifted map lets see each other: int64 (W, n), a number for each region.
+
+    The roll puts what left the map above and on the left beside what is below and on the right: the last `shift` rows
+    and columns of the map in whole windows, padding included, are masked from the others (Swin, section 3.2).
+    """
+    rows, columns = (_regions_along(*sizes) for sizes in zip(grid, window, shift, strict=True))
+    down, across = _in_windows(rows, columns).unbind(dim=-1)
+    return 2 * down + across
+
+
+def _in_windows(rows: Tensor, columns: Tensor) -> Tensor:
+    """Of tokens down (windows, h) and across (windows, w): pairs of both, (W, h*w, 2)."""
+    shape = (len(rows), len(columns), rows.shape[1], columns.shape[1])
+    pairs = torch.stack((rows[:, None, :, None].expand(shape), columns[None, :, None, :].expand(shape)), dim=-1)
+    return pairs.reshape(len(rows) * len(columns), -1, 2)
 
 
 def _along(length: int, window: int, shift: int, pads_first: bool) -> Tensor:
@@ -43,6 +67,12 @@ def _along(length: int, window: int, shift: int, pads_first: bool) -> Tensor:
     rolled = padded if pads_first else padded[:length]
     padded[: len(rolled)] = rolled.roll(-shift)
     return padded.view(-1, window)
+
+
+def _regions_along(length: int, window: int, shift: int) -> Tensor:
+    """Along one side, whether each token of each window is among the last `shift`: int64 (windows, window)."""
+    padded = -(-length // window) * window
+    return (torch.arange(padded) >= padded - shift).long().view(-1, window)
 
 
 def grid_places(grid: Grid, prefix_tokens: int) -> Tensor:

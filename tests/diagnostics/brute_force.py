@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 Array = NDArray[np.float64]
 Place = tuple[float, float] | None  # (y, x) in pixels; None for prefix tokens and padding
+Region = tuple[int, int]
 Key = tuple[str, int | None]  # measure, head
 
 
@@ -77,12 +79,14 @@ def beit_attention(block: Any, tokens: Array, table: Array, side: int) -> Array:
     return softmax(logits)
 
 
-def swin_v2_attention(block: Any, tokens: Array, pads_first: bool) -> tuple[list[Array], list[list[Place]]]:
-    """By window (H, n, n), and its tokens' (row, column) on the map (h, w, C), None for padding."""
+def swin_v2_attention(
+    block: Any, tokens: Array, pads_first: bool
+) -> tuple[list[Array], list[list[Place]], list[list[Region]]]:
+    """By window (H, n, n), its tokens' (row, column) on the map (h, w, C), None for padding, and their regions."""
     height, width, _ = tokens.shape
     (high, wide), (down, across) = block.window_size, block.shift_size
     whole = (math.ceil(height / high) * high, math.ceil(width / wide) * wide)
-    maps, places = [], []
+    maps, places, parts = [], [], []
     for top, left in itertools.product(range(0, whole[0], high), range(0, whole[1], wide)):
         members = [(top + y, left + x) for y in range(high) for x in range(wide)]
         rows = [_before(y, down, height, whole[0], pads_first) for y, _ in members]
@@ -95,7 +99,8 @@ def swin_v2_attention(block: Any, tokens: Array, pads_first: bool) -> tuple[list
         ]
         maps.append(_cosine_attention(block.attn, inside, regions))
         places.append(found)
-    return maps, places
+        parts.append(regions)
+    return maps, places, parts
 
 
 def _before(at: int, shift: int, length: int, padded: int, pads_first: bool) -> int | None:
@@ -135,8 +140,15 @@ def _position_bias(attention: Any, i: int, j: int) -> Array:
     return 16 / (1 + np.exp(-array(second.weight) @ hidden))
 
 
-def measures(images: list[list[Array]], places: list[list[Place]], prefix: int) -> dict[Key, float]:
-    """Every measure of one block; `images` are by image and window (H, n, n), `places` by window and token."""
+def measures(
+    images: list[list[Array]], places: list[list[Place]], prefix: int, regions: Sequence[Sequence[object]] | None = None
+) -> dict[Key, float]:
+    """Every measure of one block; `images` are by image and window (H, n, n), `places` by window and token.
+
+    Tokens of different `regions`, likewise by window and token, do not see each other: each region is as a window.
+    """
+    if regions is not None:
+        images, places = _apart(images, places, regions)
     heads = len(images[0][0])
     patches = [[i for i, place in enumerate(window) if place is not None] for window in places]
     kept = [
@@ -167,6 +179,19 @@ def measures(images: list[list[Array]], places: list[list[Place]], prefix: int) 
             for one, other in itertools.combinations(range(heads), 2)
         )
     return found | _of_averages(kept, places, patches)
+
+
+def _apart(
+    images: list[list[Array]], places: list[list[Place]], regions: Sequence[Sequence[object]]
+) -> tuple[list[list[Array]], list[list[Place]]]:
+    """Windows taken apart into their regions."""
+    parts = [
+        (window, [token for token, region in enumerate(of_tokens) if region == wanted])
+        for window, of_tokens in enumerate(regions)
+        for wanted in dict.fromkeys(of_tokens)
+    ]
+    maps = [[image[window][:, own][:, :, own] for window, own in parts] for image in images]
+    return maps, [[places[window][token] for token in own] for window, own in parts]
 
 
 def _of_averages(
@@ -212,7 +237,7 @@ def _at(place: Place) -> tuple[float, float]:
 
 
 def _mean(values: Any) -> float:
-    return float(np.mean(list(values)))
+    return float(np.mean(list(values) or [math.nan]))
 
 
 def cosine(one: Array, other: Array) -> float:

@@ -17,7 +17,7 @@ from fdscale.blocks import blocks_of
 from fdscale.diagnostics.attention import Attention, watching_attention
 from fdscale.diagnostics.subjects import Subject
 from tests.diagnostics import attending, brute_force
-from tests.diagnostics.brute_force import Array, Place
+from tests.diagnostics.brute_force import Array, Place, Region
 
 Seen = dict[int, list[Attention]]
 
@@ -33,23 +33,25 @@ def grid_places(side: int, prefix: int, stride: float) -> list[list[Place]]:
     return [[None] * prefix + patches]
 
 
-def by_hand(subject: Subject, number: int, tokens: Array) -> tuple[list[Array], list[list[Place]]]:
-    """One image's attention of one block by window (H, n, n), and its tokens' places in pixels."""
+def by_hand(
+    subject: Subject, number: int, tokens: Array
+) -> tuple[list[Array], list[list[Place]], list[list[Region]] | None]:
+    """One image's attention of one block by window (H, n, n), its tokens' places in pixels, and their regions."""
     block: Any = list(blocks_of(subject.backbone).values())[number]
     if subject.name == "open_clip":
-        return [brute_force.clip_attention(block, tokens)], grid_places(4, 1, 8)
+        return [brute_force.clip_attention(block, tokens)], grid_places(4, 1, 8), None
     if subject.name == "beit":
         holder: Any = subject.backbone.rel_pos_bias or block.attn
         table = brute_force.array(holder.relative_position_bias_table)
-        return [brute_force.beit_attention(block, tokens, table, 4)], grid_places(4, 1, 8)
+        return [brute_force.beit_attention(block, tokens, table, 4)], grid_places(4, 1, 8), None
     if subject.name.endswith("swin_v2"):
-        maps, places = brute_force.swin_v2_attention(block, tokens, getattr(block, "pads_first", False))
+        maps, places, regions = brute_force.swin_v2_attention(block, tokens, getattr(block, "pads_first", False))
         stride = 32 / len(tokens)
         pixels: list[list[Place]] = [
             [at and ((at[0] + 0.5) * stride, (at[1] + 0.5) * stride) for at in window] for window in places
         ]
-        return maps, pixels
-    return [brute_force.vit_attention(block, tokens)], grid_places(4, 1, 8)
+        return maps, pixels, regions
+    return [brute_force.vit_attention(block, tokens)], grid_places(4, 1, 8), None
 
 
 FAMILIES: dict[str, Callable[[], Subject]] = {
@@ -73,7 +75,7 @@ def test_attention_and_places_are_those_of_plain_loops(family: str) -> None:
     assert list(seen) == list(given) == list(range(len(blocks_of(subject.backbone))))
     for number, (attention,) in seen.items():
         for image in range(2):
-            maps, places = by_hand(subject, number, brute_force.array(given[number][image]))
+            maps, places, _ = by_hand(subject, number, brute_force.array(given[number][image]))
             np.testing.assert_allclose(attention.weights[image].numpy(), np.stack(maps), atol=1e-5, rtol=0)
         expected = np.array([[at or (np.nan, np.nan) for at in window] for window in places])
         np.testing.assert_array_equal(attention.positions.numpy(), expected)
@@ -175,6 +177,18 @@ def test_networks_without_attention_from_patch_to_patch_are_never_seen(
     assert seen == {}
     with torch.no_grad():
         assert torch.equal(found, subject.tokens(images))
+
+
+def test_attention_over_as_many_channels_as_images_is_not_seen() -> None:
+    arguments = {"img_size": 32, "embed_dim": 64, "depth": 2, "cls_attn_layers": 1}  # heads of 16 channels, 4 patches
+    subject = attending.timm_network("xcit_nano_12_p16_224", **arguments)
+    assert watched(subject, attending.pixels(16))[1] == {}
+
+
+def test_as_many_images_as_tokens_are_seen_all_the_same() -> None:
+    for subject in (attending.vit(), attending.open_clip()):
+        _, seen = watched(subject, attending.pixels(17))
+        assert [attention.weights.shape for (attention,) in seen.values()] == [(17, 1, 2, 17, 17)] * 2
 
 
 def test_tokens_that_are_no_map_of_the_image_are_not_placed() -> None:

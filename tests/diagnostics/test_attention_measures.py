@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from fdscale.diagnostics.attention import Attention, watching_attention
 from fdscale.diagnostics.attention_measures import UNITS, AttentionMeasures
 from fdscale.diagnostics.rows import Measurement
 from fdscale.diagnostics.subjects import Subject
-from fdscale.diagnostics.windows import grid_places, window_places
+from fdscale.diagnostics.windows import block_places, block_regions, grid_places, window_places, window_regions
 from tests.diagnostics import attending, brute_force
 from tests.diagnostics.brute_force import Key, Place
 from tests.diagnostics.test_attention import FAMILIES, by_hand
+from tests.diagnostics.test_windows import KINDS, built
 
 
 def by_key(rows: list[Measurement], layer: int = 0) -> dict[Key, float | None]:
@@ -32,6 +34,9 @@ def by_key(rows: list[Measurement], layer: int = 0) -> dict[Key, float | None]:
 def assert_same(found: dict[Key, float | None], expected: dict[Key, float]) -> None:
     assert set(found) == set(expected)
     for key, value in expected.items():
+        if math.isnan(value):  # no region has two patches
+            assert found[key] is None
+            continue
         assert found[key] == pytest.approx(value, abs=1e-5, rel=0), key
 
 
@@ -59,8 +64,8 @@ def test_every_measure_of_a_network_is_that_of_plain_loops(family: str) -> None:
     rows = measures.rows("a network")
     for number, tokens in given_tokens.items():
         by_image = [by_hand(subject, number, brute_force.array(image)) for image in tokens]
-        maps, places = [maps for maps, _ in by_image], by_image[0][1]
-        assert_same(by_key(rows, number), brute_force.measures(maps, places, subject.prefix_tokens))
+        maps, (_, places, regions) = [maps for maps, *_ in by_image], by_image[0]
+        assert_same(by_key(rows, number), brute_force.measures(maps, places, subject.prefix_tokens, regions))
     assert {row.images for row in rows} == {3}
     assert {row.model for row in rows} == {"a network"}
     assert all(row.unit == UNITS[row.measure] and row.reason is None for row in rows)
@@ -68,20 +73,24 @@ def test_every_measure_of_a_network_is_that_of_plain_loops(family: str) -> None:
 
 @st.composite
 def attentions(draw: st.DrawFn) -> Attention:
-    """Any attention: over a map with prefix tokens, or in windows that are shifted and padded."""
+    """Any attention: over a map with prefix tokens, or in windows that are shifted and padded, masked or not."""
     height, width = draw(st.integers(1, 4)), draw(st.integers(2, 4))
     images, heads = draw(st.integers(1, 3)), draw(st.integers(2, 3))
     prefix = draw(st.integers(0, 2))
+    regions = None
     if draw(st.booleans()):
         places = grid_places((height, width), prefix)
     else:
-        window, prefix = draw(st.integers(2, 3)), 0
-        places = window_places((height, width), (window, window), (draw(st.integers(0, 1)),) * 2, draw(st.booleans()))
+        window, shift, prefix = (draw(st.integers(2, 3)),) * 2, (draw(st.integers(0, 1)), draw(st.integers(0, 1))), 0
+        places = window_places((height, width), window, shift, draw(st.booleans()))
+        regions = window_regions((height, width), window, shift) if draw(st.booleans()) else None
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     sharpness = draw(st.sampled_from([0.3, 2.0, 10.0]))
     shape = (images, len(places), heads, places.shape[1], places.shape[1])
-    weights = (torch.randn(shape, generator=generator) * sharpness).softmax(-1)
-    return Attention(weights, (places + 0.5) * draw(st.sampled_from([1, 16, 24.9])), prefix)
+    logits = torch.randn(shape, generator=generator) * sharpness
+    if regions is not None:
+        logits -= 100.0 * (regions[:, None, :, None] != regions[:, None, None, :])
+    return Attention(logits.softmax(-1), (places + 0.5) * draw(st.sampled_from([1, 16, 24.9])), prefix, regions)
 
 
 @settings(max_examples=60, deadline=None)
@@ -91,7 +100,8 @@ def test_every_measure_of_any_attention_is_that_of_plain_loops(attention: Attent
         [None if math.isnan(y) else (y, x) for y, x in window] for window in attention.positions.tolist()
     ]
     images = [[window.double().numpy() for window in image] for image in attention.weights]
-    expected = brute_force.measures(images, places, attention.prefix_tokens)
+    regions = None if attention.regions is None else attention.regions.tolist()
+    expected = brute_force.measures(images, places, attention.prefix_tokens, regions)
     assert_same(measured(attention), expected)
 
 
@@ -100,7 +110,7 @@ def test_every_measure_of_any_attention_is_that_of_plain_loops(attention: Attent
 def test_it_does_not_matter_in_which_batches_images_come(attention: Attention, split: int) -> None:
     measures = AttentionMeasures()
     for weights in (attention.weights[:split], attention.weights[split:]):
-        measures.update(0, Attention(weights, attention.positions, attention.prefix_tokens))
+        measures.update(0, replace(attention, weights=weights))
     assert by_key(measures.rows("any")) == measured(attention)
 
 
@@ -125,6 +135,20 @@ def test_uniform_attention_is_as_far_as_two_random_patches_are(height: int, widt
         assert found["attention_entropy", head] == pytest.approx(math.log(patches), rel=1e-6)
         assert found["attention_information", head] == pytest.approx(0, abs=1e-6)
     assert found["attention_diagonality", None] == pytest.approx(0, abs=1e-6)
+    assert found["attention_column_share", None] == found["attention_offset_share", None] == 0
+    assert found["head_similarity", None] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", [14, 10])  # of whole windows, and padded
+def test_uniform_attention_under_a_blocks_own_mask_is_as_uniform_as_without(kind: str, side: int) -> None:
+    block = built(kind, (side, side), (7, 7), (3, 3))
+    mask = block.get_attn_mask(device="cpu", dtype=torch.float32)
+    weights = mask[None, :, None].expand(-1, -1, 2, -1, -1).softmax(-1)
+    grid = (side, side)
+    found = measured(Attention(weights, block_places(block, grid) + 0.5, regions=block_regions(block, grid)))
+    assert found["attention_diagonality", None] == pytest.approx(0, abs=1e-6)
+    assert found["attention_information", 0] == found["attention_information", 1] == pytest.approx(0, abs=1e-6)
     assert found["attention_column_share", None] == found["attention_offset_share", None] == 0
     assert found["head_similarity", None] == pytest.approx(1)
 
@@ -221,6 +245,28 @@ def test_a_network_without_attention_says_why_there_is_nothing() -> None:
     rows = AttentionMeasures().rows("a ConvNet")
     assert [row.measure for row in rows] == list(UNITS)
     assert all(row.value is None and row.layer is None and "ConvNet" in str(row.reason) for row in rows)
+
+
+def test_blocks_that_gave_nothing_are_told_where_others_did() -> None:
+    """PVT's blocks attend to a map that is pooled to fewer keys, but for the last stage's two."""
+    subject = attending.timm_network("pvt_v2_b0")
+    measures, plain = AttentionMeasures(len(blocks_of(subject.backbone))), AttentionMeasures()
+
+    def update(block: int, attention: Attention) -> None:
+        for each in (measures, plain):
+            each.update(block, attention)
+
+    with torch.no_grad(), watching_attention(subject, update):
+        subject.tokens(attending.pixels(2, (64, 64)))
+    rows = measures.rows("pvt")
+    told = [row for row in rows if row.measure == "attention"]
+    assert [(row.layer, row.value, row.images) for row in told] == [(number, None, 0) for number in range(6)]
+    assert all("not seen in this block" in str(row.reason) for row in told)
+    assert [row for row in rows if row not in told] == plain.rows("pvt")
+
+
+def test_a_network_without_attention_is_told_once_however_many_blocks_it_has() -> None:
+    assert AttentionMeasures(12).rows("a ConvNet") == AttentionMeasures().rows("a ConvNet")
 
 
 def test_one_head_and_one_patch_have_no_one_to_be_compared_with() -> None:

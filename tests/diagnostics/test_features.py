@@ -183,8 +183,13 @@ def test_what_has_no_value_has_a_reason() -> None:
         "one": (torch.rand(3, 1, 5), "token_similarity", "an image has one token"),
         "nan": (torch.full((3, 4, 5), math.nan), "feature_rank", "the tokens are not finite"),
         "also": (torch.full((3, 4, 5), math.nan), "token_similarity", "the tokens are not finite"),
+        "one is infinite": (
+            torch.cat([torch.rand(2, 4, 5), torch.full((1, 4, 5), math.inf)]).split(1),
+            "token_similarity",
+            "the tokens are not finite",
+        ),
         "infinite": (torch.full((3, 4, 5), math.inf), "token_similarity", "the tokens are not finite"),
     }
     for tokens, measure, reason in cases.values():
-        row = of_tokens(tokens)[measure]
+        row = of_tokens(*(tokens if isinstance(tokens, tuple) else [tokens]))[measure]
         assert (row.value, row.reason) == (None, reason)

@@ -11,14 +11,15 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from fdscale.config.errors import UserError
+from fdscale.diagnostics.features import watching_tokens
 from fdscale.diagnostics.heads import fitted_head, run_head
 from fdscale.diagnostics.subjects import Subject
 from fdscale.downstream.classifier import Classifier, save_classifier
-from fdscale.students.files import load_weights, write_weights
+from fdscale.students.files import load_weights, save_student, write_weights
 from fdscale.students.geometry import TimmGeometry, file_geometry
 from fdscale.students.student import Student, build_student
 from fdscale.training.linear import Features, best_linear
-from tests.diagnostics.networks import GEOMETRIES, pixels
+from tests.diagnostics.networks import GEOMETRIES, pixels, subject_of
 
 CLASSES = 5
 
@@ -51,7 +52,51 @@ def test_a_runs_head_is_its_classifier_to_the_bit(
     assert subject.head is not None
     with torch.no_grad():
         assert torch.equal(subject.head(subject.pooled(pixels(3))), classifier.logits(pixels(3)))
+        assert torch.equal(subject.tokens(pixels(3)), student_in(tmp_path)(pixels(3)))  # with the final norm again
     assert not any(parameter.requires_grad for parameter in subject.head.parameters())
+
+
+@pytest.mark.parametrize("norm", ["student", "after_pooling"])
+@pytest.mark.parametrize("family", ["beit", "vit", "swin_v2"])
+def test_a_run_that_learned_nothing_has_the_features_that_it_began_with(
+    family: str, norm: Literal["student", "after_pooling"], tmp_path: Path
+) -> None:
+    before = subject_of(family)
+    assert isinstance(before.network, Student)
+    final = before.backbone.norm.state_dict()  # type: ignore[union-attr, operator]
+    student = student_of(before.network, tmp_path / "before")
+    classifier = Classifier(student, CLASSES, 0.0, norm)
+    if norm == "after_pooling":
+        classifier.fc_norm.load_state_dict(final)
+    save_classifier(student, classifier.state_dict(), tmp_path)
+    after = student_in(tmp_path)
+    seen = [layers(before), layers(Subject("after", after, run_head(after, tmp_path / "classifier.safetensors")))]
+    for one, other in zip(*seen, strict=True):
+        assert torch.equal(one, other)
+
+
+def student_of(student: Student, folder: Path) -> Student:
+    save_student(student, student.backbone.state_dict(), folder)
+    return student_in(folder)
+
+
+def layers(subject: Subject) -> list[Tensor]:
+    """The patch tokens of every layer and of the output, as features, attention and alignment see them."""
+    seen: list[Tensor] = []
+    with torch.no_grad(), watching_tokens(subject, lambda _, tokens: seen.append(tokens)):
+        subject.tokens(pixels(5))
+    return seen
+
+
+def test_a_norm_that_is_left_out_comes_back_also_after_a_failure(tmp_path: Path) -> None:
+    left_by_a_run("beit", "after_pooling", tmp_path)
+    student = student_in(tmp_path)
+    subject = Subject("run", student, run_head(student, tmp_path / "classifier.safetensors"))
+    before, names = student.backbone.norm, [name for name, _ in student.named_parameters()]
+    with pytest.raises(RuntimeError):
+        subject.pooled(pixels(1)[:, :2])
+    assert student.backbone.norm is before
+    assert [name for name, _ in student.named_parameters()] == names
 
 
 def test_files_of_something_else_are_told(tmp_path: Path) -> None:
@@ -66,7 +111,6 @@ def test_files_of_something_else_are_told(tmp_path: Path) -> None:
     write_weights({"head.weight": torch.zeros(3, 32)}, tmp_path / "half.safetensors")
     with pytest.raises(UserError, match=r"half\.safetensors: not the classifier of a student of width 32"):
         run_head(student, tmp_path / "half.safetensors")
-    assert isinstance(student.backbone.norm, torch.nn.LayerNorm)  # only what fits takes it out
 
 
 def blobs() -> tuple[Tensor, Tensor]:

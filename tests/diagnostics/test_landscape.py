@@ -109,6 +109,20 @@ def test_weights_that_are_not_finite_are_named() -> None:
         landscape(subject)
 
 
+def test_rows_say_whose_classifier_it_was() -> None:
+    assert {row.classifier for row in landscape(subject_of("beit"))} == {"fitted"}
+    assert {row.classifier for row in landscape(with_head("beit"))} == {"run"}
+
+
+@pytest.mark.parametrize("images", [1, 5])
+def test_no_classifier_is_fitted_to_one_class_alone(images: int) -> None:
+    one_class = replace(labelled(images), labels=torch.full((images,), 2))
+    with pytest.raises(UserError, match=rf"beit: .* none can be fitted to {images} images of one class"):
+        loss_landscape(subject_of("beit"), one_class, PLAN, 3, lambda: None)
+    rows = loss_landscape(with_head("beit"), one_class, PLAN, 3, lambda: None)  # its own head tells classes apart
+    assert all(row.value is not None for row in rows)
+
+
 def test_labels_that_the_head_has_not_are_told() -> None:
     subject = with_head("beit")
     images = labelled()

@@ -108,6 +108,33 @@ def test_all_mistakes_of_all_models_are_told_at_once(saved: Saved, tmp_path: Pat
     assert not any("teacher" in problem.replace("TEACHER=", "") for problem in told)
 
 
+def test_a_student_by_another_networks_name_is_told_to_come_alone(saved: Saved, tmp_path: Path) -> None:
+    saved(tmp_path / "run")
+    file = tmp_path / "run" / "student.safetensors"
+    for name, weights in {"vit_s16": file, "clip_vit_b16": file, TINY: file, "vit_b16": tmp_path / "run"}.items():
+        assert mistakes(f"{name}={weights}") == [
+            f"{name}={weights}: {weights} is a student and no {name}; name it alone, {weights}"
+        ]
+
+
+def test_published_weights_of_a_student_are_told_to_be_imported(saved: Saved, tmp_path: Path) -> None:
+    saved(tmp_path)
+    (tmp_path / "student.json").unlink()
+    (told,) = mistakes(f"{TINY}={tmp_path}/student.safetensors")
+    assert told.endswith("run `fdscale import` on it and name the student file that it leaves")
+
+
+def test_weights_that_are_no_student_are_told_what_is_missing(saved: Saved, tmp_path: Path) -> None:
+    saved(tmp_path, classes=3)
+    write_weights({"head.weight": torch.zeros(3, 32)}, tmp_path / "other.safetensors")
+    assert mistakes(f"{tmp_path}/classifier.safetensors", f"{tmp_path}/other.safetensors") == [
+        f"{tmp_path}/classifier.safetensors: a run's classifier is no network; "
+        f"name {tmp_path}/student.safetensors, which it comes with",
+        f"{tmp_path}/other.safetensors: no other.json beside it, which tells a student's network; "
+        f"weights of a named one as NAME={tmp_path}/other.safetensors",
+    ]
+
+
 def test_names_that_do_not_fit_are_told() -> None:
     assert mistakes(TINY + "=random", names=("a", "b")) == [
         "--name: given 2 times for 1 models; give one for each, in their order, or none"

@@ -13,7 +13,7 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock
 from torch import Tensor, nn
 
-from fdscale.diagnostics.windows import block_places, grid_places, window_places
+from fdscale.diagnostics.windows import block_places, block_regions, grid_places, window_places, window_regions
 from fdscale.students.swin_v2 import SwinV2Block
 
 KINDS = ("v1", "v2", "cr", "ours", "ours, pads first")
@@ -57,6 +57,26 @@ def test_places_are_where_the_block_takes_its_tokens_from(
     places = block_places(block, grid)
     torch.testing.assert_close((places + 1).nan_to_num(), block.attn.windows, rtol=0, atol=0)
     assert torch.equal(places.isnan().any(dim=-1), (block.attn.windows == 0).all(dim=-1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25, deadline=None)
+@given(grid=st.tuples(sides, sides), window=st.tuples(st.integers(2, 5), st.integers(2, 5)), shifted=st.booleans())
+def test_regions_are_what_the_blocks_mask_keeps_apart(
+    kind: str, grid: tuple[int, int], window: tuple[int, int], shifted: bool
+) -> None:
+    block = built(kind, grid, window, (window[0] // 2, window[1] // 2) if shifted else (0, 0))
+    regions, mask = block_regions(block, grid), block.get_attn_mask(device="cpu", dtype=torch.float32)
+    apart = regions[:, :, None] != regions[:, None]
+    assert apart.shape[:2] == block_places(block, grid).shape[:2]
+    assert torch.equal(apart, torch.zeros_like(apart) if mask is None else mask != 0)
+
+
+def test_regions_of_a_whole_map_are_neighbours_in_the_image() -> None:
+    """Without padding, tokens of a window see each other where the image has them within its windows' reach."""
+    places, regions = window_places((14, 14), (7, 7), (3, 3), False), window_regions((14, 14), (7, 7), (3, 3))
+    near = ((places[:, :, None] - places[:, None]).abs() < 7).all(dim=-1)
+    assert torch.equal(near, regions[:, :, None] == regions[:, None])
 
 
 @given(grid=st.tuples(sides, sides), window=sides, shift=st.integers(0, 4), pads_first=st.booleans())
