@@ -14,7 +14,8 @@ class Measurement:
 
     `layer` counts blocks from 0 over the whole depth, `head` attention heads within it; `other` and `other_layer` name
     the second model where two are compared; `direction` counts random directions, `at` is where on one, or on two, the
-    value was taken. `low` and `high` are a 95 % interval. `reason` says why there is no value.
+    value was taken. `low` and `high` are a 95 % interval. `reason` says why there is no value. `classifier` says under
+    which one a loss was taken: the "run"'s own, or one "fitted" to these images.
     """
 
     model: str
@@ -31,6 +32,7 @@ class Measurement:
     low: float | None = None
     high: float | None = None
     reason: str | None = None
+    classifier: str | None = None
 
 
 def write_rows(rows: Iterable[Measurement], file: Path) -> None:
