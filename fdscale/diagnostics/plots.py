@@ -23,7 +23,9 @@ from fdscale.diagnostics.intervals import mean_interval
 from fdscale.diagnostics.rows import Measurement
 from fdscale.diagnostics.selection import (
     BOUNDED,
+    FAINTEST,
     Array,
+    around_uniform,
     by_layer,
     compared,
     curves,
@@ -63,7 +65,6 @@ BLOCK = "block"
 TOO_FAR_APART = 10.0
 LEAST = 0.05  # a smaller difference fills no panel: it would be read as a large one
 ENOUGH = 5  # directions, of which an interval is drawn
-FAINTEST = 0.1  # times uniform attention: what is less is drawn as dark
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -92,7 +93,9 @@ def plot_heads(rows: Sequence[Measurement], models: Sequence[str], measures: Map
             _from_zero(line[0], measure)
         for axes, model in zip(panels[0], models, strict=True):
             axes.set_title(_folded(model, len(models)))
-        _number_blocks(panels[-1])
+        for axes in panels[-1]:
+            axes.set_xticks([])
+        _number_blocks([panels[-1][place] for place in _measured(rows, models, measures)])
 
 
 def plot_layers(rows: Sequence[Measurement], models: Sequence[str], measures: Mapping[str, str], file: Path) -> None:
@@ -108,7 +111,7 @@ def plot_layers(rows: Sequence[Measurement], models: Sequence[str], measures: Ma
         for axes in panels[len(measures) :]:
             axes.set_visible(False)
         _number_blocks(panels[: len(measures)])
-        _name_models(figure, dict(enumerate(models)))
+        _name_models(figure, _measured(rows, models, measures))
 
 
 def plot_features(rows: Sequence[Measurement], models: Sequence[str], measures: Mapping[str, str], file: Path) -> None:
@@ -126,7 +129,7 @@ def plot_features(rows: Sequence[Measurement], models: Sequence[str], measures: 
             axes.set(ylabel=label, xlabel=BLOCK, xlim=(-0.05 * behind - 0.3, 1.05 * behind + 0.3))
             axes.set_xticks(*_block_ticks(behind))
             _from_zero(axes, measure)
-        _name_models(figure, dict(enumerate(models)))
+        _name_models(figure, _measured(rows, models, measures))
 
 
 def plot_maps(
@@ -134,7 +137,7 @@ def plot_maps(
 ) -> None:
     """The averaged attention maps of each model's first, middle and last block, times their size: uniform is 1."""
     shown = {model: first_middle_last(maps[model]) for model in models if maps.get(model)}
-    low, high = _around_uniform([value * len(value) for found in shown.values() for value in found.values()])
+    low, high = around_uniform([value * len(value) for found in shown.values() for value in found.values()])
     with _figure(file, len(shown), 2.0) as figure:
         panels = figure.subplots(len(shown), 3, squeeze=False)
         for line, (model, found) in zip(panels, shown.items(), strict=True):
@@ -158,13 +161,6 @@ def plot_maps(
         bar = figure.colorbar(drawn, ax=panels, aspect=30, extend="both", ticks=ticks, format="%g")
         bar.minorticks_off()
         bar.set_label("times uniform attention")
-
-
-def _around_uniform(maps: Sequence[Array]) -> tuple[float, float]:
-    """From where to where colours go, for all maps: at least a factor of three around uniform attention, which is 1."""
-    every = np.concatenate([values.ravel() for values in maps])
-    low, high = np.quantile(every, [0.002, 0.998]).tolist()
-    return min(max(low, FAINTEST), 1 / 3), max(high, 3.0)
 
 
 def plot_curves(rows: Sequence[Measurement], models: Sequence[str], measures: Mapping[str, str], file: Path) -> None:
@@ -240,9 +236,9 @@ def plot_surfaces(rows: Sequence[Measurement], models: Sequence[str], measure: s
 
 def _levels(values: Array) -> Array:
     """Some ten levels of all values, NaN left out; where they are all but one, those a little below it too."""
-    low, high = np.nanmin(values), np.nanmax(values)
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
     low = low if high - low >= LEAST else max(0.0, high - LEAST)
-    return MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(low, max(high, low + LEAST))
+    return np.asarray(MaxNLocator(10, steps=[1, 2, 5, 10]).tick_values(low, max(high, low + LEAST)))
 
 
 def plot_alignment(rows: Sequence[Measurement], measure: str, file: Path) -> None:
@@ -273,7 +269,7 @@ def _plot_pair(axes: Any, values: Array) -> None:
     axes.set_facecolor("#dddddd")
     ours, theirs = values.shape
     axes.set_yticks(*_block_ticks(ours - 1))
-    axes.set_xticks(*_block_ticks(theirs - 1))
+    axes.set_xticks(*_block_ticks(theirs - 1, apart=0.3))
 
 
 def _width(columns: int) -> float:
@@ -305,10 +301,10 @@ def _number_blocks(panels: Sequence[Any]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
 
 
-def _block_ticks(output: int) -> tuple[list[int], list[str]]:
-    """Numbers of some blocks, and the output, the layer behind them."""
+def _block_ticks(output: int, apart: float = 1 / 8) -> tuple[list[int], list[str]]:
+    """Numbers of some blocks, and the output, the layer behind them; its word stands `apart` from the next number."""
     numbered = MaxNLocator(6, integer=True, min_n_ticks=1).tick_values(0, max(output - 1, 0))
-    blocks = [int(block) for block in numbered if 0 <= block < output and block + output / 8 <= output]
+    blocks = [int(block) for block in numbered if 0 <= block < output and block + output * apart <= output]
     return [*blocks, output], [*map(str, blocks), "output"]
 
 
@@ -317,6 +313,11 @@ def _from_zero(axes: Any, measure: str) -> None:
     low, high = axes.get_ylim()
     top = max(1.05 * high, LEAST if measure in BOUNDED else 0)
     axes.set_ylim(low if low < -0.05 * top else 0, top)
+
+
+def _measured(rows: Sequence[Measurement], models: Sequence[str], measures: Iterable[str]) -> dict[int, str]:
+    """Of models by their places those that have a value."""
+    return {n: model for n, model in enumerate(models) if any(of(rows, model, measure) for measure in measures)}
 
 
 def _name_models(figure: Figure, models: Mapping[int, str]) -> None:
@@ -332,7 +333,6 @@ def _name_models(figure: Figure, models: Mapping[int, str]) -> None:
 
 def _say_nothing(axes: Any) -> None:
     """An empty panel is not read as zero."""
-    axes.set_xlim(0, 1)
     axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color="#666666")
 
 

@@ -12,6 +12,7 @@ from fdscale.diagnostics.rows import Measurement
 
 Array = NDArray[np.float64]
 LAYER = re.compile(r"^(layer|block) \d+: ")
+FAINTEST = 0.1  # times uniform attention: what is less is drawn as dark
 RUN, FITTED = "run", "fitted"
 HEADS = {RUN: "its own head", FITTED: "head fitted to these images"}
 LANDSCAPE = {"landscape", "landscape_loss", "landscape_accuracy", "sharpness", "loss_rise"}
@@ -113,6 +114,13 @@ def under_a_head(rows: Iterable[Measurement], model: str) -> str:
     """`MODEL (its own head)`."""
     head = HEADS.get(classifier_of(rows, model) or "")
     return f"{model} ({head})" if head else model
+
+
+def around_uniform(maps: Sequence[Array]) -> tuple[float, float]:
+    """From where to where colours go, for all maps: at least a factor of three around uniform attention, which is 1."""
+    every = np.concatenate([values.ravel() for values in maps])
+    low, high = np.quantile(every, [0.002, 0.998]).tolist()
+    return min(max(low, FAINTEST), 1 / 3), max(high, 3.0)
 
 
 def images_in(rows: Iterable[Measurement], model: str | None = None) -> tuple[int, int]:

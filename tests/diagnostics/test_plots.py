@@ -200,9 +200,26 @@ def test_a_pair_without_values_says_so_and_blocks_keep_their_numbers(tmp_path: P
     assert np.array_equal(
         np.ma.filled(image.get_array(), np.nan), [[np.nan, 0.5, 0.5], [np.nan, 0.2, 0.3]], equal_nan=True
     )
-    assert [label.get_text() for label in half.get_xticklabels()] == ["0", "1", "output"]
+    assert [label.get_text() for label in half.get_xticklabels()] == ["0", "1", "output"]  # none runs into the next
     assert [label.get_text() for label in half.get_yticklabels()] == ["0", "output"]
     for axes in (none, failed):
         assert [text.get_text() for text in axes.texts] == ["not measured"]
         assert not axes.get_images()
         assert len(axes.get_xticks()) == 0
+
+
+def test_a_model_without_attention_has_no_ticks_and_no_place_in_the_legend(
+    tmp_path: Path, figures: list[Figure]
+) -> None:
+    """And a measure without values does not narrow the panel of the other."""
+    rows = [*layers("a", "attention_entropy", [1.0] * 12), *layers("a", "head_similarity", [0.5] * 12)]
+    measures = {"attention_entropy": "entropy", "attention_information": "information"}
+    plots.plot_heads(rows, ["a", "none"], measures, tmp_path / "x")
+    there, none = figures[0].axes[2:]
+    assert there.get_xlim()[1] > 11
+    assert len(there.get_xticks()) > 2
+    assert len(none.get_xticks()) == 0
+    plots.plot_layers(rows, ["none", "a"], {"head_similarity": "similarity"}, tmp_path / "y")
+    assert [text.get_text() for text in figures[1].legends[0].get_texts()] == ["a"]
+    (_, line) = figures[1].axes[0].lines
+    assert line.get_color() == plots.COLOURS[1]
