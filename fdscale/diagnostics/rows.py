@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,9 @@ class Measurement:
 
     `layer` counts blocks from 0 over the whole depth, `head` attention heads within it; `other` and `other_layer` name
     the second model where two are compared; `direction` counts random directions, `at` is where on one, or on two, the
-    value was taken. `low` and `high` are a 95 % interval. `reason` says why there is no value. `classifier` says under
-    which one a loss was taken: the "run"'s own, or one "fitted" to these images.
+    value was taken, and `classifier` whose loss it is: of the one that the `run` left, which moves with the network, or
+    of one `fitted` to the same images, which stays. `low` and `high` are a 95 % interval. `reason` says why there is
+    no value.
     """
 
     model: str
@@ -29,10 +31,10 @@ class Measurement:
     other_layer: int | None = None
     direction: int | None = None
     at: tuple[float, ...] | None = None
+    classifier: Literal["run", "fitted"] | None = None
     low: float | None = None
     high: float | None = None
     reason: str | None = None
-    classifier: str | None = None
 
 
 def write_rows(rows: Iterable[Measurement], file: Path) -> None:
