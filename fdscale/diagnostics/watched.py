@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fdscale.blocks import blocks_of
 from fdscale.build.networks import as_pixels
 from fdscale.config.errors import UserError
 from fdscale.diagnostics.attention import Attention, watching_attention
@@ -55,7 +56,7 @@ class Watched:
         self.subject, self.parts = subject, parts
         self.failed: dict[str, str] = {}
         self.pooled: list[Tensor] = []
-        self._attention, self._features = AttentionMeasures(), FeatureMeasures()
+        self._attention, self._features = AttentionMeasures(len(blocks_of(subject.backbone))), FeatureMeasures()
         self._images = 0
 
     @torch.no_grad()

@@ -103,6 +103,9 @@ def test_the_figures_and_the_page_are_there(folder: Path) -> None:
     assert page.count("data:image/png;base64,") == len(names)
     assert "10 of 449 images of" in page
     assert "the landscape on 10 of them" in page
+    assert all(f"<td>{head}</td>" in page for head in ("its own head", "head fitted to these images"))
+    drawn = (folder / "figures" / "landscape.svg").read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in ("tuned (its own head)", "swin (head fitted to these images)"))
 
 
 def test_the_page_is_drawn_from_the_files_alone(digits: Path, tmp_path: Path) -> None:
