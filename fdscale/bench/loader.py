@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import io
 import multiprocessing
-import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader
 from fdscale.bench.parts import Row
 from fdscale.bench.photos import photo_shards
 from fdscale.config.errors import UserError
-from fdscale.data.augment import Augmentation
+from fdscale.data.augment import Augmentation, crop_box
 from fdscale.data.batches import TrainBatches
+from fdscale.data.draws import Draws, Purpose
 from fdscale.data.images import ImageReader
 from fdscale.data.index import Index, load_index
 from fdscale.data.loader import TrainLoader
@@ -50,8 +51,8 @@ Rate = Callable[[], float]
 def loader_rates(index: Index, workers: int, images: int, repeats: int) -> Row:
     """Images/s of each way, medians of `repeats` turns of about `images` images, and what they are to one another."""
     ways: dict[str, Rate] = {
-        "fdscale": lambda: _rate(_ours(index, workers, images // BATCH)),
-        "webdataset": lambda: _rate(_webdataset(index, workers, images // BATCH)),
+        "fdscale": lambda: _rate(_ours(index, workers, images // BATCH), images // BATCH),
+        "webdataset": lambda: _rate(_webdataset(index, workers, images // BATCH), images // BATCH),
         "bare": lambda: _bare_rate(_crop_and_flip, index, workers, images),
         "decode": lambda: _bare_rate(_decode, index, workers, images),
     }
@@ -87,17 +88,17 @@ def _paired(ours: list[float], other: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, other, strict=True))
 
 
-def _rate(batches: Iterator[Any]) -> float:
-    """Images/s once the workers are under way."""
-    for _ in range(WARM_UP):
-        next(batches)
-    began, images = time.perf_counter(), 0
-    for batch in batches:
-        images += len(batch)
-    return images / (time.perf_counter() - began)
+def _rate(batches: Generator[Any, None, None], number: int) -> float:
+    """Images/s of so many batches, once the workers are under way and before they end."""
+    with closing(batches):
+        for _ in range(WARM_UP):
+            next(batches)
+        began = time.perf_counter()
+        images = sum(len(next(batches)) for _ in range(number))
+        return images / (time.perf_counter() - began)
 
 
-def _ours(index: Index, workers: int, batches: int) -> Iterator[torch.Tensor]:
+def _ours(index: Index, workers: int, batches: int) -> Generator[torch.Tensor, None, None]:
     mixture = Mixture((index,))
     views = TrainBatches(mixture, SIZE, Augmentation(SCALE, RATIO, "bilinear", FLIP), 0)
     order = mixture.order(BATCH, 0)
@@ -105,7 +106,7 @@ def _ours(index: Index, workers: int, batches: int) -> Iterator[torch.Tensor]:
     return (batch.images for step in loader.steps(0, batches + WARM_UP) for batch in step)
 
 
-def _webdataset(index: Index, workers: int, batches: int) -> Iterator[torch.Tensor]:
+def _webdataset(index: Index, workers: int, batches: int) -> Generator[torch.Tensor, None, None]:
     """As in webdataset's documentation: shards shuffled, samples from a buffer, decoded by PIL, batched in workers."""
     import webdataset as wds
     from torchvision.transforms import Compose, PILToTensor, RandomHorizontalFlip, RandomResizedCrop
@@ -124,24 +125,21 @@ def _first(loader: Iterable[Any], number: int) -> Iterator[Any]:
         yield next(iterator)
 
 
-def _crop_and_flip(data: bytes, draw: random.Random) -> None:
+def _crop_and_flip(data: bytes, draw: Draws) -> None:
     """What has to be done for a view, with Pillow and nothing else."""
     with Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
-        area, ratio = width * height * draw.uniform(*SCALE), draw.uniform(*RATIO)
-        wide, high = min(width, round((area * ratio) ** 0.5)), min(height, round((area / ratio) ** 0.5))
-        left, top = draw.randint(0, width - wide), draw.randint(0, height - high)
-        view = image.crop((left, top, left + wide, top + high)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+        box = crop_box(image.width, image.height, SCALE, RATIO, draw)
+        view = image.crop(box).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
         if draw.random() < FLIP:
             view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
-def _decode(data: bytes, draw: random.Random) -> None:
+def _decode(data: bytes, draw: Draws) -> None:
     with Image.open(io.BytesIO(data)) as image:
         image.load()
 
 
-def _bare_rate(work: Callable[[bytes, random.Random], None], index: Index, workers: int, images: int) -> float:
+def _bare_rate(work: Callable[[bytes, Draws], None], index: Index, workers: int, images: int) -> float:
     """Images/s of so many processes that do `work` on images that they hold in memory, and give nothing back."""
     context = multiprocessing.get_context("fork")
     pairs = [context.Pipe() for _ in range(workers)]
@@ -166,10 +164,8 @@ def _bare_rate(work: Callable[[bytes, random.Random], None], index: Index, worke
     return workers * each / seconds
 
 
-def _bare(
-    work: Callable[[bytes, random.Random], None], index: Index, number: int, images: int, rank: Connection
-) -> None:
-    reader, draw = ImageReader(index), random.Random(number)
+def _bare(work: Callable[[bytes, Draws], None], index: Index, number: int, images: int, rank: Connection) -> None:
+    reader, draw = ImageReader(index), Draws(0, number, 0, Purpose.VIEW)
     held = [reader.read(place % len(index)) for place in range(number * images, (number + 1) * images)]
     for data in held[:WARM_UP]:
         work(data, draw)

@@ -16,9 +16,17 @@ from fdscale.training.preflight import Demand
 
 def demand_of(settings: AnySettings, plan: Plan, deepspeed_json: Mapping[str, Any], local_ranks: int) -> Demand:
     """Of a node with `local_ranks` ranks, and of the one folder of the run."""
-    size = settings.data.crop if isinstance(settings, DenseSettings) else plan.student.image_size or 0
-    images = local_ranks * settings.data.workers * BATCHES_A_WORKER * plan.micro_batch
-    return Demand(_disk(settings, plan, deepspeed_json), images * image_bytes(settings, size), open_shards())
+    return Demand(
+        _disk(settings, plan, deepspeed_json), _shared_memory(settings, plan.micro_batch, local_ranks), open_shards()
+    )
+
+
+def _shared_memory(settings: AnySettings, micro_batch: int, local_ranks: int) -> int:
+    """Bytes of /dev/shm: the batches of dense tasks; those of shards come in memory that a rank lends its workers."""
+    if not isinstance(settings, DenseSettings):
+        return 0
+    images = local_ranks * settings.data.workers * BATCHES_A_WORKER * micro_batch
+    return images * image_bytes(settings, settings.data.crop)
 
 
 def _disk(settings: AnySettings, plan: Plan, deepspeed_json: Mapping[str, Any]) -> int | None:

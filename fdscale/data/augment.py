@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from fdscale.data.draws import Purpose, generator
-from fdscale.data.images import reading, to_rgb
+from fdscale.data.draws import Draws, Purpose, generator
+from fdscale.data.images import READING, to_rgb
 from fdscale.data.randaugment import RandAugment
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -34,22 +34,20 @@ class Augmentation:
     randaugment: RandAugment | None = None
 
 
-def augment(
-    image: Image.Image, key: int, view: int, seed: int, size: int, augmentation: Augmentation
-) -> NDArray[np.uint8]:
-    """One random view of an image, uint8 (3, size, size); a JPEG that is not decoded yet is decoded as far as needed.
+def augment(image: Image.Image, key: int, view: int, seed: int, size: int, augmentation: Augmentation) -> Image.Image:
+    """One random view of an image, RGB, `size` pixels a side; a JPEG is decoded no further than the view needs.
 
     RandomResizedCrop and horizontal flip, which is all that distillation has (official implementation), then
     RandAugment where that is wanted; nobody normalises here. `view` is how often the sample was shown before.
     """
-    draw = generator(seed, key, view, Purpose.VIEW)
+    draw = Draws(seed, key, view, Purpose.VIEW)
     flip = draw.random() < augmentation.flip
-    box = _crop_box(image.width, image.height, augmentation.crop_scale, augmentation.crop_ratio, draw)
+    box = crop_box(image.width, image.height, augmentation.crop_scale, augmentation.crop_ratio, draw)
     crop = _resized_crop(image, box, size, FILTERS[augmentation.interpolation])
     seen = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop
     if augmentation.randaugment is not None:
         seen = augmentation.randaugment(seen, generator(seed, key, view, Purpose.RANDAUGMENT))
-    return _channels_first(seen)
+    return seen
 
 
 def centre_crop(image: Image.Image, size: int, interpolation: Literal["bilinear", "bicubic"]) -> NDArray[np.uint8]:
@@ -61,12 +59,12 @@ def centre_crop(image: Image.Image, size: int, interpolation: Literal["bilinear"
     width, height = (shorter * side // min(image.size) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     resized = image.resize((width, height), FILTERS[interpolation])
-    return _channels_first(resized.crop((left, top, left + size, top + size)))
+    return np.asarray(resized.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
 
 
 def _resized_crop(image: Image.Image, box: Box, size: int, resampling: Image.Resampling) -> Image.Image:
     """The box resized to an RGB square; nothing outside it enters, as in torchvision, where it is not reduced."""
-    with reading():
+    with READING:
         times = _reduced(image, box, size)
         image.load()
     left, top, right, bottom = (side / times for side in box)
@@ -88,12 +86,12 @@ def _reduced(image: Image.Image, box: Box, size: int) -> int:
     return 1
 
 
-def _crop_box(
+def crop_box(
     width: int,
     height: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
-    draw: np.random.Generator,
+    draw: Draws,
 ) -> Box:
     """(left, top, right, bottom) by torchvision's rule: ten tries of (area, log ratio), then the centre."""
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
@@ -102,20 +100,14 @@ def _crop_box(
         aspect = math.exp(draw.uniform(*log_ratio))
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            left = int(draw.integers(width - crop_width + 1))
-            top = int(draw.integers(height - crop_height + 1))
+            left, top = draw.below(width - crop_width + 1), draw.below(height - crop_height + 1)
             return left, top, left + crop_width, top + crop_height
-    return _centre_box(width, height, ratio)
+    return centre_box(width, height, ratio)
 
 
-def _centre_box(width: int, height: int, ratio: tuple[float, float]) -> Box:
+def centre_box(width: int, height: int, ratio: tuple[float, float]) -> Box:
     """The largest centred box whose ratio is allowed: torchvision's fallback for very long images."""
     crop_width = min(width, max(1, round(height * ratio[1])))
     crop_height = min(height, max(1, round(width / ratio[0])))
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     return left, top, left + crop_width, top + crop_height
-
-
-def _channels_first(image: Image.Image) -> NDArray[np.uint8]:
-    """(3, H, W), in memory as Pillow has it: channels last."""
-    return np.asarray(image).transpose(2, 0, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -12,12 +11,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from fdscale.data.augment import Augmentation, augment, centre_crop
 from fdscale.data.holding import note
 from fdscale.data.images import AGAIN, BadImage, Decoded, ImageReader, decode_or_next
 from fdscale.data.index import Index
+from fdscale.data.lending import Lent, handed_over, room_for
 from fdscale.data.mixture import Mixture
 
 PADDING = -1  # in Request.samples: a row without a sample
@@ -28,7 +28,7 @@ PADDING_LABEL = -2
 class Batch:
     """One micro batch of B images, as a person sees them; nothing is normalised yet.
 
-    `images` uint8 (B, 3, H, W), in training channels last in memory; `labels` int64 (B,), -1 unknown, -2 padding
+    `images` uint8 (B, 3, H, W), channels last in memory; `labels` int64 (B,), -1 unknown, -2 padding
     (evaluation only); `keys` int64 (B,), the bit pattern of the uint64 sample key, always on the CPU, since they name
     samples and enter no computation; `rows`: which rows of the step's global batch these are; `bad`: names of the
     undecodable samples met here (in training each is replaced by the next decodable one, label and key included).
@@ -41,8 +41,8 @@ class Batch:
     bad: list[str]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Between processes each tensor takes a file descriptor and a handshake: the small ones go as they are."""
-        return _handed_over, (self.images, self.labels.numpy(), self.keys.numpy(), self.rows, self.bad)
+        """Between processes each tensor would take a file descriptor and a handshake: the small ones go as they are."""
+        return _received, (handed_over(self.images), self.labels.numpy(), self.keys.numpy(), self.rows, self.bad)
 
     @property
     def valid(self) -> Tensor:
@@ -59,9 +59,10 @@ class Batch:
         return replace(self, images=images, labels=labels)
 
 
-def _handed_over(
-    images: Tensor, labels: NDArray[np.int64], keys: NDArray[np.int64], rows: slice, bad: list[str]
+def _received(
+    images: Tensor | Lent, labels: NDArray[np.int64], keys: NDArray[np.int64], rows: slice, bad: list[str]
 ) -> Batch:
+    images = images.received() if isinstance(images, Lent) else images
     return Batch(images, torch.from_numpy(labels), torch.from_numpy(keys), rows, bad)
 
 
@@ -75,9 +76,9 @@ class Request:
 
 
 class View(NamedTuple):
-    """What is shown of one sample: uint8 (3, H, W), its label and its uint64 key."""
+    """What is shown of one sample: an RGB image, its label and its uint64 key."""
 
-    pixels: NDArray[np.uint8]
+    pixels: Image.Image
     label: int
     key: int
 
@@ -95,14 +96,18 @@ class TrainBatches(Dataset[Batch]):
         self._seed = seed
         self._views = views
 
+    @property
+    def image_bytes(self) -> int:
+        return 3 * self._image_size**2
+
     def __getitem__(self, request: Request) -> Batch:
         views = request.views if self._views is None else request.views % self._views
         numbers = zip(*self._mixture.located(request.samples), views, request.samples, strict=True)
-        images = _room(len(request.samples), self._image_size)
+        images = room_for((len(request.samples), self._image_size, self._image_size, 3))
         seen = []
-        for row, each in zip(images.numpy(), numbers, strict=True):
+        for row, each in zip(images.flatten(1).numpy(), numbers, strict=True):
             seen.append(found := self._seen(*map(int, each)))
-            row[:] = found.image.pixels.transpose(1, 2, 0)
+            row[:] = np.frombuffer(found.image.pixels.tobytes(), np.uint8)
         labels = np.array([found.image.label for found in seen])
         keys = np.array([found.image.key for found in seen], np.uint64)
         channels_first = images.permute(0, 3, 1, 2)
@@ -124,12 +129,12 @@ class TrainBatches(Dataset[Batch]):
 
         def view_of(candidate: int) -> View:
             note(first + candidate)
-            label, key = reader.index.samples[["label", "key"]][candidate].item()
+            *_, label, key, _ = reader.index.samples[candidate].item()
             return View(reader.seen(candidate, partial(self._augmented, key, view)), label, key)
 
         return decode_or_next(view_of, own, len(reader.index), str(reader.index.folder), AGAIN)
 
-    def _augmented(self, key: int, view: int, image: Image.Image) -> NDArray[np.uint8]:
+    def _augmented(self, key: int, view: int, image: Image.Image) -> Image.Image:
         return augment(image, key, view, self._seed, self._image_size, self._augmentation)
 
 
@@ -141,20 +146,24 @@ class EvalBatches(Dataset[Batch]):
         self._image_size = image_size
         self._interpolation = interpolation
 
+    @property
+    def image_bytes(self) -> int:
+        return 3 * self._image_size**2
+
     def __getitem__(self, request: Request) -> Batch:
         size, bad = self._image_size, []
-        images = np.zeros((len(request.samples), 3, size, size), np.uint8)
+        images = room_for((len(request.samples), size, size, 3)).zero_().permute(0, 3, 1, 2)
         labels = np.full(len(images), PADDING_LABEL, np.int64)
         keys = np.zeros(len(images), np.uint64)
         for row in np.flatnonzero(request.samples != PADDING):
             try:
                 sample = int(request.samples[row])
                 note(sample)
-                images[row] = centre_crop(self.reader.decode(sample), size, self._interpolation)
+                images.numpy()[row] = centre_crop(self.reader.decode(sample), size, self._interpolation)
                 labels[row], keys[row] = self.reader.index.samples[["label", "key"]][sample]
             except BadImage as error:
                 bad.append(str(error))
-        return _batch(torch.from_numpy(images), labels, keys, request.rows, bad)
+        return _batch(images, labels, keys, request.rows, bad)
 
     def name(self, sample: int) -> str:
         """`SHARD:MEMBER` of a sample."""
@@ -163,15 +172,6 @@ class EvalBatches(Dataset[Batch]):
     def close(self) -> None:
         """Let go of the open shards."""
         self.reader.close()
-
-
-def _room(images: int, size: int) -> Tensor:
-    """Memory for so many images, uint8 (B, size, size, 3); in a worker it is shared with its rank."""
-    shape = (images, size, size, 3)
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
 
 
 def _batch(

@@ -7,8 +7,7 @@ import os
 import resource
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -43,15 +42,21 @@ class Decoded(NamedTuple, Generic[Found]):
     bad: str | None
 
 
-@contextmanager
-def reading() -> Iterator[None]:
-    """Whatever PIL raises on garbage is a BadImage; but a node's want of memory must not change what a run sees."""
-    try:
-        yield
-    except (BadImage, MemoryError):
-        raise
-    except Exception as error:  # PIL's plugins raise anything; the caller names the image and counts it
-        raise BadImage(f"{type(error).__name__}: {error}") from error
+class Reading:
+    """Whatever PIL raises inside on garbage is a BadImage; but a node's want of memory must not change what a run sees.
+
+    PIL's plugins raise anything; the caller names the image and counts it.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not isinstance(error, BadImage | MemoryError):
+            raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+READING = Reading()
 
 
 def open_image(file: BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
@@ -69,7 +74,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Of 16 bits the high byte is kept, in grey images as in others; PIL alone would clip grey ones to white. Raises
     BadImage, without a name, where its bytes cannot be decoded.
     """
-    with reading():
+    with READING:
         image.load()
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -85,7 +90,7 @@ def decode_rgb(file: BinaryIO, name: str) -> Image.Image:
 def _viewed(file: BinaryIO, view: Callable[[Image.Image], Found], name: Callable[[], str]) -> Found:
     """What `view` makes of the image in a file, opened and not yet decoded; a BadImage gets its name here."""
     try:
-        with reading():
+        with READING:
             image = open_image(file)
         with image:
             return view(image)
@@ -135,7 +140,7 @@ class ImageReader:
     def seen(self, sample: int, view: Callable[[Image.Image], Found]) -> Found:
         """What `view` makes of the sample's image, opened and not yet decoded; BadImage where it cannot be opened.
 
-        `view` decodes under `reading`, which tells a bad image from a mistake of its own.
+        `view` decodes under `READING`, which tells a bad image from a mistake of its own.
         """
         return _viewed(io.BytesIO(self.read(sample)), view, lambda: self.index.name(sample))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -15,12 +16,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import ImageFile
 from torch.utils.data import DataLoader
 
 from fdscale.config.errors import UserError
 from fdscale.data.ahead import Shard, ShardsAhead
 from fdscale.data.batches import PADDING, Request
 from fdscale.data.holding import NOTHING, Holding, note
+from fdscale.data.lending import Lender
 from fdscale.data.order import Order, accumulation_steps
 from fdscale.data.remote.fetching import FetchAhead
 
@@ -28,13 +31,22 @@ from fdscale.data.remote.fetching import FetchAhead
 # torch again in each (seconds and 300 MB). It is safe here: a worker decodes with PIL and NumPy and touches
 # neither CUDA nor OpenMP, the two things that do not survive a fork beside torch's threads.
 START_METHOD = "fork"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+KEPT = 64 * 2**20  # bytes that a worker holds on to: an image of 16 million pixels, decoded
+PIECE = 2**18  # bytes in which Pillow hands pixels out: a view of 256 pixels comes in one
+AHEAD = 2  # micro batches that a worker has ready, or is at
+AT_ONCE = 2  # that an evaluation looks at: the next one comes before the last one is let go of
 
 
 class MicroBatches(Protocol):
     """A data set whose items are micro batches, which `to(device)` and `pin_memory()` copy.
 
-    It says by `holding.note` which sample it decodes.
+    It says by `holding.note` which sample it decodes. `image_bytes` is the size of every image, where they have one and
+    lie in memory from `lending.room_for`; else 0.
     """
+
+    @property
+    def image_bytes(self) -> int: ...
 
     def __getitem__(self, request: Request) -> Any: ...
 
@@ -68,7 +80,7 @@ class TrainLoader:
         self._rank = rank
         self._micro_batch = micro_batch
         self._ahead = ahead
-        self._feed = _Feed(batches, workers, device, rank, world_size)
+        self._feed = _Feed(batches, workers, device, rank, world_size, micro_batch, 2 * self.accumulation)
 
     @property
     def fetched_bytes(self) -> int:
@@ -131,7 +143,7 @@ class EvalLoader:
         self._samples = samples
         self._rows = slice(rank * batch_size, (rank + 1) * batch_size)
         self._together = world_size * batch_size
-        self._feed = _Feed(batches, workers, device, rank, world_size)
+        self._feed = _Feed(batches, workers, device, rank, world_size, batch_size, AT_ONCE)
 
     def __len__(self) -> int:
         """Batches of each rank."""
@@ -148,7 +160,10 @@ class EvalLoader:
 
 
 class _Feed:
-    """Requests in, micro batches on the device out, through DataLoader workers that stay for all of them."""
+    """Requests in, micro batches on the device out, through DataLoader workers that stay for all of them.
+
+    Of `rows` images each; the caller looks at so many `at_once`.
+    """
 
     def __init__(
         self,
@@ -157,17 +172,22 @@ class _Feed:
         device: torch.device,
         rank: int,
         world_size: int,
+        rows: int,
+        at_once: int,
     ) -> None:
         self._dataset = dataset
         self._workers = workers
         self._device = device
         self._where = f"rank {rank} of {world_size}"
         self._holding = Holding(workers)
+        self._lender: Lender | None = None
+        self._rows, self._at_once = rows, at_once
         self._exiting = multiprocessing.get_context(START_METHOD).RawValue(ctypes.c_bool, False)
         # Registered after multiprocessing's exit handler, hence run before that one stops and joins workers.
         atexit.register(setattr, self._exiting, "value", True)
 
     def batches(self, requests: Iterator[Request]) -> Iterator[Any]:
+        self._lender = self._new_lender()
         try:
             for batch in _quiet_iterator(self._loader(requests)):
                 yield batch.to(self._device)
@@ -190,12 +210,20 @@ class _Feed:
             batch_size=None,  # one item is one micro batch already
             sampler=requests,
             num_workers=self._workers,
+            prefetch_factor=AHEAD if self._workers else None,
             collate_fn=_put_down,
             pin_memory=self._device.type == "cuda",
             multiprocessing_context=START_METHOD if self._workers else None,
             worker_init_fn=self._begin,
             generator=torch.Generator(),  # else DataLoader draws a seed from the rank's generator
         )
+
+    def _new_lender(self) -> Lender | None:
+        """With places for what each worker may be ahead, and its share of what the caller looks at."""
+        size = self._rows * self._dataset.image_bytes
+        if not (self._workers and size):
+            return None
+        return Lender(self._workers, AHEAD + -(-self._at_once // self._workers), size)
 
     def _told_at(self) -> str:
         held = ", ".join(map(self._dataset.name, self._holding.of_the_dead()))
@@ -204,7 +232,23 @@ class _Feed:
     def _begin(self, worker: int) -> None:
         """In a new worker."""
         _leave_signals_to_the_rank(self._exiting)
+        _spare_memory()
         self._holding.begin(worker)
+        if self._lender is not None:
+            self._lender.begin(worker)
+
+
+def _spare_memory() -> None:
+    """In a worker: what an image took serves the next one, and what the rank had is not looked through for garbage.
+
+    glibc would give memory back to the kernel, and have it faulted in again, page by page, with every image.
+    """
+    gc.freeze()
+    ImageFile.MAXBLOCK = PIECE
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, KEPT)
+        mallopt(M_MMAP_THRESHOLD, KEPT // 2)
 
 
 def check_bad_ratio(bad: int, samples: int, max_ratio: float, names: Sequence[str]) -> None:

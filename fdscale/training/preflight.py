@@ -25,7 +25,7 @@ from fdscale.training.run_directory import versions
 
 SLOW = 0.7  # of the median matmul rate
 MIB, GIB = 2**20, 2**30
-SHARED_MEMORY = Path("/dev/shm")  # where loader workers leave their batches
+SHARED_MEMORY = Path("/dev/shm")  # where loader workers leave the batches of dense tasks
 TEMPORARY_BYTES = 64 << 20
 OPEN_FILES = "open files"
 OWN_FILES = 256  # open files of a rank beside its peers' connections and the shards

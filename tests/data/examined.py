@@ -219,7 +219,8 @@ def read_all(folder: Path, loaded: Index | None, pixels: Pixels, labels: dict[in
         image = pixels[key]
         assert image is not None, f"{key:016x} shows nothing, and was read"
         assert label == labels[key], "another label"
-        assert np.array_equal(view, augment(Image.fromarray(image), key, 0, SEED, SIZE, VIEWS)), "other pixels"
+        expected = np.asarray(augment(Image.fromarray(image), key, 0, SEED, SIZE, VIEWS)).transpose(2, 0, 1)
+        assert np.array_equal(view, expected), "other pixels"
     return {"ended": "read", "told": "; ".join(sorted(bad)), "read": len(seen), "bad": len(bad), "names": sorted(bad)}
 
 

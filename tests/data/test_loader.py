@@ -188,6 +188,20 @@ def test_one_shard_for_twelve_workers_loses_and_doubles_nothing(index):
     assert len(set(keys)) == len(keys) == 24
 
 
+def test_batches_that_are_kept_are_never_written_over(index):
+    kept = list(train_loader(index, workers=1).steps(0, 9))
+    assert [rows_of(step) for step in kept] == plain_steps_of_two(index, 9)
+
+
+def plain_steps_of_two(index: Index, last: int) -> list[list[tuple[int, int, bytes]]]:
+    return [rows_of(step) for step in train_loader(index).steps(0, last)]
+
+
+def test_batches_that_are_let_go_lie_where_earlier_ones_lay(index):
+    places = {batch.images.data_ptr() for step in train_loader(index, workers=1).steps(0, 20) for batch in step}
+    assert len(places) <= 11  # 4 of this step, 4 of the one before, 2 ahead and one in hand; 80 were read
+
+
 def test_the_ranks_own_generators_are_left_alone(index):
     torch.manual_seed(3)
     np.random.seed(3)

@@ -18,7 +18,7 @@ from fdscale.config.settings import FinetuneSettings
 from fdscale.data.batches import EvalBatches
 from fdscale.data.index import load_index
 from fdscale.data.loader import EvalLoader
-from fdscale.data.packing.folder import pack_folder
+from fdscale.data.packing.pack import pack
 from fdscale.downstream.classifier import Classifier
 from fdscale.downstream.classify import finetune, seen_as_clip
 from fdscale.students.files import load_weights, save_student
@@ -306,7 +306,7 @@ def image_folder(folder: Path, classes: int) -> Path:
         place = folder / "images" / (f"n{number:08d}" if classes else "")
         place.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (number, 0, 0)).save(place / f"{number}.png")
-    pack_folder(folder / "images", folder / "shards", 100)
+    pack(folder / "images", folder / "shards", 100)
     return folder / "shards"
 
 

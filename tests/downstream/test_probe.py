@@ -18,7 +18,7 @@ from fdscale.data.batches import EvalBatches
 from fdscale.data.index import load_index
 from fdscale.data.loader import EvalLoader
 from fdscale.data.packing.digits import pack_digits
-from fdscale.data.packing.folder import pack_folder
+from fdscale.data.packing.pack import pack
 from fdscale.downstream.probe import probe
 from fdscale.students.files import load_weights, save_student
 from fdscale.students.geometry import ViTGeometry, file_geometry
@@ -89,7 +89,7 @@ def test_labels_that_cannot_be_judged_are_refused(student: Path, shards: tuple[P
         for place in classes:
             (tmp_path / name / place).mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / name / place / "image.png")
-        pack_folder(tmp_path / name, tmp_path / f"{name}.tars", 10)
+        pack(tmp_path / name, tmp_path / f"{name}.tars", 10)
     told = {"flat": "without a label", "eleven": "has label 10", "other": "numbers its classes otherwise"}
     for name, words in told.items():
         with pytest.raises(UserError, match=words):

@@ -150,6 +150,8 @@ class DetectImage:
 class SegmentTrain(Dataset[SegmentBatch]):
     """Request -> micro batch of random crops."""
 
+    image_bytes = 0
+
     def __init__(self, pairs: ScenePairs, cropping: Cropping, seed: int) -> None:
         self._pairs = pairs
         self._cropping = cropping
@@ -184,6 +186,8 @@ class SegmentTrain(Dataset[SegmentBatch]):
 
 class DetectTrain(Dataset[DetectBatch]):
     """Request -> micro batch of jittered views; `scenes` are trainable ones."""
+
+    image_bytes = 0
 
     def __init__(self, scenes: CocoScenes, jitter: Jitter, seed: int) -> None:
         self._scenes = scenes
@@ -227,6 +231,8 @@ class DetectTrain(Dataset[DetectBatch]):
 class SegmentEval(Dataset[SegmentImage]):
     """Request of one sample -> its image and labels as they are stored, or padding."""
 
+    image_bytes = 0
+
     def __init__(self, pairs: ScenePairs) -> None:
         self._pairs = pairs
 
@@ -256,6 +262,8 @@ class SegmentEval(Dataset[SegmentImage]):
 
 class DetectEval(Dataset[DetectImage]):
     """Request of one sample -> its image as it is stored, or padding."""
+
+    image_bytes = 0
 
     def __init__(self, scenes: CocoScenes) -> None:
         self._scenes = scenes

@@ -9,29 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from fdscale.config.errors import UserError
-from fdscale.data.index import Index
-from fdscale.data.packing.classes import few, numbered_as
+from fdscale.data.packing.classes import few
 from fdscale.data.packing.listing import Found, Listing, joined, tell_others
-from fdscale.data.packing.shards import write_shards
 from fdscale.data.packing.sources import REENCODED_SUFFIXES, Files, is_image_name, refuse_same_keys, suffix_of
 from fdscale.data.processes import in_processes
 from fdscale.data.scan import IMAGE_SUFFIXES
-
-
-def pack_folder(
-    source: str | Path, output: str | Path, samples_per_shard: int, seed: int = 0, classes_of: str | Path | None = None
-) -> Index:
-    """Pack an image folder into `output` (new or empty), in this process.
-
-    Class sub-folders give labels, sorted by name or numbered as in the shards `classes_of`; a flat folder none. Images
-    are shuffled once by `seed`, so that reading shards in sequence still mixes the classes. Raises UserError for a
-    source without images, images beside class folders, class folders that `classes_of` does not know, a link that
-    leaves the source, two images of one key, and an output that holds anything.
-    """
-    files = folder_source(Path(source))
-    if classes_of is not None:
-        files = numbered_as(files, Path(classes_of), str(source))
-    return write_shards(files, Path(output), samples_per_shard, seed)
 
 
 def folder_source(source: Path, workers: int = 1) -> Files:

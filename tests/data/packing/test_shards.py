@@ -16,7 +16,7 @@ import pytest
 
 from fdscale.config.errors import UserError
 from fdscale.data.index import build_index
-from fdscale.data.packing.folder import folder_source, pack_folder
+from fdscale.data.packing.folder import folder_source
 from fdscale.data.packing.pack import pack
 from fdscale.data.packing.plan import Plan, Record, Work
 from fdscale.data.packing.shards import write_shards
@@ -271,7 +271,7 @@ def test_a_shard_of_which_nothing_is_left_is_not_written(tmp_path):
 def test_an_image_under_another_formats_name_stays_readable(tmp_path, png):
     source = many(tmp_path / "source", 1)
     (source / "really_a.bmp").write_bytes(png(3))
-    assert packed(pack_folder(source, tmp_path / "out", 5))["really_a.png"] == (png(3), -1)
+    assert packed(pack(source, tmp_path / "out", 5))["really_a.png"] == (png(3), -1)
 
 
 def test_ctrl_c_is_told(source, tmp_path, caplog, monkeypatch):
