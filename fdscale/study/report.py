@@ -91,9 +91,9 @@ def _about_accuracy(design: Design) -> str:
         f"Held-out images of `{design.held_out}` told right. All fine-tunings of a seed have the same labelled images, "
         "and all have the same steps, augmentation and learning rate. These equal budgets are those of fine-tuning: a "
         "student has had the steps of its distillation on top of its teacher's. The supervised teacher was trained "
-        "with all labels, and as trained it stands in a column of its own; the paper compares a student with such a "
-        "teacher fine-tuned further, here both are fine-tuned on few labels. Probe and k-NN look at frozen features "
-        "before any fine-tuning, with all labels of the training shards, which the supervised teacher has seen before."
+        "with all labels, and as trained it stands in a column of its own: in the paper it and its student have all "
+        "labels, here both are fine-tuned on few. Probe and k-NN look at frozen features before any fine-tuning, with "
+        "all labels of the training shards, which the supervised teacher has seen before."
     )
 
 
@@ -111,8 +111,9 @@ def _about_diagnostics(design: Design) -> str:
         "the teacher has absolute positions and a CLS token, the student relative position biases and LayerScale. "
         "What random weights show as well, against the same teacher, is no sign of distillation: attention that is "
         "near uniform has alike heads and few columns without having learned anything. Attention is that of the "
-        "networks before fine-tuning, its numbers are means over the last third of the blocks; sharpness is the curvature "
-        f"of the loss of the fine-tuned networks along {design.directions} random directions, nats per squared distance."
+        "networks before fine-tuning, its numbers are means over the last third of the blocks; sharpness is the "
+        "curvature of the loss of the fine-tuned networks (random weights fine-tuned as well) along "
+        f"{design.directions} random directions, nats per squared distance."
     )
 
 
