@@ -10,6 +10,7 @@ import ctypes
 import math
 import mmap
 import multiprocessing
+import os
 from dataclasses import dataclass
 from itertools import count
 from weakref import WeakValueDictionary, finalize
@@ -53,16 +54,23 @@ class Lender:
                 return self._bytes[start : start + math.prod(shape)].view(shape)
         return None
 
-    def place_of(self, images: Tensor) -> int | None:
+    def lent(self, images: Tensor) -> Lent | None:
         """Where they lie; None for memory of others."""
-        place = (images.data_ptr() - self._bytes.data_ptr()) // self.size
-        return place if 0 <= place < len(self._lent) else None
+        place, offset = divmod(images.data_ptr() - self._bytes.data_ptr(), self.size)
+        if not 0 <= place < len(self._lent):
+            return None
+        return Lent(self.number, place, tuple(images.shape), images.stride(), offset)
 
-    def received(self, place: int, size: int) -> Tensor:
+    def received(self, place: int) -> Tensor:
         """In the rank: the bytes at a place, which is given back when nobody looks at them any more."""
-        seen = np.frombuffer(self._memory, np.uint8, size, place * self.size)
-        finalize(seen, self._lent.__setitem__, place, False).atexit = False
+        seen = np.frombuffer(self._memory, np.uint8, self.size, place * self.size)
+        finalize(seen, self._give_back, place, os.getpid()).atexit = False
         return torch.from_numpy(seen)
+
+    def _give_back(self, place: int, receiver: int) -> None:
+        """A process that was forked meanwhile has the tensor, too, and lets go of it: that is not the rank's doing."""
+        if os.getpid() == receiver:
+            self._lent[place] = False
 
 
 @dataclass(frozen=True)
@@ -73,11 +81,11 @@ class Lent:
     place: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    offset: int
 
     def received(self) -> Tensor:
         """In the rank: the images."""
-        lender = _lenders[self.lender]
-        return lender.received(self.place, math.prod(self.shape)).as_strided(self.shape, self.stride)
+        return _lenders[self.lender].received(self.place).as_strided(self.shape, self.stride, self.offset)
 
 
 def room_for(shape: tuple[int, ...]) -> Tensor:
@@ -88,8 +96,4 @@ def room_for(shape: tuple[int, ...]) -> Tensor:
 
 def handed_over(images: Tensor) -> Tensor | Lent:
     """What a worker sends of its images: where they lie, if that is lent, else themselves."""
-    lender = None if _mine is None else _mine[0]
-    place = None if lender is None else lender.place_of(images)
-    if lender is None or place is None:
-        return images
-    return Lent(lender.number, place, tuple(images.shape), images.stride())
+    return images if _mine is None else _mine[0].lent(images) or images

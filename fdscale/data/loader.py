@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -180,16 +181,15 @@ class _Feed:
         self._device = device
         self._where = f"rank {rank} of {world_size}"
         self._holding = Holding(workers)
-        self._lender: Lender | None = None
         self._rows, self._at_once = rows, at_once
         self._exiting = multiprocessing.get_context(START_METHOD).RawValue(ctypes.c_bool, False)
         # Registered after multiprocessing's exit handler, hence run before that one stops and joins workers.
         atexit.register(setattr, self._exiting, "value", True)
 
     def batches(self, requests: Iterator[Request]) -> Iterator[Any]:
-        self._lender = self._new_lender()
+        lender = self._new_lender()  # for as long as there are requests
         try:
-            for batch in _quiet_iterator(self._loader(requests)):
+            for batch in _quiet_iterator(self._loader(requests, lender)):
                 yield batch.to(self._device)
         except UserError as error:  # out of a worker it comes wrapped in the text of a traceback
             raise UserError(f"{self._where}: {str(error).rpartition('UserError: ')[2].strip()}") from error
@@ -204,7 +204,7 @@ class _Feed:
         finally:
             self._dataset.close()
 
-    def _loader(self, requests: Iterator[Request]) -> DataLoader[Any]:
+    def _loader(self, requests: Iterator[Request], lender: Lender | None) -> DataLoader[Any]:
         return DataLoader(
             self._dataset,  # type: ignore[arg-type]  # it asks for no more than this protocol
             batch_size=None,  # one item is one micro batch already
@@ -214,7 +214,7 @@ class _Feed:
             collate_fn=_put_down,
             pin_memory=self._device.type == "cuda",
             multiprocessing_context=START_METHOD if self._workers else None,
-            worker_init_fn=self._begin,
+            worker_init_fn=partial(self._begin, lender),
             generator=torch.Generator(),  # else DataLoader draws a seed from the rank's generator
         )
 
@@ -229,13 +229,13 @@ class _Feed:
         held = ", ".join(map(self._dataset.name, self._holding.of_the_dead()))
         return f" at {held}" if held else ""
 
-    def _begin(self, worker: int) -> None:
+    def _begin(self, lender: Lender | None, worker: int) -> None:
         """In a new worker."""
         _leave_signals_to_the_rank(self._exiting)
         _spare_memory()
         self._holding.begin(worker)
-        if self._lender is not None:
-            self._lender.begin(worker)
+        if lender is not None:
+            lender.begin(worker)
 
 
 def _spare_memory() -> None:

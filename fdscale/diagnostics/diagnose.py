@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
 import torch
 
 from fdscale import __version__
-from fdscale.config.errors import SettingsError, attempt, nearest
+from fdscale.config.errors import SettingsError, UserError, attempt, nearest
 from fdscale.data.batches import Batch
 from fdscale.data.index import Index, load_index
 from fdscale.data.progress import progress
@@ -25,9 +28,9 @@ from fdscale.diagnostics.lines import LandscapePlan
 from fdscale.diagnostics.models import Asked, asked_models, build_subjects, not_finite
 from fdscale.diagnostics.rows import Measurement, read_rows, write_rows
 from fdscale.diagnostics.sample import batches_by_size, evenly_spread
-from fdscale.diagnostics.selection import Array
+from fdscale.diagnostics.selection import Array, images_in
 from fdscale.diagnostics.subjects import Subject
-from fdscale.diagnostics.watched import ALIGNMENT, LANDSCAPE, PARTS, Watched, tried
+from fdscale.diagnostics.watched import ALIGNMENT, LANDSCAPE, PARTS, Watched, sentence_of, tried
 from fdscale.students.files import refuse_taken
 
 logger = logging.getLogger(__name__)
@@ -76,12 +79,16 @@ def diagnose(
     """Diagnose models on a sample of a shard folder; `output` gets the rows, then the maps, figures and the page.
 
     `images` replaces the preset's, `names` are what rows call the models, `only` the parts of PARTS that are wanted.
-    Raises SettingsError with all that is wrong with models, shards, output and parts, before anything is measured.
+    Raises SettingsError with all that is wrong with models, shards, output and parts, before anything is measured, and
+    UserError where the page cannot be drawn: the numbers stay.
     """
     problems = [*_unknown(only, PARTS, "--only"), *_unknown([preset], PRESETS, "--preset"), *_nothing_to_draw_with()]
-    attempt(lambda: refuse_taken(output), problems)
+    problems += [f"--name {name!r}: a model's name is not empty" for name in names if not name.strip()]
+    attempt(lambda: _refuse_taken(output), problems)
     asked = attempt(lambda: asked_models(models, names), problems)
     index = attempt(lambda: load_index(data), problems)
+    if not problems:
+        attempt(lambda: _make_room(output), problems)
     if problems:
         raise SettingsError(problems)
     assert asked is not None
@@ -89,9 +96,46 @@ def diagnose(
     subjects = build_subjects(asked, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     wanted = PRESETS[preset] if images is None else PRESETS[preset].of(images)
     found = measure(subjects, index, wanted, only or PARTS, batch, workers)
-    write_numbers(found, output, _about(asked, index, preset, wanted))
-    draw_page(output)
+    with _written(output):
+        write_numbers(found, output, _about(asked, index, preset, found.rows))
+    _draw(output)
     return found
+
+
+def _draw(output: Path) -> None:
+    """Draw the page; where that fails, tell how it is drawn again: what was measured is not lost with a figure."""
+    try:
+        draw_page(output)
+    except (Exception, KeyboardInterrupt) as error:
+        why = "interrupted" if isinstance(error, KeyboardInterrupt) else sentence_of(error)
+        raise UserError(f"{output / PAGE} could not be drawn: {why}; {_drawn_again(output)}") from error
+
+
+def _drawn_again(folder: Path) -> str:
+    code = f"from pathlib import Path; from {__name__} import draw_page; draw_page(Path({str(folder)!r}))"
+    return f"what was measured is in {folder / NUMBERS}, and is drawn by: python -c {quote(code)}"
+
+
+@contextmanager
+def _written(output: Path) -> Iterator[None]:
+    """What the operating system refuses is a mistake of the user's."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error}; make room, or name another output") from error
+
+
+def _refuse_taken(output: Path) -> None:
+    with _written(output):
+        refuse_taken(output)
+
+
+def _make_room(output: Path) -> None:
+    """Make the folder, or accept an empty one, before hours of measuring that could not be written."""
+    with _written(output):
+        output.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output):
+            pass
 
 
 def measure(
@@ -102,7 +146,10 @@ def measure(
     batch: int = 16,
     workers: int = 2,
 ) -> Found:
-    """Look at one sample of images with all subjects; a part that fails of one leaves its reason, the others go on."""
+    """Look at one sample of images with all subjects; a part that fails of one leaves its reason, the others go on.
+
+    Raises UserError where no image of the sample can be decoded.
+    """
     for subject in subjects:
         if (sentence := not_finite(subject)) is not None:
             logger.warning("%s: %s; what can be measured of it still is", subject.name, sentence)
@@ -131,9 +178,10 @@ def _look(
     sizes = [one.subject.image_size for one in watched]
     device = next(watched[0].subject.network.parameters()).device
     held: list[dict[int, Batch]] = []
-    labelled = 0
+    labelled, seen = 0, 0
     with progress(len(chosen) * len(watched), 0, "images") as advance:
         for batches in batches_by_size(index, chosen, sizes, batch, workers, device):
+            seen += len(batches[sizes[0]].images)
             known = int((batches[sizes[0]].labels >= 0).sum())
             if known and labelled < wanted:
                 held.append(batches)
@@ -143,6 +191,11 @@ def _look(
                 advance(len(batches[sizes[0]].images))
             for one, alignment in zip(watched, alignments, strict=True):
                 _align(watched[0], one, alignment)
+    if not seen:
+        raise UserError(
+            f"{index.folder}: none of the {len(chosen):,} images that were to be looked at can be decoded; "
+            f"`fdscale shards verify {index.folder}` tells of each"
+        )
     return held
 
 
@@ -152,7 +205,8 @@ def _align(first: Watched, one: Watched, alignment: KernelAlignment) -> None:
 
 
 def _aligned(first: Watched, one: Watched, alignment: KernelAlignment) -> list[Measurement]:
-    reason = first.failed.get(ALIGNMENT) or one.failed.get(ALIGNMENT)
+    theirs = one.failed.get(ALIGNMENT)
+    reason = first.failed.get(ALIGNMENT) or (theirs and f"{alignment.other}: {theirs}")
     if reason is None:
         return alignment.rows()
     return [Measurement(alignment.model, "cka", None, "CKA", 0, other=alignment.other, reason=reason)]
@@ -209,10 +263,13 @@ def draw_page(folder: Path) -> None:
     write_page(found.rows, pictures, folder / FIGURES, about["told"], folder / PAGE)
 
 
-def _about(asked: Sequence[Asked], index: Index, preset: str, wanted: Preset) -> dict[str, Any]:
-    """Where the numbers come from, `told` in one sentence."""
-    images = min(len(index), wanted.images)
-    told = f"{images:,} of {len(index):,} images of {index.folder}, evenly spread, the same for all; preset {preset}"
+def _about(asked: Sequence[Asked], index: Index, preset: str, rows: Sequence[Measurement]) -> dict[str, Any]:
+    """Where the numbers come from, `told` in one sentence; images are counted as they were looked at."""
+    passed, held = images_in(rows)
+    of = f"of {len(index):,} images of {index.folder}, evenly spread, the same for all"
+    landscape = f"; the landscape on {held:,} of them" if held else ""
+    told = f"{passed:,} {of}{landscape}" if passed else f"the landscape on {held:,} {of}"
+    told = f"{told}; preset {preset}"
     models = {one.name: one.text for one in asked}
     return {"told": told, "models": models, "data": str(index.folder), "preset": preset, "fdscale": __version__}
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from fdscale.diagnostics import plots
 from fdscale.diagnostics.rows import Measurement
 from fdscale.diagnostics.selection import Array, curves, models_in, of, pairs_in, surface
@@ -56,7 +58,7 @@ def _drawn(rows: Sequence[Measurement], maps: Maps, folder: Path) -> Iterator[st
         "attention_information": (plots.plot_heads, INFORMATION),
         "head_similarity": (plots.plot_layers, SIMILARITY),
         "attention_shape": (plots.plot_layers, SHAPE),
-        "features": (plots.plot_layers, FEATURES),
+        "features": (plots.plot_features, FEATURES),
     }.items():
         if there := {measure: label for measure, label in measures.items() if _any(rows, models, measure)}:
             plot(rows, models, there, folder / name)
@@ -76,7 +78,7 @@ def _landscapes(rows: Sequence[Measurement], models: Sequence[str], folder: Path
         plots.plot_curves(rows, models, lines, folder / "landscape")
         yield "landscape"
     for measure, label in LANDSCAPE.items():
-        if any(surface(rows, model, measure)[2].size for model in models):
+        if any(np.isfinite(surface(rows, model, measure)[2]).any() for model in models):
             name = measure.replace("landscape", "surface")
             plots.plot_surfaces(rows, models, measure, label, folder / name)
             yield name
@@ -95,7 +97,8 @@ TOLD = {
         "Attention distance of every head",
         "A dot is a head: how far from its own place, in pixels of the image, a patch looks on average. Dots spread "
         "over many distances in the deep blocks are heads that do different things; dots that crowd together near the "
-        "top are heads that all look everywhere.",
+        "top are heads that all look everywhere. Distances grow with the side of a model's images, which the table "
+        "tells: compare models of the same.",
         "Mean attention distance in pixels of each head against its block, one panel a model.",
     ),
     "head_similarity": (
@@ -115,7 +118,8 @@ TOLD = {
         "What the averaged maps are made of",
         "Diagonality is 1 where each patch sees itself alone and 0 where it sees all equally. The two shares say how "
         "much of a map is explained by the offset between two patches alone (bands: translation-invariant, as a "
-        "convolution), and by the patch looked at alone (columns); prefix tokens are CLS and registers.",
+        "convolution), and by the patch looked at alone (columns); they mean little where a map is nearly uniform, its "
+        "information near 0. Prefix tokens are CLS and registers.",
         "Diagonality and the shares of the averaged attention maps against block, one line a model.",
     ),
     "attention_information": (
@@ -127,14 +131,17 @@ TOLD = {
     "landscape": (
         "Loss and accuracy around the weights",
         "Each thin line is one random direction, each filter's step as long as its weights (Li et al., 2018); the "
-        "thick line is their mean, the band the mean's 95 % interval. The wider and flatter the valley around 0, the "
-        "less the network minds that its weights are disturbed.",
+        "thick line is their mean, with five directions or more in a band, the mean's 95 % interval. The wider and "
+        "flatter the valley around 0, the less the network minds that its weights are disturbed. A head fitted to "
+        "these images tells how well these few can be told apart, and stays as it is while the network moves: compare "
+        "models under heads of the same kind.",
         "Cross entropy and accuracy against the distance from the trained weights, one colour a model.",
     ),
     "surface_loss": (
         "Loss in a plane around the weights",
         "Contours of the cross entropy along two random directions, the trained weights at the cross; all panels have "
-        "one scale. Contours far apart are a flat minimum.",
+        "one scale. Contours far apart are a flat minimum; grey is where the loss is no number. Compare models under "
+        "heads of the same kind, as above.",
         "Contours of the cross entropy in a plane, one panel a model.",
     ),
     "surface_accuracy": (
@@ -145,15 +152,15 @@ TOLD = {
     "features": (
         "Rank and likeness of the features",
         "Effective rank is how many dimensions the patch tokens of a block fill; token similarity is how alike the "
-        "patches of one image are, 1 where they have collapsed into one. The last point is the network's output.",
+        "patches of one image are, 1 where they have collapsed into one. The network's output, after its final norm, "
+        "stands apart, behind the blocks of all models.",
         "Effective rank and token similarity against block, one line a model.",
     ),
     "alignment": (
         "Which layers of two models resemble each other",
         "Centred kernel alignment of every block of the one with every block of the other, on the same images: 1 where "
         "they tell images apart alike. A bright diagonal is two networks that build up features in step; where it "
-        "darkens, they part. All are compared with the first model, which is compared with itself; the last block is "
-        "the network's output.",
+        "darkens, they part; grey has no value. All are compared with the first model, which is compared with itself.",
         "Heat maps of centred kernel alignment between the blocks of the first model and of each.",
     ),
 }

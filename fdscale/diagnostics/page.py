@@ -32,6 +32,7 @@ figure img { width: 100%; height: auto; display: block; }
 figcaption { max-width: 46rem; margin-top: .5rem; }
 li { margin: .3rem 0; }
 """
+FULL_WIDTH = 2160  # pixels of a figure that is as wide as the page
 LAST_THIRD = (
     "Numbers of attention are means over the last third of the blocks, where the paper looks for what distillation "
     "changes. Each figure below says how to read it."
@@ -43,7 +44,7 @@ def write_page(rows: Sequence[Measurement], pictures: Sequence[Picture], figures
     models = models_in(rows)
     title = " and ".join(models) if len(models) < 3 else f"{', '.join(models[:-1])} and {models[-1]}"
     parts = [
-        f"<h1>What {escape(title)} {'attend' if len(models) > 1 else 'attends'} to</h1>",
+        f"<h1>{escape(title)} under diagnosis</h1>",
         f'<p class="aside">{escape(told)}</p>',
         *_table(rows, models),
         *_missing(rows),
@@ -84,9 +85,12 @@ def _missing(rows: Sequence[Measurement]) -> Iterator[str]:
 
 
 def _section(picture: Picture, figures: Path) -> str:
-    image = b64encode((figures / f"{picture.name}.png").read_bytes()).decode()
+    png = (figures / f"{picture.name}.png").read_bytes()
+    width = int.from_bytes(png[16:20])  # in the header
+    image = b64encode(png).decode()
     return (
         f'<h2 id="{picture.name}">{escape(picture.title)}</h2>\n<figure>'
-        f'<img src="data:image/png;base64,{image}" alt="{escape(picture.instead)}">'
+        f'<img src="data:image/png;base64,{image}" alt="{escape(picture.instead)}" '
+        f'style="max-width: {60 * width / FULL_WIDTH:.0f}rem">'
         f"<figcaption>{escape(picture.reading)}</figcaption></figure>"
     )

@@ -33,6 +33,10 @@ class Sampled:
     def __init__(self, batches: EvalBatches, chosen: NDArray[np.int64]) -> None:
         self._batches, self._chosen = batches, chosen
 
+    @property
+    def image_bytes(self) -> int:
+        return self._batches.image_bytes
+
     def __getitem__(self, request: Request) -> Batch:
         known = request.samples != PADDING
         samples = np.where(known, self._chosen[np.where(known, request.samples, 0)], PADDING)

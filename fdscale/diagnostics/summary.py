@@ -9,7 +9,16 @@ from functools import partial
 import numpy as np
 
 from fdscale.diagnostics.rows import Measurement
-from fdscale.diagnostics.selection import by_layer, last_third, models_in, of
+from fdscale.diagnostics.selection import (
+    FITTED,
+    HEADS,
+    classifier_of,
+    images_in,
+    last_third,
+    models_in,
+    of,
+    output_layer,
+)
 
 Rows = Sequence[Measurement]
 
@@ -42,9 +51,10 @@ def _spread(measure: str, digits: int, rows: Rows, model: str) -> str:
     return f"{np.mean(found):z.{digits}f}" if found else ""
 
 
-def _last(measure: str, digits: int, rows: Rows, model: str) -> str:
-    values = by_layer(rows, model, measure)[1]
-    return f"{values[-1]:z.{digits}f}" if len(values) else ""
+def _of_output(measure: str, digits: int, rows: Rows, model: str) -> str:
+    last = output_layer(rows, model, measure)
+    found = [row.value for row in of(rows, model, measure) if row.layer == last]
+    return f"{found[0]:z.{digits}f}" if found else ""
 
 
 def _with_interval(measure: str, rows: Rows, model: str) -> str:
@@ -56,13 +66,31 @@ def _with_interval(measure: str, rows: Rows, model: str) -> str:
     return ""
 
 
+def _of_fitted(measure: str, digits: int, rows: Rows, model: str) -> str:
+    return _at_centre(measure, digits, rows, model) if classifier_of(rows, model) == FITTED else ""
+
+
+def _of_own(measure: str, digits: int, rows: Rows, model: str) -> str:
+    return _at_centre(measure, digits, rows, model) if classifier_of(rows, model) != FITTED else ""
+
+
 def _at_centre(measure: str, digits: int, rows: Rows, model: str) -> str:
     found = [row.value for row in of(rows, model, measure) if row.at is not None and not any(row.at)]
     return f"{found[0]:z.{digits}f}" if found else ""
 
 
-def _images(rows: Rows, model: str) -> str:
-    return f"{max((row.images for row in rows if row.model == model), default=0):,}"
+def _head(rows: Rows, model: str) -> str:
+    return HEADS.get(classifier_of(rows, model) or "", "")
+
+
+def _side(rows: Rows, model: str) -> str:
+    found = of(rows, model, "image_side")
+    return f"{found[0].value:.0f}" if found else ""
+
+
+def _images(place: int, rows: Rows, model: str) -> str:
+    count = images_in(rows, model)[place]
+    return f"{count:,}" if count else ""
 
 
 _LINES: tuple[tuple[str, str, Callable[[Rows, str], str]], ...] = (
@@ -76,9 +104,14 @@ _LINES: tuple[tuple[str, str, Callable[[Rows, str], str]], ...] = (
     ("attention information", "0 to 1", partial(_mean, "attention_information", 3)),
     ("sharpness (95 % interval over directions)", "nats per distance²", partial(_with_interval, "sharpness")),
     ("rise of the loss at distance 1 (likewise)", "nats", partial(_with_interval, "loss_rise")),
-    ("cross entropy, undisturbed", "nats", partial(_at_centre, "landscape_loss", 3)),
-    ("accuracy, undisturbed", "0 to 1", partial(_at_centre, "landscape_accuracy", 3)),
-    ("effective rank of the output", "dimensions", partial(_last, "feature_rank", 1)),
-    ("token similarity of the output", "cosine", partial(_last, "token_similarity", 3)),
-    ("images", "", _images),
+    ("classifier of the landscape", "", _head),
+    ("cross entropy, undisturbed", "nats", partial(_of_own, "landscape_loss", 3)),
+    ("accuracy, undisturbed", "0 to 1", partial(_of_own, "landscape_accuracy", 3)),
+    ("cross entropy on these images (head fitted to them)", "nats", partial(_of_fitted, "landscape_loss", 3)),
+    ("accuracy on these images (head fitted to them)", "0 to 1", partial(_of_fitted, "landscape_accuracy", 3)),
+    ("effective rank of the output", "dimensions", partial(_of_output, "feature_rank", 1)),
+    ("token similarity of the output", "cosine", partial(_of_output, "token_similarity", 3)),
+    ("image side", "pixels", _side),
+    ("images", "", partial(_images, 0)),
+    ("images of the landscape", "", partial(_images, 1)),
 )

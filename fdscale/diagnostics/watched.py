@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fdscale.blocks import blocks_of
 from fdscale.build.networks import as_pixels
 from fdscale.config.errors import UserError
 from fdscale.diagnostics.attention import Attention, watching_attention
@@ -55,7 +56,7 @@ class Watched:
         self.subject, self.parts = subject, parts
         self.failed: dict[str, str] = {}
         self.pooled: list[Tensor] = []
-        self._attention, self._features = AttentionMeasures(), FeatureMeasures()
+        self._attention, self._features = AttentionMeasures(len(blocks_of(subject.backbone))), FeatureMeasures()
         self._images = 0
 
     @torch.no_grad()
@@ -88,9 +89,11 @@ class Watched:
             self.pooled.append(tokens.double().mean(dim=1))
 
     def rows(self) -> list[Measurement]:
-        """The rows of attention and features, and one with a reason for each of these that failed."""
+        """The rows of attention, before them the side of its images, and of features; a reason for each that failed."""
         name = self.subject.name
         measured: list[Measurement] = []
+        if ATTENTION in self.parts:  # distances are in its pixels
+            measured.append(Measurement(name, "image_side", self.subject.image_size, "pixels", self._images))
         for part, rows in {ATTENTION: self._attention.rows, FEATURES: self._features.rows}.items():
             if part in self.parts:
                 measured += tried(lambda rows=rows: rows(name), self.failed, part) or []  # type: ignore[misc]

@@ -58,7 +58,31 @@ def test_a_place_is_lent_as_long_as_anybody_looks_at_it() -> None:
 def test_places_are_taken_from_the_lowest_and_each_worker_has_its_own() -> None:
     lender = Lender(workers=2, places=2, size=18)
     taken = [lender.take(worker, SHAPE) for worker in (0, 1, 1, 0, 0)]
-    assert [None if images is None else lender.place_of(images) for images in taken] == [0, 2, 3, 1, None]
+    lent = [None if images is None else lender.lent(images) for images in taken]
+    assert [one and one.place for one in lent] == [0, 2, 3, 1, None]
+
+
+def test_a_part_of_a_place_arrives_as_that_part() -> None:
+    lender = Lender(workers=1, places=1, size=2**12)
+
+    def second_half() -> bytes:
+        images = room_for(SHAPE)
+        images[:] = IMAGES
+        return pickle.dumps(handed_over(images[1:, :, ::2]))
+
+    assert torch.equal(pickle.loads(in_worker(lender, 0, second_half)).received(), IMAGES[1:, :, ::2])
+
+
+def test_a_fork_that_lets_go_does_not_give_back_what_the_rank_looks_at() -> None:
+    lender = Lender(workers=1, places=1, size=18)
+    held = [pickle.loads(in_worker(lender, 0, filled)).received()]
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=held.clear)
+    process.start()
+    process.join()
+    assert lender.take(0, SHAPE) is None
+    held.clear()
+    assert lender.take(0, SHAPE) is not None
 
 
 def test_memory_of_its_own_is_handed_over_whole() -> None:

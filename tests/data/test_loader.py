@@ -197,6 +197,13 @@ def plain_steps_of_two(index: Index, last: int) -> list[list[tuple[int, int, byt
     return [rows_of(step) for step in train_loader(index).steps(0, last)]
 
 
+def test_one_loader_is_read_twice_at_once(index):
+    loader = EvalLoader(EvalBatches(index, 6, "bilinear"), len(index), 0, 1, 4, 1, CPU)
+    pairs = [(rows_of([one]), rows_of([other])) for one, other in zip(loader, loader, strict=True)]
+    assert len(pairs) == 7
+    assert all(one == other for one, other in pairs)
+
+
 def test_batches_that_are_let_go_lie_where_earlier_ones_lay(index):
     places = {batch.images.data_ptr() for step in train_loader(index, workers=1).steps(0, 20) for batch in step}
     assert len(places) <= 11  # 4 of this step, 4 of the one before, 2 ahead and one in hand; 80 were read

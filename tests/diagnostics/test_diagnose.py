@@ -102,6 +102,10 @@ def test_the_figures_and_the_page_are_there(folder: Path) -> None:
     page = (folder / "index.html").read_text()
     assert page.count("data:image/png;base64,") == len(names)
     assert "10 of 449 images of" in page
+    assert "the landscape on 10 of them" in page
+    assert all(f"<td>{head}</td>" in page for head in ("its own head", "head fitted to these images"))
+    drawn = (folder / "figures" / "landscape.svg").read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in ("tuned (its own head)", "swin (head fitted to these images)"))
 
 
 def test_the_page_is_drawn_from_the_files_alone(digits: Path, tmp_path: Path) -> None:
@@ -194,6 +198,7 @@ def test_a_forward_that_fails_leaves_its_reason_and_the_other_models_go_on(digit
     fragile = Student(Fragile(), 32, (4, 4), 1, 32).eval().requires_grad_(False)
     found = look(digits, Subject("fragile", fragile), subject_of("beit"))
     assert [(row.measure, row.reason) for row in found.rows if row.model == "fragile" and row.other is None] == [
+        ("image_side", None),
         ("attention", "its forward fails: four images at most"),
         ("features", "its forward fails: four images at most"),
         ("landscape", "four images at most"),

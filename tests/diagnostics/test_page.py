@@ -118,3 +118,20 @@ def test_models_stand_in_the_order_given(tmp_path: Path) -> None:
     write_page(rows, [], tmp_path, "", tmp_path / "index.html")
     page = (tmp_path / "index.html").read_text()
     assert re.findall(r'<th scope="col">(\w+)</th>', page)[:2] == ["z", "a"]
+
+
+def test_a_narrow_figure_stays_narrow_and_the_title_claims_no_attention(tmp_path: Path) -> None:
+    pictures = draw([row for row in rows_of(MODELS[0], 1.0) if row.at and len(row.at) == 2], {}, tmp_path)
+    write_page(
+        [Measurement("only", "head_similarity", 1.0, "", 4, 0)], pictures[:1], tmp_path, "", tmp_path / "index.html"
+    )
+    page = (tmp_path / "index.html").read_text()
+    assert 'style="max-width: 30rem"' in page
+    assert "<h1>only under diagnosis</h1>" in page
+
+
+def test_captions_tell_of_heads_and_of_image_sides() -> None:
+    assert "fitted" in TOLD["landscape"][1]
+    assert "heads of the same kind" in TOLD["surface_loss"][1]
+    assert "side" in TOLD["attention_distance"][1]
+    assert "nearly uniform" in TOLD["attention_shape"][1]
