@@ -20,7 +20,7 @@ BY_LAYER = {
     "attention_offset_share": "share of the offset",
     "attention_column_share": "share of the column",
 }
-SHARES = ("share of the offset", "share of the column")  # which end at 0 and 1
+BOUNDED = ("head similarity", "share of the offset", "share of the column")  # by 0 and 1
 NAMES = {BEFORE: "teacher (before)", AFTER: "distilled (after)", SCRATCH: "random weights"}
 Diagnosed = Mapping[str, Sequence[Sequence[Measurement]]]
 """For each teacher the measurements of each seed."""
@@ -100,7 +100,7 @@ def _of_measurements(found: Diagnosed, folder: Path) -> Iterator[Picture]:
         }
         for of, seeds in found.items()
     }
-    plots.plot_lines(layers, "block", folder / "attention", SHARES)
+    plots.plot_lines(layers, "block", folder / "attention", BOUNDED)
     yield Picture("attention", READING["attention"], "Head similarity and the shape of averaged maps against block.")
     lines = {
         f"{of} teacher": {name: _stacked([_rise(rows, model) for rows in seeds]) for model, name in NAMES.items()}

@@ -130,11 +130,11 @@ def plot_heads(panels: Mapping[str, Points], label: str, file: Path) -> None:
 
 
 def plot_lines(
-    panels: Mapping[str, Mapping[str, Lines]], across: str, file: Path, shares: Collection[str] = ()
+    panels: Mapping[str, Mapping[str, Lines]], across: str, file: Path, bounded: Collection[str] = ()
 ) -> None:
     """Rows of panels: for each measure (its label) a line a network, the mean over seeds in its 95 % band.
 
-    Bands of those measures that are `shares` end at 0 and 1.
+    Bands of those measures that are `bounded` end at 0 and 1.
     """
     rows = len(panels)
     columns = max(map(len, panels.values()))
@@ -143,7 +143,7 @@ def plot_lines(
         for line, (title, measures) in zip(every, panels.items(), strict=True):
             for axes, (measure, networks) in zip(line, measures.items(), strict=True):
                 for number, (name, (where, values)) in enumerate(networks.items()):
-                    _band(axes, where, values, number, name, (0.0, 1.0) if measure in shares else (-np.inf, np.inf))
+                    _band(axes, where, values, number, name, (0.0, 1.0) if measure in bounded else (-np.inf, np.inf))
                 axes.set_title(f"{title}: {measure}" if columns < 3 else measure)
                 axes.set_xlabel(across)
                 if across == "block":

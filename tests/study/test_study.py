@@ -30,6 +30,7 @@ from fdscale.study.tasks import LOOKED, TRAINED, tasks_of
 
 pytestmark = pytest.mark.timeout(600)  # the first of them waits for the study
 SEEDS = 1  # what more of them give is told in test_claims and test_report
+SHORT = {kind: ("steps=3",) for kind in TRAINED}  # shorter still than quick
 MIB = 2**20
 
 
@@ -47,7 +48,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def command(shards: tuple[Path, Path], output: Path) -> list[str]:
     train, held_out = map(str, shards)
     given = ["--shards", train, "--held-out", held_out, "--seeds", str(SEEDS), "--output", str(output)]
-    return ["study", "--quick", "--workers", "1", *given]
+    return ["study", "--quick", "--workers", "1", *given, *(f"{kind}.steps=3" for kind in SHORT)]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def rows(study: Path) -> list[Result]:
 
 
 def test_every_run_is_there_with_what_it_has_seen(study: Path, shards: tuple[Path, Path]) -> None:
-    design = design_of(shards, range(SEEDS), {}, True, study)
+    design = design_of(shards, range(SEEDS), SHORT, True, study)
     assert {row.task for row in rows(study)} == {task.name for task in tasks_of(design, study / "runs")}
     for row in rows(study):
         if row.kind in TRAINED:
@@ -132,7 +133,7 @@ def test_what_is_missing_is_done_by_the_same_command_and_what_fails_is_named(
     results.write_text("".join(kept) + '{"task": "seed_0/torn')
     design.write_text(json.dumps(json.loads(design.read_text()) | {"commit": "0123456789ab"}))
     with pytest.raises(UserError, match=rf"(?s){failing.task}: .*student.*what it said is in"):
-        conduct(design_of(shards, range(SEEDS), {}, True, study), study, workers=1)
+        conduct(design_of(shards, range(SEEDS), SHORT, True, study), study, workers=1)
     (again,) = (row for row in rows(study) if row.task == missing.task)
     assert again.values == missing.values
     assert len(rows(study)) == len(kept) + 1
@@ -142,8 +143,9 @@ def test_what_is_missing_is_done_by_the_same_command_and_what_fails_is_named(
 
 
 def test_another_study_is_refused(study: Path, shards: tuple[Path, Path]) -> None:
+    own = {**SHORT, "finetune": ("steps=3", "optim.lr=1.0")}
     with pytest.raises(UserError, match=r"holds another study:\n.*finetune.*\nname another folder"):
-        conduct(design_of(shards, range(SEEDS), {"finetune": ("optim.lr=1.0",)}, True, study), study, workers=1)
+        conduct(design_of(shards, range(SEEDS), own, True, study), study, workers=1)
 
 
 def test_more_labels_than_images_are_refused(tmp_path: Path, shards: tuple[Path, Path]) -> None:
