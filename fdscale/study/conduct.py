@@ -22,7 +22,7 @@ from fdscale.data.progress import progress
 from fdscale.study.queue import work_off
 from fdscale.study.report import write_report
 from fdscale.study.results import Result, append, read_results
-from fdscale.study.tasks import QUICK, QUICK_LOOK, TRAINED, Design, Task, load_settings, tasks_of
+from fdscale.study.tasks import LOOK, QUICK, QUICK_LOOK, TRAINED, Design, Task, load_settings, tasks_of
 from fdscale.study.worker import Answer
 from fdscale.training.run_directory import differences, write_text
 
@@ -45,12 +45,13 @@ def design_of(
     design = Design(
         str(train),
         str(held_out),
-        *(index.fingerprint() for index in indices),
+        indices[0].fingerprint(),
+        indices[1].fingerprint(),
         _classes(*indices),
         tuple(seeds),
         overrides,
-        **(QUICK_LOOK if quick else {}),
-        quick=quick,
+        *(QUICK_LOOK if quick else LOOK),
+        quick,
     )
     for kind in TRAINED:
         _refuse_too_few(load_settings(design, kind), kind, indices[0])

@@ -29,7 +29,7 @@ QUICK = {  # the two-minute cut: everything is done, nothing is learned
     "distill": ("steps=8", "optim.warmup_steps=2"),
     "finetune": ("steps=8", "optim.warmup_steps=2"),
 }
-QUICK_LOOK = {"images": 16, "directions": 2}
+LOOK, QUICK_LOOK = (256, 5), (16, 2)  # images and directions
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ class Design:
     classes: int
     seeds: tuple[int, ...]
     overrides: Mapping[str, tuple[str, ...]]
-    images: int = 256
-    directions: int = 5
+    images: int = LOOK[0]
+    directions: int = LOOK[1]
     quick: bool = False
 
     def own(self, kind: str) -> tuple[str, ...]:
