@@ -96,15 +96,20 @@ def plot_differences(found: Sequence[Paired], label: str, file: Path) -> None:
         axes.axvline(0, color="black", lw=0.8)
         for place, line in enumerate(found):
             _paired(axes, place, line)
-        left, right = axes.get_xlim()
-        for place, line in enumerate(found):
-            side = right if line.sign > 0 else left
-            axes.fill_betweenx([place - 0.42, place + 0.42], 0, side, color=SHADE, lw=0, zorder=0)
-        axes.set_xlim(left, right)
+        _expected(axes, found)
         axes.set_yticks(range(len(found)), [line.name for line in found])
         axes.set_ylim(len(found) - 0.4, -0.6)
         axes.set_xlabel(label)
         axes.grid(axis="y", visible=False)
+
+
+def _expected(axes: Any, found: Sequence[Paired]) -> None:
+    """Shade the side of zero that each line is expected on."""
+    left, right = axes.get_xlim()
+    for place, line in enumerate(found):
+        side = right if line.sign > 0 else left
+        axes.fill_betweenx([place - 0.42, place + 0.42], 0, side, color=SHADE, lw=0, zorder=0)
+    axes.set_xlim(left, right)
 
 
 def _paired(axes: Any, place: int, line: Paired) -> None:

@@ -17,6 +17,7 @@ from fdscale.study import tables
 from fdscale.study.claims import CLAIMS
 from fdscale.study.conduct import RESULTS, conduct
 from fdscale.study.looking import numbers
+from fdscale.study.pictures import _rise
 from fdscale.study.report import write_report
 from fdscale.study.results import Result, append, read_results
 from fdscale.study.tasks import AFTER, BEFORE, FULL, LOOKED, SCRATCH, Design, Task, tasks_of
@@ -102,6 +103,18 @@ def test_every_table_is_as_wide_as_its_head(study: Path) -> None:
     makers = (tables.verdicts, tables.main_table, tables.ablations, tables.diagnostics, tables.budgets)
     for table in (make(results) for make in makers):
         assert {len(row) for row in table.rows} == {len(table.head)}
+
+
+def test_the_landscape_is_the_rise_from_the_centre() -> None:
+    rows = [
+        Measurement(AFTER, "landscape_loss", value, "nats", 9, direction=direction, at=(at,))
+        for direction, line in enumerate([(3.0, 2.0, 2.5), (5.0, 2.0, 3.5)])
+        for at, value in zip((-1.0, 0.0, 1.0), line, strict=True)
+    ]
+    where, rise = _rise(rows, AFTER)
+    assert where.tolist() == [-1, 0, 1]
+    assert rise.tolist() == [2, 0, 1]
+    assert [part.size for part in _rise([row for row in rows if row.at != (0.0,)], AFTER)] == [0, 0]
 
 
 class Page(HTMLParser):
