@@ -19,7 +19,7 @@ def study(
     ] = None,
     shards: Annotated[Path | None, typer.Option(help="Labelled training shards; default: the digits.")] = None,
     held_out: Annotated[Path | None, typer.Option(help="Labelled shards to measure on, beside --shards.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Paired seeds; one alone has no interval.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Paired seeds; fewer than three judge nothing.")] = 5,
     first_seed: Annotated[int, typer.Option(min=0, help="The lowest of them.")] = 0,
     output: Annotated[Path, typer.Option(help="Results, runs and report; the same command goes on in it.")] = Path(
         "runs/study"

@@ -46,10 +46,10 @@ class _Count(ProgressColumn):
 
 
 class _Rate(ProgressColumn):
-    """`2,400 images/s`, once it is known."""
+    """`2,400 images/s`, or `2.5 tasks/min`, once it is known."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} {task.description}/s" if task.speed else "", style="bold cyan")
+        return Text(rate_told(task.speed, task.description) if task.speed else "", style="bold cyan")
 
 
 class _Lines:
@@ -69,4 +69,9 @@ class _Lines:
         rate = (self._done - self._already) / (now - self._began)
         minutes = (self._total - self._done) / rate / 60 if rate else float("inf")
         of = f"{self._done:,} of {self._total:,} {self._unit}"
-        LOG.info("%s, %.0f %s/s, %.0f min left", of, rate, self._unit, minutes)
+        LOG.info("%s, %s, %.0f min left", of, rate_told(rate, self._unit), minutes)
+
+
+def rate_told(rate: float, unit: str) -> str:
+    """A rate per second, told per minute where that is less than one."""
+    return f"{rate:,.0f} {unit}/s" if rate >= 1 else f"{60 * rate:,.1f} {unit}/min"

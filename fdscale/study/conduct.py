@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fdscale.config.errors import UserError
+from fdscale.config.programs import AnySettings
+from fdscale.config.settings import FinetuneSettings
 from fdscale.data.index import Index, load_index
 from fdscale.data.packing.digits import pack_digits
 from fdscale.data.processes import terminated_as_interrupted
@@ -18,12 +22,14 @@ from fdscale.data.progress import progress
 from fdscale.study.queue import work_off
 from fdscale.study.report import write_report
 from fdscale.study.results import Result, append, read_results
-from fdscale.study.tasks import QUICK, QUICK_LOOK, TRAINED, Design, Task, load_settings, tasks_of
+from fdscale.study.tasks import LOOK, QUICK, QUICK_LOOK, TRAINED, Design, Task, load_settings, tasks_of
 from fdscale.study.worker import Answer
 from fdscale.training.run_directory import differences, write_text
 
 RESULTS, DESIGN, RUNS, LOGS = "results.jsonl", "design.json", "runs", "logs"
 COMMIT = "commit"  # at which the first run began
+
+LOG = logging.getLogger(__name__)
 
 
 def design_of(
@@ -34,41 +40,52 @@ def design_of(
     Raises UserError, before anything runs, for shards without labels and for settings that cannot be.
     """
     train, held_out = shards or _digits(output / "digits")
-    classes = _classes(load_index(train), load_index(held_out))
+    indices = (load_index(train), load_index(held_out))
     overrides = {kind: ((*QUICK[kind], *own.get(kind, ())) if quick else own.get(kind, ())) for kind in TRAINED}
-    design = Design(str(train), str(held_out), classes, tuple(seeds), overrides, *(QUICK_LOOK if quick else ()))
+    design = Design(
+        str(train),
+        str(held_out),
+        indices[0].fingerprint(),
+        indices[1].fingerprint(),
+        _classes(*indices),
+        tuple(seeds),
+        overrides,
+        *(QUICK_LOOK if quick else LOOK),
+        quick,
+    )
     for kind in TRAINED:
-        load_settings(design, kind)
+        _refuse_too_few(load_settings(design, kind), kind, indices[0])
     return design
 
 
 def conduct(design: Design, output: Path, workers: int) -> None:
     """Do every task of the design that was not done yet, `workers` at a time, then write the report.
 
-    Raises UserError where `output` holds another study, and for a run that fails.
+    Raises UserError where `output` holds another study or cannot be written, and for a run that fails.
     """
     if find_spec("matplotlib") is None:
         raise UserError(
             "the report is drawn by matplotlib, which is not installed: pip install 'fdscale[demo,diagnose]'"
         )
     _refuse_another(design, output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be made: {error.strerror}; name another folder") from error
-    commit = _begun_at(output)
-    write_text(output / DESIGN, json.dumps({**asdict(design), COMMIT: commit}, indent=2) + "\n")
     results, tasks = output / RESULTS, tasks_of(design, output / RUNS)
-    done = {row.task for row in read_results(results)} & {task.name for task in tasks}
+    asked = {task.name for task in tasks}
+    done = {row.task for row in read_results(results)} & asked
+    commit = _begun_at(output, gone_on_with=done < asked)
+    with _writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / DESIGN, json.dumps({**asdict(design), COMMIT: commit}, indent=2) + "\n")
     with terminated_as_interrupted(), progress(len(tasks), len(done), "tasks") as advance:
 
         def finished(task: Task, answer: Answer) -> None:
-            append(_result(task, answer), results)
+            with _writing(output):
+                append(_result(task, answer), results)
             advance(1)
 
-        if len(done) < len(tasks):
+        if done < asked:
             work_off(tasks, done, workers, output / LOGS, (design, output / RUNS), finished)
-    write_report(design, commit, read_results(results), output)
+    with _writing(output):
+        write_report(design, commit, [row for row in read_results(results) if row.task in asked], output)
 
 
 def _result(task: Task, answer: Answer) -> Result:
@@ -95,17 +112,40 @@ def _classes(train: Index, held_out: Index) -> int:
     return classes
 
 
-def _begun_at(output: Path) -> str:
-    """The commit at which the study began; empty without a repository."""
-    if (output / DESIGN).exists():
-        return str(json.loads((output / DESIGN).read_text())[COMMIT])
+def _refuse_too_few(settings: AnySettings, kind: str, train: Index) -> None:
+    if isinstance(settings, FinetuneSettings) and (settings.labelled or 0) > len(train):
+        raise UserError(
+            f"{kind}.labelled={settings.labelled}: {train.folder} has {len(train)} images; "
+            f"allowed: 1 to {len(train)}, e.g. {kind}.labelled={max(len(train) // 7, 1)}"
+        )
+
+
+def _begun_at(output: Path, gone_on_with: bool) -> str:
+    """The commit at which the study began, empty without a repository; warns where it is gone on with at another."""
+    before = str(json.loads((output / DESIGN).read_text())[COMMIT]) if (output / DESIGN).exists() else None
+    if before is not None and not gone_on_with:
+        return before
     from fdscale.build.run_info import code_commit  # imports torch
 
-    return code_commit()
+    now = code_commit()
+    if before is not None and before != now:
+        told = "%s began at commit %s and is gone on with at %s: runs of a pair may be of different code"
+        LOG.warning(told, output, before or "unknown", now or "unknown")
+    return now if before is None else before
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """What cannot be written, on a full disk for example, is told with what to do."""
+    try:
+        yield
+    except OSError as error:
+        told = f"{error.filename or output}: cannot be written: {error.strerror}"
+        raise UserError(f"{told}; make room or name another --output, then run the same command again") from error
 
 
 def _refuse_another(design: Design, output: Path) -> None:
-    """More seeds may be asked for later; everything else decides the numbers."""
+    """More seeds may be asked for later, and shards may be moved; everything else decides the numbers."""
     file = output / DESIGN
     before: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     now = json.loads(json.dumps(asdict(design)))

@@ -20,7 +20,8 @@ BY_LAYER = {
     "attention_offset_share": "share of the offset",
     "attention_column_share": "share of the column",
 }
-NAMES = {BEFORE: "teacher (before)", AFTER: "distilled (after)"}
+BOUNDED = ("head similarity", "share of the offset", "share of the column")  # by 0 and 1
+NAMES = {BEFORE: "teacher (before)", AFTER: "distilled (after)", SCRATCH: "random weights"}
 Diagnosed = Mapping[str, Sequence[Sequence[Measurement]]]
 """For each teacher the measurements of each seed."""
 
@@ -47,7 +48,7 @@ def draw(results: Sequence[Result], runs: Path, folder: Path) -> dict[str, Pictu
     }
     drawn = list(_of_results(results, folder))
     if all(found.values()):
-        drawn += [*_of_measurements(found, folder), _of_maps(results, runs, found, folder)]
+        drawn += [*_of_measurements(found, folder), *_of_maps(results, runs, found, folder)]
     return {picture.name: picture for picture in drawn}
 
 
@@ -64,7 +65,7 @@ def _of_results(results: Sequence[Result], folder: Path) -> Iterator[Picture]:
     )
     yield Picture("accuracy", READING["accuracy"], "Fine-tuned accuracy of each network, a dot a seed.")
     lines = [
-        (f"{claim.sentence}: {of}", number, list(found.differences.values()))
+        plots.Paired(f"{claim.sentence}: {of}", number, list(found.differences.values()), claim.sign)
         for claim in (*RESULT, *INGREDIENTS, *SEPARABILITY)
         for number, of in enumerate(TEACHERS)
         if (found := judged(claim, results, of)) is not None
@@ -84,6 +85,7 @@ def _of_measurements(found: Diagnosed, folder: Path) -> Iterator[Picture]:
         of: {
             name: _joined([by_layer(rows, model, "attention_distance") for rows in seeds])
             for model, name in NAMES.items()
+            if model != SCRATCH  # six panels are too many
         }
         for of, seeds in found.items()
     }
@@ -98,18 +100,22 @@ def _of_measurements(found: Diagnosed, folder: Path) -> Iterator[Picture]:
         }
         for of, seeds in found.items()
     }
-    plots.plot_lines(layers, "block", folder / "attention")
+    plots.plot_lines(layers, "block", folder / "attention", BOUNDED)
     yield Picture("attention", READING["attention"], "Head similarity and the shape of averaged maps against block.")
     lines = {
-        f"{of} teacher": {name: _stacked([_mean_line(rows, model) for rows in seeds]) for model, name in NAMES.items()}
+        f"{of} teacher": {name: _stacked([_rise(rows, model) for rows in seeds]) for model, name in NAMES.items()}
         for of, seeds in found.items()
     }
-    plots.plot_lines({"cross entropy (nats)": lines}, "distance along random directions", folder / "landscape")
-    yield Picture("landscape", READING["landscape"], "Cross entropy against the distance from the trained weights.")
+    plots.plot_lines(
+        {"rise of the cross entropy (nats)": lines}, "distance along random directions", folder / "landscape"
+    )
+    yield Picture(
+        "landscape", READING["landscape"], "Rise of the cross entropy against the distance from the trained weights."
+    )
 
 
-def _of_maps(results: Sequence[Result], runs: Path, found: Diagnosed, folder: Path) -> Picture:
-    """The averaged attention maps of the first seed."""
+def _of_maps(results: Sequence[Result], runs: Path, found: Diagnosed, folder: Path) -> Iterator[Picture]:
+    """The averaged attention maps of the first seed, as far as they are finite."""
     from fdscale.diagnostics.plots import plot_maps
 
     rows: list[Measurement] = []
@@ -117,13 +123,15 @@ def _of_maps(results: Sequence[Result], runs: Path, found: Diagnosed, folder: Pa
     for of in TEACHERS:
         task = next(row.task for row in results if (row.kind, row.of) == ("diagnose", of))
         names = {BEFORE: f"{of} teacher", AFTER: f"student of the {of} teacher"}
-        rows += [replace(row, model=names[row.model]) for row in found[of][0]]
+        rows += [replace(row, model=names[row.model]) for row in found[of][0] if row.model in names]
         with np.load(runs / task / "maps.npz") as stored:
             for key in stored.files:
                 model, _, block = key.partition("/")
-                maps.setdefault(names[model], {})[int(block)] = stored[key]
-    plot_maps(rows, list(maps), maps, folder / "maps")
-    return Picture("maps", READING["maps"], "Averaged attention maps of first, middle and last block.")
+                if model in names and np.isfinite(stored[key]).all():
+                    maps.setdefault(names[model], {})[int(block)] = stored[key]
+    if maps:
+        plot_maps(rows, list(maps), maps, folder / "maps")
+        yield Picture("maps", READING["maps"], "Averaged attention maps of first, middle and last block.")
 
 
 def _joined(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
@@ -131,28 +139,39 @@ def _joined(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
 
 
 def _stacked(parts: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
-    return parts[0][0], np.stack([part[1] for part in parts])
+    """All places (X,), and a line for each seed (S, X), NaN where it has no value."""
+    places = np.unique(np.concatenate([where for where, _ in parts]))
+    lines = np.full((len(parts), len(places)), np.nan)
+    for line, (where, values) in zip(lines, parts, strict=True):
+        line[np.searchsorted(places, where)] = values
+    return places, lines
 
 
-def _mean_line(rows: Sequence[Measurement], model: str) -> tuple[Array, Array]:
+def _rise(rows: Sequence[Measurement], model: str) -> tuple[Array, Array]:
+    """Distances (X,) and how much more than at the centre the loss is there (X,), a mean over directions."""
     where, values = curves(rows, model, "landscape_loss")
-    return where, values.mean(axis=0)
+    if 0.0 not in where:
+        return np.empty(0), np.empty(0)
+    line = values.mean(axis=0)
+    return where, line - line[where == 0.0]
 
 
 READING = {
     "accuracy": "A small dot is a seed, a grey line joins runs of one seed, the large marker is their "
-    "mean with its 95 % interval; the two scales differ. Students have the size of their teachers, and saw no label "
-    "before fine-tuning.",
-    "differences": "Small markers are seeds, the large one is their mean with its 95 % interval. Right of zero "
-    "the first of the pair was better: the distilled student than its teacher, or with the ingredient than without.",
+    "mean with its 95 % interval; the two scales differ. Students have the size of their teachers, and were given no "
+    "label before fine-tuning; but the supervised teacher's features, which its students learn, come from labels.",
+    "differences": "Small markers are seeds, the large one is their mean with its 95 % interval. Shaded is "
+    "the side of zero that the paper expects: on the right the distilled student is better than its teacher, or with "
+    "the ingredient than without; a linear probe of the student is expected on the left, below its teacher's.",
     "heads": "A dot is a head of one of the seeds: how far from its own place a patch looks on average. Dots that are "
     "spread over many distances are heads that do different things; the line is their mean.",
     "attention": "Lines are means over seeds, bands their 95 % intervals. Lower head similarity is more diverse heads; "
-    "diagonality and the shares say what the attention maps, averaged over images, are made of.",
+    "diagonality and the shares say what the attention maps, averaged over images, are made of. Random weights are "
+    "those of the student before its distillation.",
     "maps": "One seed. Row: the patch that looks; column: the patch that is looked at, numbered line by line. A bright "
     "diagonal and lines beside it are patches that look at their neighbours, bright columns a few places that every "
     "patch looks at.",
-    "landscape": "The loss of the fine-tuned networks on held-out images, their weights moved along random "
-    "filter-normalised directions (Li et al., 2018): mean over directions and seeds, the band is the 95 % interval "
-    "over seeds. The wider the valley, the flatter the minimum.",
+    "landscape": "How much the loss of the fine-tuned networks on held-out images rises when their weights are moved "
+    "along random filter-normalised directions (Li et al., 2018): mean over directions and seeds, the band is the 95 % "
+    "interval over seeds. The loss of the trained weights is taken off each line. The wider the valley, the flatter.",
 }

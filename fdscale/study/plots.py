@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from fdscale.diagnostics.plots import COLOURS, DASHES, DPI, MARKERS, STYLE, WIDT
 
 Array = NDArray[np.float64]
 Lines = Mapping[str, tuple[Array, Array]]
-"""Of each network the places (X,) and a line for each seed (S, X)."""
+"""Of each network the places (X,) and a line for each seed (S, X), NaN where it has no value."""
 
 Points = Mapping[str, tuple[Array, Array]]
 """Of each network the blocks (P,) and values (P,) of all heads."""
 
-GREY = "#777777"
+GREY, SHADE = "#777777", "#ececec"
 
 
 @contextmanager
@@ -78,21 +79,45 @@ def _seeds_and_mean(axes: Any, place: float, values: list[float], number: int) -
         axes.errorbar([place + 0.14], [mean], ends, fmt=MARKERS[number], color=colour, ms=5.5, capsize=2.5, lw=1.2)
 
 
-def plot_differences(found: Sequence[tuple[str, int, Sequence[float]]], label: str, file: Path) -> None:
-    """A line for each (name, colour number, differences by seed): dots, mean and 95 % interval, and where zero is."""
+@dataclass(frozen=True)
+class Paired:
+    """A line of `plot_differences`: its name, its colour's number, differences by seed, and the sign expected."""
+
+    name: str
+    number: int
+    values: Sequence[float]
+    sign: int
+
+
+def plot_differences(found: Sequence[Paired], label: str, file: Path) -> None:
+    """A line each: dots, mean and 95 % interval, where zero is, and in grey its side that is expected."""
     with _figure(file, 0.6 + 0.27 * len(found)) as figure:
         axes = figure.subplots()
         axes.axvline(0, color="black", lw=0.8)
-        for place, (_, number, values) in enumerate(found):
-            colour = COLOURS[number]
-            mean, low, high = mean_interval(values)
-            axes.plot(values, [place + 0.22] * len(values), MARKERS[number], color=colour, ms=2.6, alpha=0.55, mew=0)
-            ends = None if low is None or high is None else [[mean - low], [high - mean]]
-            axes.errorbar([mean], [place], None, ends, fmt=MARKERS[number], color=colour, ms=5, capsize=2.5, lw=1.2)
-        axes.set_yticks(range(len(found)), [name for name, _, _ in found])
+        for place, line in enumerate(found):
+            _paired(axes, place, line)
+        _expected(axes, found)
+        axes.set_yticks(range(len(found)), [line.name for line in found])
         axes.set_ylim(len(found) - 0.4, -0.6)
         axes.set_xlabel(label)
         axes.grid(axis="y", visible=False)
+
+
+def _expected(axes: Any, found: Sequence[Paired]) -> None:
+    """Shade the side of zero that each line is expected on."""
+    left, right = axes.get_xlim()
+    for place, line in enumerate(found):
+        side = right if line.sign > 0 else left
+        axes.fill_betweenx([place - 0.42, place + 0.42], 0, side, color=SHADE, lw=0, zorder=0)
+    axes.set_xlim(left, right)
+
+
+def _paired(axes: Any, place: int, line: Paired) -> None:
+    colour, marker, values = COLOURS[line.number], MARKERS[line.number], line.values
+    mean, low, high = mean_interval(values)
+    axes.plot(values, [place + 0.22] * len(values), marker, color=colour, ms=2.6, alpha=0.55, mew=0)
+    ends = None if low is None or high is None else [[mean - low], [high - mean]]
+    axes.errorbar([mean], [place], None, ends, fmt=marker, color=colour, ms=5, capsize=2.5, lw=1.2)
 
 
 def plot_heads(panels: Mapping[str, Points], label: str, file: Path) -> None:
@@ -109,8 +134,13 @@ def plot_heads(panels: Mapping[str, Points], label: str, file: Path) -> None:
         row[0].set_ylabel(label)
 
 
-def plot_lines(panels: Mapping[str, Mapping[str, Lines]], across: str, file: Path) -> None:
-    """Rows of panels: for each measure (its label) a line a network, the mean over seeds in its 95 % band."""
+def plot_lines(
+    panels: Mapping[str, Mapping[str, Lines]], across: str, file: Path, bounded: Collection[str] = ()
+) -> None:
+    """Rows of panels: for each measure (its label) a line a network, the mean over seeds in its 95 % band.
+
+    Bands of those measures that are `bounded` end at 0 and 1.
+    """
     rows = len(panels)
     columns = max(map(len, panels.values()))
     with _figure(file, 2.1 * rows + 0.3) as figure:
@@ -118,7 +148,7 @@ def plot_lines(panels: Mapping[str, Mapping[str, Lines]], across: str, file: Pat
         for line, (title, measures) in zip(every, panels.items(), strict=True):
             for axes, (measure, networks) in zip(line, measures.items(), strict=True):
                 for number, (name, (where, values)) in enumerate(networks.items()):
-                    _band(axes, where, values, number, name)
+                    _band(axes, where, values, number, name, (0.0, 1.0) if measure in bounded else (-np.inf, np.inf))
                 axes.set_title(f"{title}: {measure}" if columns < 3 else measure)
                 axes.set_xlabel(across)
                 if across == "block":
@@ -129,13 +159,13 @@ def plot_lines(panels: Mapping[str, Mapping[str, Lines]], across: str, file: Pat
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), handlelength=3)
 
 
-def _band(axes: Any, where: Array, values: Array, number: int, name: str) -> None:
+def _band(axes: Any, where: Array, values: Array, number: int, name: str, bounds: tuple[float, float]) -> None:
     colour = COLOURS[number]
-    if len(values) > 1:
-        ends = np.array([mean_interval(column)[1:] for column in values.T.tolist()], np.float64).T
-        axes.fill_between(where, *ends, color=colour, alpha=0.18, lw=0)
+    found = [mean_interval(column[np.isfinite(column)].tolist() or [np.nan]) for column in values.T]
+    middle, low, high = np.array(found, np.float64).reshape(-1, 3).T  # NaN where there is no interval
+    axes.fill_between(where, np.clip(low, *bounds), np.clip(high, *bounds), color=colour, alpha=0.18, lw=0)
     style = {"color": colour, "linestyle": DASHES[number], "marker": MARKERS[number], "ms": 3}
-    axes.plot(where, values.mean(axis=0), label=name, **style)
+    axes.plot(where, middle, label=name, **style)
 
 
 def _blocks(axes: Any) -> None:

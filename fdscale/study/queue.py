@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -62,7 +62,8 @@ def _hand_out(waiting: list[Task], ready: set[str], team: Sequence[Worker]) -> N
         if worker.task is None and task is not None:
             waiting.remove(task)
             worker.task = task
-            worker.pipe.send(task)
+            with suppress(BrokenPipeError, ConnectionResetError):  # it is dead, which is told where it is answered
+                worker.pipe.send(task)
 
 
 def _answered(team: Sequence[Worker]) -> list[Worker]:

@@ -12,11 +12,12 @@ from pathlib import Path
 from fdscale import __version__
 from fdscale.diagnostics.page import STYLE
 from fdscale.study import tables
-from fdscale.study.claims import CLAIMS, RULE
+from fdscale.study.claims import BESIDE_RULE, CLAIMS, RULE
 from fdscale.study.pictures import Picture, draw
 from fdscale.study.results import Result
 from fdscale.study.tables import Table
 from fdscale.study.tasks import Design
+from fdscale.training.run_directory import write_text
 
 FIGURES, MARKDOWN, HTML = "figures", "report.md", "report.html"
 TITLE = "The paper in miniature"
@@ -34,17 +35,20 @@ def write_report(design: Design, commit: str, results: Sequence[Result], output:
     """Draw the figures and write both files; what a study has not done yet is left out."""
     pictures = draw(results, output / "runs", output / FIGURES)
     blocks = list(_blocks(design, commit, results, pictures))
-    (output / MARKDOWN).write_text(as_markdown(blocks, FIGURES + "/"))
-    (output / HTML).write_text(_as_html(blocks, output / FIGURES))
+    write_text(output / MARKDOWN, as_markdown(blocks, FIGURES + "/"))
+    write_text(output / HTML, _as_html(blocks, output / FIGURES))
 
 
 def _blocks(design: Design, commit: str, results: Sequence[Result], pictures: dict[str, Picture]) -> Iterator[Block]:
     def shown(name: str) -> Iterator[Picture]:
         yield from (picture for key, picture in pictures.items() if key == name)
 
+    if design.quick:
+        yield QUICK
     yield _opening(design, results)
     yield Heading("What the paper says, and what was found")
     yield RULE
+    yield BESIDE_RULE
     yield tables.verdicts(results)
     yield f"{2 * len(CLAIMS)} intervals of 95 %: about one in forty would lie on the expected side by chance."
     yield from shown("differences")
@@ -66,6 +70,12 @@ def _blocks(design: Design, commit: str, results: Sequence[Result], pictures: di
     yield _spent(commit, results)
 
 
+QUICK = (
+    "*Nothing was learned here*: this is a `--quick` study, of a few steps a run, which shows that everything runs. "
+    "None of its numbers, verdicts and figures says anything about the paper."
+)
+
+
 def _opening(design: Design, results: Sequence[Result]) -> str:
     seeds = ", ".join(map(str, design.seeds))
     return (
@@ -79,8 +89,11 @@ def _opening(design: Design, results: Sequence[Result]) -> str:
 def _about_accuracy(design: Design) -> str:
     return (
         f"Held-out images of `{design.held_out}` told right. All fine-tunings of a seed have the same labelled images, "
-        "and all have the same steps, augmentation and learning rate. Probe and k-NN look at frozen features before "
-        "any fine-tuning, with all labels of the training shards, which the supervised teacher has seen before."
+        "and all have the same steps, augmentation and learning rate. These equal budgets are those of fine-tuning: a "
+        "student has had the steps of its distillation on top of its teacher's. The supervised teacher was trained "
+        "with all labels, and as trained it stands in a column of its own: in the paper it and its student have all "
+        "labels, here both are fine-tuned on few. Probe and k-NN look at frozen features before any fine-tuning, with "
+        "all labels of the training shards, which the supervised teacher has seen before."
     )
 
 
@@ -93,9 +106,14 @@ WITHOUT = (
 
 def _about_diagnostics(design: Design) -> str:
     return (
-        f"Teacher and student side by side on {design.images} held-out images. Attention is that of the networks "
-        "before fine-tuning, its numbers are means over the last third of the blocks; sharpness is the curvature of "
-        f"the loss of the fine-tuned networks along {design.directions} random directions, nats per squared distance."
+        "Teacher (before), student (after) and the student's network with the random weights that its distillation "
+        f"began with, on {design.images} held-out images. Teacher and student differ in more than what they learned: "
+        "the teacher has absolute positions and a CLS token, the student relative position biases and LayerScale. "
+        "What random weights show as well, against the same teacher, is no sign of distillation: attention that is "
+        "near uniform has alike heads and few columns without having learned anything. Attention is that of the "
+        "networks before fine-tuning, its numbers are means over the last third of the blocks; sharpness is the "
+        "curvature of the loss of the fine-tuned networks (random weights fine-tuned as well) along "
+        f"{design.directions} random directions, nats per squared distance."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -46,7 +47,11 @@ def read_results(file: Path) -> list[Result]:
 
 
 def by_seed(results: Iterable[Result], kind: str, of: str, network: str, value: str) -> dict[int, float]:
-    """One quantity of one of the networks, by seed, as far as it was measured."""
+    """One quantity of one of the networks, by seed, as far as it was measured and is finite."""
     wanted = (kind, of, network)
-    found = (row for row in results if (row.kind, row.of, row.network) == wanted and value in row.values)
+    found = (
+        row
+        for row in results
+        if (row.kind, row.of, row.network) == wanted and math.isfinite(row.values.get(value, math.nan))
+    )
     return {row.seed: row.values[value] for row in sorted(found, key=lambda row: row.seed)}

@@ -19,7 +19,7 @@ from fdscale.study.claims import (
     judged,
 )
 from fdscale.study.results import Result, by_seed
-from fdscale.study.tasks import AFTER, BEFORE, FULL, SCRATCH, TEACHER, TEACHERS, TRAINED
+from fdscale.study.tasks import AFTER, BEFORE, FULL, LOOKED, SCRATCH, TEACHER, TEACHERS, TRAINED
 
 NOTHING = "-"
 Row = tuple[str, ...]
@@ -40,16 +40,17 @@ def verdicts(results: Sequence[Result]) -> Table:
 
 
 def main_table(results: Sequence[Result]) -> Table:
-    """Each network fine-tuned, and frozen under a linear classifier and a k-NN: means and intervals over seeds."""
+    """Each network fine-tuned, as trained, and frozen under a classifier or a k-NN: means and intervals over seeds."""
     networks = [("random weights", "", SCRATCH)]
     for of in TEACHERS:
         networks += [(f"{of} teacher", of, TEACHER), (f"distilled from the {of} teacher", of, FULL)]
-    values = (("finetune", ACCURACY), ("probe", LINEAR), ("probe", KNN))
+    values = (("finetune", ACCURACY), ("supervised", ACCURACY), ("probe", LINEAR), ("probe", KNN))
     rows = [
         (name, *(percent(by_seed(results, kind, of, network, value)) for kind, value in values))
         for name, of, network in networks
     ]
-    return Table(("network", "fine-tuned on few labels", "linear probe", "k-NN"), tuple(rows))
+    head = ("network", "fine-tuned on few labels", "as trained, with all labels", "linear probe", "k-NN")
+    return Table(head, tuple(rows))
 
 
 def ablations(results: Sequence[Result]) -> Table:
@@ -64,16 +65,17 @@ def ablations(results: Sequence[Result]) -> Table:
 
 
 def diagnostics(results: Sequence[Result]) -> Table:
-    """Each diagnostic of the teacher and of what was distilled from it, and the paired difference."""
-    head = ("diagnostic", "teacher", BEFORE, AFTER, "difference")
+    """Each diagnostic of the teacher, of what was distilled from it, of random weights; and paired differences."""
+    head = ("diagnostic", "teacher", *LOOKED, f"{AFTER} - {BEFORE}", f"{SCRATCH} - {BEFORE}")
     rows = []
     for claim in DIAGNOSTICS:
         name = claim.difference.minuend[2].removeprefix(f"{AFTER}.")
         for of in TEACHERS:
-            means = [_mean(by_seed(results, "diagnose", of, FULL, f"{when}.{name}")) for when in (BEFORE, AFTER)]
-            rows.append(
-                (f"{name.replace('_', ' ')} ({claim.difference.unit})", of, *means, _difference(claim, results, of))
-            )
+            means = [_mean(by_seed(results, "diagnose", of, FULL, f"{model}.{name}")) for model in LOOKED]
+            found = judged(claim, results, of)
+            differences = (found, None if found is None else found.control)
+            told = (NOTHING if each is None else interval(each, with_unit=False) for each in differences)
+            rows.append((f"{name.replace('_', ' ')} ({claim.difference.unit})", of, *means, *told))
     return Table(head, tuple(rows))
 
 
@@ -98,7 +100,7 @@ TOLD = {
     "distill": "distillation",
     "finetune": "fine-tuning",
     "probe": "probe of frozen features",
-    "diagnose": "diagnostics, before and after",
+    "diagnose": "diagnostics, with random weights",
 }
 
 
@@ -110,10 +112,10 @@ def percent(values: dict[int, float]) -> str:
     return f"{mean:.1f} %" if low is None else f"{mean:.1f} ± {mean - low:.1f} %"
 
 
-def interval(found: Judged) -> str:
+def interval(found: Judged, with_unit: bool = True) -> str:
     """`+1.3 (+0.4 to +2.2) points`."""
     unit = found.claim.difference.unit
-    told = "" if unit == "0 to 1" else f" {unit}"
+    told = f" {unit}" if with_unit and unit != "0 to 1" else ""
     if found.low is None or found.high is None:
         return f"{_signed(found.mean)}{told}"
     return f"{_signed(found.mean)} ({_signed(found.low)} to {_signed(found.high)}){told}"

@@ -22,13 +22,14 @@ ABLATIONS: dict[str, tuple[str, ...]] = {  # what takes an ingredient out of a d
 VARIANTS = {FULL: (), **ABLATIONS}
 WEIGHTS = "student.safetensors"
 BEFORE, AFTER = "before", "after"  # teacher, and what was distilled from it
+LOOKED = (BEFORE, AFTER, SCRATCH)  # what a diagnosis looks at; the last is the control
 QUICK = {  # the two-minute cut: everything is done, nothing is learned
     "supervised": ("steps=12", "optim.warmup_steps=2"),
     "contrastive": ("steps=12", "optim.warmup_steps=2"),
     "distill": ("steps=8", "optim.warmup_steps=2"),
     "finetune": ("steps=8", "optim.warmup_steps=2"),
 }
-QUICK_LOOK = (16, 2)  # images and directions
+LOOK, QUICK_LOOK = (256, 5), (16, 2)  # images and directions
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,20 @@ class Task:
 class Design:
     """Everything that decides the numbers: shards, how many classes they have, seeds, settings by kind of run.
 
-    The diagnostics look at so many held-out `images`, and along so many `directions` of the loss landscape.
+    Fingerprints are those of the indices (`Index.fingerprint`), wherever the shards lie. The diagnostics look at so
+    many held-out `images`, and along so many `directions` of the loss landscape. In a `quick` study nothing is learned.
     """
 
     shards: str
     held_out: str
+    shards_fingerprint: str
+    held_out_fingerprint: str
     classes: int
     seeds: tuple[int, ...]
     overrides: Mapping[str, tuple[str, ...]]
-    images: int = 256
-    directions: int = 5
+    images: int = LOOK[0]
+    directions: int = LOOK[1]
+    quick: bool = False
 
     def own(self, kind: str) -> tuple[str, ...]:
         """What the user sets for every run of a kind."""
@@ -150,9 +155,10 @@ def _probe(runs: Path, task: Task) -> Task:
 
 
 def _look(runs: Path, seed: int, kind: str) -> Task:
-    """Diagnostics of a teacher and of what was distilled from it with every ingredient."""
+    """Diagnostics of a teacher, of what was distilled from it with every ingredient, and of random weights."""
     trained = [_name(seed, kind, network) for network in (TEACHER, FULL)]
-    needs = (*trained, *(f"{name}_finetuned" for name in trained))
+    tuned = (*(f"{name}_finetuned" for name in trained), _name(seed, SCRATCH, "finetuned"))
+    needs = (*trained, _name(seed, SCRATCH, "probed"), *tuned)
     files = tuple(str(runs / name) for name in needs)
     return Task(f"{_name(seed, kind, 'diagnosed')}", "diagnose", seed, kind, FULL, needs, (), files)
 

@@ -15,7 +15,7 @@ from fdscale.planning.networks import geometry_of
 from fdscale.study.tasks import ABLATIONS, FULL, QUICK, RECIPES, SCRATCH, TRAINED, Design, Task, tasks_of
 from fdscale.training.run_directory import flatten
 
-DESIGN = Design("train", "test", 7, (0, 1, 2, 3, 4), {"distill": ("student.geometry.depth=3",)})
+DESIGN = Design("train", "test", "a", "b", 7, (0, 1, 2, 3, 4), {"distill": ("student.geometry.depth=3",)})
 TASKS = tasks_of(DESIGN, Path("runs"))
 NUMBER = re.compile(r"^[\w.]+\s*=\s*(\[\s*)?[-+]?\d")
 MARK = re.compile(r"#\s(official|paper|ours): \w.{2,}$")
