@@ -68,7 +68,7 @@ class AttentionSums:
         large = counts > 1
         queries = (members @ counts[..., None]).mT.clamp(min=1)  # of each token's region, (W, 1, n)
         of_keys, of_rows = (
-            torch.einsum("whn,wnr->wrh", values, members)[large]
+            torch.einsum("bhn,bnr->brh", values, members)[large]
             for values in (torch.special.entr(maps.sum(dim=-2) / queries), entropies)
         )
         counts = counts[large][:, None]

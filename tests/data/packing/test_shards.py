@@ -287,7 +287,9 @@ def test_ctrl_c_is_told(source, tmp_path, caplog, monkeypatch):
 
     original = Files.read
     monkeypatch.setattr(Files, "read", read)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "out", 5)
+    signal.signal(signal.SIGINT, before)
     assert "interrupted; the same command goes on" in caplog.text
     assert len(pack(source, tmp_path / "out", 5)) == 24
