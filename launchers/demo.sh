@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The demo of `make demo`: a list of commands, two CPU ranks, four to five minutes. Everything lands in runs/demo.
+# The demo of `make demo`: a list of commands, two CPU ranks, about four minutes. Everything lands in runs/demo.
 #
 # The paper's DeiT case in miniature: a small supervised ViT learns the UCI digits and becomes the frozen teacher; a
 # SwinV2-G, shrunk by --smoke, learns its features; both are then fine-tuned on the same 200 labels.
