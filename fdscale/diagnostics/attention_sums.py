@@ -79,6 +79,6 @@ class AttentionSums:
 
 def _similarity(maps: Tensor) -> Tensor:
     """The mean cosine over pairs of heads of (W, H, n, n), each head's maps in one vector."""
-    flat = torch.nn.functional.normalize(maps.transpose(0, 1).flatten(1), dim=-1, eps=TINY)
+    flat = F.normalize(maps.transpose(0, 1).flatten(1), dim=-1, eps=TINY)
     heads = len(flat)
-    return ((flat @ flat.T).sum() - flat.square().sum()) / (heads * (heads - 1)) if heads > 1 else flat.sum() * 0
+    return ((flat @ flat.T).sum() - flat.square().sum()) / max(heads * (heads - 1), 1)  # of one head nobody asks

@@ -13,7 +13,7 @@ from fdscale.planning.trace import Trace
 EFFICIENCY = 0.35  # of the dense peak, recomputation counted as work: an assumption, met by well-fed ViTs on H100
 DAY, HOUR = 86_400, 3_600  # seconds
 WORKER = 150 * 2**20  # bytes that a forked loader worker comes to own: Python objects, decoder, images in flight
-BATCHES_A_WORKER = 2  # torch's prefetch factor
+BATCHES_A_WORKER = 2  # as the loader's AHEAD, which is not to be had without torch
 
 
 @dataclass(frozen=True)

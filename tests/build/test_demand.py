@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from fdscale.build.demand import demand_of
 from fdscale.config.recipe import load_recipe
+from fdscale.data.loader import AHEAD
 from fdscale.planning.check import load_and_check
+from fdscale.planning.cost import BATCHES_A_WORKER
 from fdscale.planning.dense_sizes import trained_parameters
 from fdscale.planning.smoke import smoke_patch
 from fdscale.training.preflight import Demand
@@ -54,6 +56,10 @@ def dense_demand(recipe: str, *overrides: str) -> tuple[Demand, int]:
     parameters = trained_parameters(settings, plan.student)
     assert parameters is not None
     return demand_of(settings, replace(plan, steps=None), deepspeed_json, local_ranks=1), parameters
+
+
+def test_the_planner_and_the_loader_mean_the_same_batches() -> None:
+    assert BATCHES_A_WORKER == AHEAD
 
 
 def test_targets_lie_in_shared_memory_beside_their_images() -> None:
