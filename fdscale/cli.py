@@ -13,7 +13,7 @@ import typer
 from fdscale.cluster.gpus import visible_gpus
 from fdscale.cluster.orphans import note_launchers
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE, USER_ERROR_EXIT_CODE
-from fdscale.commands import cluster, diagnosing, measuring, runs, shards, studying, training, weights
+from fdscale.commands import benching, cluster, diagnosing, measuring, runs, shards, studying, training, weights
 from fdscale.config.errors import StartAgain, UserError
 from fdscale.terminal import TerminalHandler
 
@@ -47,6 +47,7 @@ app = _group(
 )
 app.command("import")(weights.import_)
 app.command(context_settings=PASS_ON)(cluster.launch)
+app.command(context_settings={**PASS_ON, "help_option_names": []})(benching.bench)
 app.command()(cluster.submit)
 app.command()(cluster.doctor)
 app.command(hidden=True)(cluster.examine)

@@ -38,15 +38,16 @@ def median_seconds(run: Callable[[], object], device: torch.device) -> float:
     for _ in range(WARM_UP):
         run()
     for _ in range(REPEATS):
-        _wait(device)
+        wait_for(device)
         began = time.perf_counter()
         run()
-        _wait(device)
+        wait_for(device)
         times.append(time.perf_counter() - began)
     return statistics.median(times)
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until nothing of the device's work is outstanding."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
