@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fdscale.bench.parts import Row
@@ -15,19 +15,19 @@ from fdscale.bench.parts import Row
 SHORTEST = 15.0  # seconds in which a part cannot even start
 
 
-def in_own_process(words: Sequence[str], seconds: float, threads: int | None = None) -> Row:
+def in_own_process(words: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> Row:
     """What `python -m fdscale.bench WORDS --result FILE` leaves in that file, or `failed` and why.
 
-    `threads` of torch; None: as this process has them.
+    `environment` is added to this process's.
     """
     if seconds < SHORTEST:
         return {"failed": "no time was left for it (--seconds)"}
-    environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
+    own = {**os.environ, **(environment or {})}
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "fdscale.bench", *words, "--result", str(result)]
         try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
+            run = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=own)
         except subprocess.TimeoutExpired:
             return {"failed": f"not done after the {seconds:.0f} s that were left"}
         if run.returncode or not result.exists():

@@ -15,7 +15,7 @@ from fdscale.bench.gpu import surroundings
 from fdscale.bench.parts import Row
 from fdscale.bench.ratios import Ratio, compared, musts
 from fdscale.bench.tables import Table, markdown_of, print_tables
-from fdscale.config.errors import UserError
+from fdscale.config.errors import UserError, nearest
 
 PACKAGE = Path(__file__).parents[1]
 MEASURED = (PACKAGE, PACKAGE.parent / "ds_configs")  # a change anywhere else leaves a figure true
@@ -35,15 +35,23 @@ class Benchmark:
     plot: Callable[[Rows, Path], None] | None = None
 
 
-def conduct(benchmark: Benchmark, output: Path | None, only: Sequence[str], again: bool, check: Path | None) -> int:
+def conduct(
+    benchmark: Benchmark,
+    output: Path | None,
+    only: Sequence[str],
+    again: bool,
+    check: Path | None,
+    figure: Path | None = None,
+) -> int:
     """Measure the parts (all, or `only` these) and tell them; 1 when one failed or a ratio fell below `check`'s.
 
-    With `output` rows are kept in `bench_WHAT.json`, where those of the same commit are not measured `again`. Raises
-    UserError for a part that is none, and for a report that cannot be read.
+    With `output` rows are kept in `bench_WHAT.json`, where those of the same commit are not measured `again`; `figure`
+    is drawn of all that are kept. Raises UserError for a part that is none, and for a report that cannot be read.
     """
     if unknown := [name for name in only if name not in benchmark.parts]:
-        known = ", ".join(benchmark.parts)
-        raise UserError(f"bench {benchmark.what}: {unknown[0]!r} is none of its parts; allowed: {known}")
+        known, name = ", ".join(benchmark.parts), unknown[0]
+        meant = nearest(name, benchmark.parts)
+        raise UserError(f"bench {benchmark.what}: {name!r} is none of its parts{meant}; allowed: {known}")
     kept = _read(check) if check else {}
     file = None if output is None else output / f"bench_{benchmark.what}.json"
     rows: dict[str, Row] = _read(file) if file and file.exists() else {}
@@ -54,6 +62,8 @@ def conduct(benchmark: Benchmark, output: Path | None, only: Sequence[str], agai
         if file:
             _write(benchmark, rows, file)
     print_tables(_tables(benchmark, measured))
+    if figure and benchmark.plot and (good := _good(rows)):
+        benchmark.plot(good, figure)
     return max(_failures(benchmark, measured), _fallen(benchmark, measured, kept) if check else 0)
 
 
@@ -119,8 +129,6 @@ def _write(benchmark: Benchmark, rows: Rows, file: Path) -> None:
     failed = [f"- {name} failed: {row['failed']}" for name, row in rows.items() if "failed" in row]
     given = [_given_by(around, rows), *failed]
     file.with_suffix(".md").write_text(markdown_of(benchmark.title, "\n".join(given), _tables(benchmark, rows)))
-    if benchmark.plot and _good(rows):
-        benchmark.plot(_good(rows), file)
 
 
 def _given_by(around: dict[str, Any], rows: Rows) -> str:

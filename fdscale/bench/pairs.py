@@ -41,10 +41,10 @@ class Pair:
         return replace(self, overrides=(*self.overrides, *overrides))
 
 
-def config_of(settings: DistillSettings, bf16: bool) -> Config:
-    """The DeepSpeed JSON that the settings name, for their batch; without `bf16` in fp32."""
+def config_of(settings: DistillSettings, micro_batch: int, bf16: bool) -> Config:
+    """The DeepSpeed JSON that the settings name, for so many images a rank; without `bf16` in fp32."""
     config = load_deepspeed_json(settings.deepspeed)
-    config["train_micro_batch_size_per_gpu"] = settings.data.global_batch
+    config["train_micro_batch_size_per_gpu"] = micro_batch
     return config if bf16 else {key: value for key, value in config.items() if key not in ("bf16", "data_types")}
 
 
@@ -73,11 +73,16 @@ TINY = {f"tiny_{name}": _tiny(name) for name in ("vit_b16", "swinv2_b")}
 
 
 def by_hand(settings: DistillSettings, pixels: Tensor, bf16: bool, compiled: bool) -> Step:
-    """The step of these settings in plain timm, at the same sizes and drop rates."""
+    """The step of these settings in plain timm."""
+    return plain_step(*plain_networks(settings), pixels, bf16, compiled)
+
+
+def plain_networks(settings: DistillSettings) -> tuple[Network, Network]:
+    """Student and teacher of these settings in plain timm, at the same sizes and drop rates."""
     student, teacher = own_geometry_of(settings.student), teacher_geometry_of(settings.teacher)
     projector = nn.Linear(student.width, teacher.width)
     taught = Network(_timm(student, settings.student.drop_path), projector=projector)
-    return plain_step(taught, _plain_teacher(teacher), pixels, bf16, compiled)
+    return taught, _plain_teacher(teacher)
 
 
 def _plain_teacher(geometry: Any) -> Network:

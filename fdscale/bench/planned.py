@@ -29,12 +29,13 @@ def planned(part: TrainingStep, micro_batch: int, cuda: bool) -> Row:
     teacher = teacher_geometry_of(settings.teacher)
     traces = traces_of(_outline(settings), settings, config, micro_batch, cuda)
     foreseen = forecast_of(traces, settings, config, {FIRST_TEACHER: "replicated"}, 1, cuda)
+    recomputed = settings.student.activation_checkpointing != "none"
     return {
         "student_parameters": student.parameters(),
         "teacher_parameters": teacher.parameters(),
         # a backward pass is two forwards; what checkpointing recomputes is no useful work and not counted here
         "flops_per_image": 3 * student.flops() + teacher.flops(),
-        "flops_per_image_with_recomputing": 4 * student.flops() + teacher.flops(),
+        "flops_per_image_with_recomputing": (4 if recomputed else 3) * student.flops() + teacher.flops(),
         "planned_state_bytes": foreseen.states.resident,
         "planned_peak_bytes": foreseen.peak,
     }
