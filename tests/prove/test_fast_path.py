@@ -112,15 +112,16 @@ def test_the_curves_differ_less_than_seeds_do(one_rank: Any, name: str) -> None:
 def write(page: Page, found: dict[str, tuple[Curves, Curves]]) -> None:
     page.write_table(
         "The fast path beside the reference path",
-        f"Losses of {STEPS} steps of {IMAGES} digits at {SIDE} px in bf16, {len(SEEDS)} seeds (weights, order and drop "
-        "path), each seed both ways. Fast: as a recipe trains. Reference: attention as it is written down, its logits in "
-        f"fp32, no branch left out, nothing compiled. Means of {SMOOTHED} steps; ± the standard deviation between seeds.",
+        HOW,
         COLUMNS,
         [line(name, *both) for name, both in found.items()],
     )
     plot(found)
 
 
+HOW = f"""Losses of {STEPS} steps of {IMAGES} digits at {SIDE} px in bf16, {len(SEEDS)} seeds (weights, order, drop
+path), each seed both ways. Fast: as a recipe trains. Reference: attention as it is written down, its logits in fp32, no branch
+left out, nothing compiled. Means of {SMOOTHED} steps; ± the standard deviation between seeds."""
 COLUMNS = ("network", "loss at first", "fast, at last", "reference, at last", "mean difference", "most, of the spread")
 
 
