@@ -34,7 +34,7 @@ from fdscale.config.errors import UserError
 from fdscale.training.engine import connect, part
 
 KEPT = Path("docs/measurements")
-LONGEST = 600.0  # seconds of a part
+LONGEST = 900.0  # seconds of a part
 TINY_SIDES = {"bf16": (128,), "fp32": (128,)}
 
 
@@ -73,7 +73,9 @@ def _add_kept(parser: Any) -> None:
     parser.add_argument("--output", type=Path, help="where bench_WHAT.json, .md and .png go; else nothing is written")
     parser.add_argument("--only", action="append", default=[], metavar="PART", help="this part alone")
     parser.add_argument("--again", action="store_true", help="measure what this commit has given already, too")
-    parser.add_argument("--check", action="store_true", help="exit 1 when a ratio is worse than in the --kept report")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 when a ratio has fallen below --kept"
+    )
     parser.add_argument("--kept", type=Path, default=KEPT, help="the folder of that report")
 
 
@@ -159,8 +161,9 @@ def _checkpoint(given: argparse.Namespace, words: list[str]) -> int:
 
 
 def _conduct(given: argparse.Namespace, benchmark: Benchmark) -> int:
-    check = given.kept / f"bench_{benchmark.what}.json" if given.check else None
-    return conduct(benchmark, given.output, given.only, given.again, check, getattr(given, "figure", None))
+    if given.check:  # what is kept is compared with, and stays
+        return conduct(benchmark, None, given.only, True, given.kept / f"bench_{benchmark.what}.json")
+    return conduct(benchmark, given.output, given.only, given.again, None, getattr(given, "figure", None))
 
 
 def _apart(names: Any, words: list[str]) -> dict[str, Callable[[], Row]]:

@@ -23,7 +23,7 @@ COLUMNS = ("pair, way", "s a step", "images/s", "TFLOP/s", "of the ceiling", "fd
 HOW = """Whole steps (teacher, student, backward, clipping, AdamW) of the same pixels, the ways in turns within one
 process, medians; the factor is the median over the turns. Operations are counted from the networks' shapes (two a
 multiply-accumulate of matrix products; teacher + 3 x student), as if no branch were dropped, recomputation left out.
-Peak: the most bytes that the CPU allocator gave out in a step beyond what is held between steps."""
+Peak: the most bytes that the CPU allocator gave out in two steps beyond what is held between them."""
 CEILING = "The best square matrix product, timed in the same turns."
 
 
