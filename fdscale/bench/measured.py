@@ -72,7 +72,7 @@ def _measured(part: TrainingStep, rows: int, device: torch.device) -> Row:
     optimizer = adamw(parameter_groups(distiller, 0.05, set()), 1e-4, (0.9, 0.999), 1e-8)
     engine = start_engine(distiller, optimizer, config, 1, clip=3.0)
     pixels = torch.rand(rows, 3, student.image_size, student.image_size, device=device)
-    draws = torch.rand(student.drop_path_sites, rows, device=device) if student.drop_path_sites else None
+    draws = torch.rand(student.drop_path_sites, rows) if student.drop_path_sites else None
     losses: list[Tensor] = []
 
     def step() -> None:
