@@ -16,6 +16,8 @@ from fdscale.students.geometry import SwinV2Geometry, ViTGeometry
 from fdscale.teachers.spec import TeacherSpec
 
 Config = dict[str, Any]
+WAYS = ("fdscale", "plain", "compiled")
+WHOLE = "student.skip_dropped=false"  # nothing is left out
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Pair:
     recipe: str
     deepspeed: str
     overrides: tuple[str, ...]
-    ways: tuple[str, ...] = ("fdscale", "plain", "compiled")
+    ways: tuple[str, ...] = WAYS
     also: tuple[str, ...] = ()
 
     def settings(self, images: int, *further: str) -> DistillSettings:
@@ -56,9 +58,10 @@ def _swin(name: str, drop_path: float) -> tuple[str, ...]:
 
 
 PAIRS = {
-    "vit_b16": Pair("vit_b_clip_b", "vit_b_one_gpu", ()),
-    "swinv2_t": Pair("swinv2_b_esvit", "swinv2_b_one_node", _swin("swinv2_t", 0.2)),  # SwinV2's own rate for T
-    "swinv2_b": Pair("swinv2_b_esvit", "swinv2_b_one_node", _swin("swinv2_b", 0.3)),
+    "vit_b16": Pair("vit_b_clip_b", "vit_b_one_gpu", (), (*WAYS, "no engine"), (WHOLE,)),
+    # SwinV2's own drop path rate for T; the recipe's for B
+    "swinv2_t": Pair("swinv2_b_esvit", "swinv2_b_one_node", _swin("swinv2_t", 0.2), also=(WHOLE,)),
+    "swinv2_b": Pair("swinv2_b_esvit", "swinv2_b_one_node", _swin("swinv2_b", 0.3), also=(WHOLE,)),
 }
 _VIT = ("image_size=32", "geometry={embed_dim=32,depth=2,num_heads=2}")
 _SWIN = ("image_size=64", "geometry={embed_dim=8,depths=[1,1,2,1],num_heads=[1,2,2,4],window_size=4}")
