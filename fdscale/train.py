@@ -64,7 +64,7 @@ def distill(
     def distill_batch(engine: DeepSpeedEngine, batch: Batch, step: int) -> dict[str, Tensor]:
         """One micro batch: how far the projected student is from its targets."""
         pixels = as_pixels(batch.images)
-        draws = drop_path_rows(settings.seed, step, sites, global_batch, batch.rows, run.device)
+        draws = drop_path_rows(settings.seed, step, sites, global_batch, batch.rows)
         return engine(pixels, targets_of(pixels), draws)
 
     def held_out_batch(engine: DeepSpeedEngine, batch: Batch) -> dict[str, Tensor]:

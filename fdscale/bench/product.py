@@ -39,14 +39,14 @@ class Built:
     lesson: Lesson
     distiller: Distiller
 
-    def draws(self, step: int, rows: int, device: torch.device) -> Tensor | None:
+    def draws(self, step: int, rows: int) -> Tensor | None:
         """The drop path draws of a step."""
         sites, batch = self.student.drop_path_sites, self.settings.data.global_batch
-        return drop_path_rows(self.settings.seed, step, sites, batch, slice(0, rows), device)
+        return drop_path_rows(self.settings.seed, step, sites, batch, slice(0, rows))
 
     def terms(self, module: Any, pixels: Tensor, step: int) -> dict[str, Tensor]:
         """What one batch means, as in `fdscale.train`."""
-        draws = self.draws(step, len(pixels), pixels.device)
+        draws = self.draws(step, len(pixels))
         terms: dict[str, Tensor] = module(pixels, [self.lesson.targets(self.teacher(pixels))], draws)
         return terms
 

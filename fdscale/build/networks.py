@@ -91,6 +91,7 @@ def prepare_student(settings: StudentSettings, seed: int, device: str = "cpu") -
     """
     geometry = geometry_of(settings)
     student = build_student(geometry, settings.drop_path, seed, device)
+    student.draws.skip_dropped = settings.skip_dropped
     set_activation_checkpointing(student, settings.activation_checkpointing)
     if settings.weights:
         _load(student, Path(settings.weights), device, settings.resize)

@@ -47,13 +47,15 @@ class StudentSettings(Settings):
     `position_bias` None is the named network's; `per_block` gives every ViT block its own table, copied from a
     shared one where the weights have that (official fine-tuning). Activation checkpointing recomputes `blocks` in the
     backward pass; `offload` keeps their inputs in the host's memory meanwhile. `resize` takes `weights` of another
-    image size or window: positions are resized, and a SwinV2 keeps its coordinates.
+    image size or window: positions are resized, and a SwinV2 keeps its coordinates. `skip_dropped` leaves out the work
+    of the samples that a block's branch drops (ViT and SwinV2 students); results are the same to rounding.
     """
 
     name: Name
     image_size: Positive | None = None
     position_bias: Literal["shared", "per_block"] | None = None
     drop_path: Rate = 0.0
+    skip_dropped: bool = True
     activation_checkpointing: Literal["none", "blocks", "offload"] = "none"
     geometry: Keywords = {}
     weights: Name | None = None

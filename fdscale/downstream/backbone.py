@@ -69,9 +69,9 @@ class Backbone(nn.Module):
         self._window_size = window_size
 
     def forward(self, pixels: Tensor, drop_path: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Pixels (B, 3, H, W) in [0, 1] and drop path draws (sites, B) -> one map per stride, finest first."""
+        """Pixels (B, 3, H, W) in [0, 1] and draws (sites, B) of drop path, on the host -> maps, finest first."""
         student = self.student
-        student.draws.table = drop_path
+        student.draws.take(drop_path, pixels.device)
         images = self._whole_cells((pixels - student.mean) / student.std)
         self._resize((images.shape[-2], images.shape[-1]))
         dtype = next(student.backbone.parameters()).dtype

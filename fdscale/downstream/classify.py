@@ -60,7 +60,7 @@ def finetune(settings: FinetuneSettings) -> bool:
         """One micro batch: images erased in part and mixed with their neighbours, and how well they are classified."""
         pixels = erase(as_pixels(batch.images), batch.rows, step)
         pixels, labels = mix(pixels, batch.labels, batch.rows, step)
-        draws = drop_path_rows(settings.seed, step, sites, global_batch, batch.rows, run.device)
+        draws = drop_path_rows(settings.seed, step, sites, global_batch, batch.rows)
         return engine(pixels, labels, draws)
 
     def held_out_batch(engine: DeepSpeedEngine, batch: Batch) -> dict[str, Tensor]:

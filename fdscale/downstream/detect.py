@@ -70,7 +70,7 @@ def detect(settings: DetectSettings) -> bool:
 
     def detect_batch(engine: DeepSpeedEngine, batch: DetectBatch, step: int) -> dict[str, Tensor]:
         """One micro batch: how well its objects are found, told from one another, and outlined."""
-        draws = drop_path_rows(settings.seed, step, sites, global_batch, batch.rows, run.device)
+        draws = drop_path_rows(settings.seed, step, sites, global_batch, batch.rows)
         seed_network(settings.seed, step, batch.rows)
         return by_parts(engine(as_pixels(batch.images), batch.objects, draws))
 

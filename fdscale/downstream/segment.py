@@ -64,7 +64,7 @@ def segment(settings: SegmentSettings) -> bool:
 
     def segment_batch(engine: DeepSpeedEngine, batch: SegmentBatch, step: int) -> dict[str, Tensor]:
         """One micro batch: how well the classes of its pixels are told."""
-        draws = drop_path_rows(settings.seed, step, sites, global_batch, batch.rows, run.device)
+        draws = drop_path_rows(settings.seed, step, sites, global_batch, batch.rows)
         seed_network(settings.seed, step, batch.rows)
         return by_parts(engine(as_pixels(batch.images), batch.labels, draws))
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fdscale.planning.kernels import attention_as_on_cuda, linear_as_in_zero3
 from fdscale.planning.trace import Kind, Moment, Trace, TracedModule
+from fdscale.students.drop_path import TableDropPath
 from fdscale.teachers.teacher import Teacher
 
 Inputs = Callable[[], tuple[Any, ...]]
@@ -110,6 +111,7 @@ def trace_step(
     with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(module, dtype)
         _let_outputs_be(module)
+        _keep_every_sample(module)
         with Ledger(_state(module)) as ledger:
             recorder = Recorder(ledger)
             weights = [weight for weight in module.parameters() if weight.requires_grad]
@@ -206,6 +208,13 @@ def _let_outputs_be(module: nn.Module) -> None:
     for part in module.modules():
         if getattr(part, "inplace", False):
             part.inplace = False  # type: ignore[assignment]
+
+
+def _keep_every_sample(module: nn.Module) -> None:
+    """Draws have no values here: each branch is computed for all samples, which is the most that it can hold."""
+    for part in module.modules():
+        if isinstance(part, TableDropPath):
+            part.draws.skip_dropped = False
 
 
 def _record(module: nn.Module, weights: list[nn.Parameter], recorder: Recorder) -> list[nn.Module]:

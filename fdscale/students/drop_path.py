@@ -1,17 +1,21 @@
 """Drop path whose draws come from a table, so that every number of ranks computes the same forward.
 
 A rank's own generator would tie the result to how the batch is split. One uniform table per step is drawn for the
-whole global batch instead, and each rank is given the rows of its samples.
+whole global batch instead, and each rank is given the rows of its samples. Blocks that ask for it leave out the work
+of the samples that a branch drops.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+
+Branch = Callable[[Tensor], Tensor]
 
 
 @lru_cache(maxsize=2)
@@ -22,10 +26,38 @@ def drop_path_table(seed: int, step: int, sites: int, global_batch: int) -> Tens
     return torch.rand(sites, global_batch, generator=generator)
 
 
-class Draws:
-    """The draws (sites, B) of the micro batch in flight, shared by the drop path sites of one network."""
+def drop_path_rows(seed: int, step: int, sites: int, global_batch: int, rows: slice) -> Tensor | None:
+    """The draws (sites, B) of those rows of the step's global batch, on the host; None without drop path."""
+    return drop_path_table(seed, step, sites, global_batch)[:, rows] if sites else None
 
-    table: Tensor | None = None
+
+class Draws:
+    """The draws (sites, B) of the micro batch in flight, shared by the drop path sites of one network.
+
+    `skip_dropped`: blocks that can compute a branch for its kept samples alone do so.
+    """
+
+    def __init__(self) -> None:
+        self.skip_dropped = True
+        self.rates: list[float] = []  # of each site
+        self.table: Tensor | None = None
+        self.kept: list[Tensor] = []  # each site's samples; where it keeps none, the first
+        self.counts: list[int] = []
+
+    def take(self, table: Tensor | None, device: torch.device) -> None:
+        """Look at a micro batch's draws on the host and send what the device needs there, without waiting for it."""
+        self.table = None if table is None else _sent(table, device)
+        if table is not None and self.skip_dropped:
+            kept = table.numpy() >= np.float32(self.rates)[:, None]
+            self.counts = kept.sum(axis=1).tolist()
+            rows = _sent(torch.from_numpy(np.argsort(~kept, axis=1, kind="stable")), device)
+            self.kept = [of_site[: max(count, 1)] for of_site, count in zip(rows, self.counts, strict=True)]
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return values
+    return values.contiguous().pin_memory().to(device, non_blocking=True)  # from pageable memory it would wait
 
 
 class TableDropPath(nn.Module):
@@ -44,25 +76,36 @@ class TableDropPath(nn.Module):
         scale = kept.to(x.dtype) / (1.0 - self.drop_prob)
         return x * scale.view(-1, *[1] * (x.ndim - 1))
 
+    def residual(self, x: Tensor, branch: Branch) -> Tensor:
+        """x + drop_path(branch(x)) of (B, ...), where `branch` sees the kept samples alone; it is always called.
 
-def use_table(backbone: nn.Module) -> tuple[Draws, int]:
-    """Replace timm's drop path modules by ones that read a table; returns the table's holder and its row count."""
-    draws, sites = Draws(), 0
+        ZeRO-3 needs every rank in every module: where nothing is kept, zeros go in and nothing of them comes out.
+        """
+        if not (self.training and self.draws.skip_dropped):
+            return x + self(branch(x))
+        assert self.draws.table is not None, "drop path needs this micro batch's draws"
+        count, scale = self.draws.counts[self.site], 1.0 / (1.0 - self.drop_prob)
+        if count == len(x):
+            return torch.add(x, branch(x), alpha=scale)
+        rows = self.draws.kept[self.site]
+        given = x.index_select(0, rows)
+        given, scale = (given, scale) if count else (given * 0, 0.0)
+        added = branch(given)
+        kind = torch.promote_types(x.dtype, added.dtype)
+        return x.to(kind).index_add(0, rows, added.to(kind), alpha=scale)
+
+
+def use_table(backbone: nn.Module) -> Draws:
+    """Replace timm's drop path modules by ones that read a table; returns what holds it, and the rate of each site."""
+    draws = Draws()
     for parent in backbone.modules():
         for name, child in parent.named_children():
             if isinstance(child, DropPath):
-                setattr(parent, name, TableDropPath(child.drop_prob, sites, draws))
-                sites += 1
-    return draws, sites
-
-
-def drop_path_rows(
-    seed: int, step: int, sites: int, global_batch: int, rows: slice, device: torch.device
-) -> Tensor | None:
-    """The draws (sites, B) of those rows of the step's global batch; None for a network without drop path."""
-    if not sites:
-        return None
-    draws = drop_path_table(seed, step, sites, global_batch)[:, rows].clone()
-    if device.type == "cuda":  # a copy from pageable memory would wait for the device
-        return draws.pin_memory().to(device, non_blocking=True)
+                setattr(parent, name, TableDropPath(child.drop_prob, len(draws.rates), draws))
+                draws.rates.append(child.drop_prob)
     return draws
+
+
+def add_branch(drop_path: nn.Module, x: Tensor, branch: Branch) -> Tensor:
+    """x + drop_path(branch(x)) of a block, whose `drop_path` is nothing (an Identity) where its rate is 0."""
+    return drop_path.residual(x, branch) if isinstance(drop_path, TableDropPath) else x + drop_path(branch(x))

@@ -45,7 +45,7 @@ class Student(nn.Module):
         self.backbone = backbone
         self.width, self.grid, self.prefix_tokens = width, grid, prefix_tokens
         self.image_size, self.geometry = image_size, geometry
-        self.draws, self.drop_path_sites = use_table(backbone)
+        self.draws = use_table(backbone)
         for module in backbone.modules():
             if getattr(module, "k_bias", None) is not None:
                 module.register_forward_pre_hook(_cast_key_bias)
@@ -53,12 +53,17 @@ class Student(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, pixels: Tensor, drop_path: Tensor | None = None) -> Tensor:
-        """Pixels (B, 3, H, W) in [0, 1] and drop path draws (sites, B) -> tokens (B, prefix + h*w, C)."""
-        self.draws.table = drop_path
+        """Pixels (B, 3, H, W) in [0, 1] and drop path draws (sites, B), on the host -> tokens (B, prefix + h*w, C)."""
+        self.draws.take(drop_path, pixels.device)
         images = (pixels - self.mean) / self.std
         dtype = next(self.backbone.parameters()).dtype
         # the backbone's own __call__, never forward_features: ZeRO-3 gathers weights around calls only
         return as_tokens(self.backbone(images.to(dtype)), self.width)
+
+    @property
+    def drop_path_sites(self) -> int:
+        """Rows of the table that drop path reads."""
+        return len(self.draws.rates)
 
     def undecayed_parameters(self) -> set[str]:
         """Names of the backbone's parameters without weight decay, beyond biases and vectors (official rule)."""

@@ -6,10 +6,28 @@ import math
 from functools import partial
 
 import torch
-from timm.models.beit import Beit
-from torch import nn
+from timm.models.beit import Beit, Block
+from torch import Tensor, nn
 
+from fdscale.students.drop_path import add_branch
 from fdscale.students.geometry import ViTGeometry
+
+
+class ViTBlock(Block):
+    """timm's block, whose branches are computed for the samples alone that drop path keeps."""
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, C) and a position bias (H, N, N) -> tokens of the same shape."""
+
+        def attend(tokens: Tensor) -> Tensor:
+            return _scaled(self.gamma_1, self.attn(self.norm1(tokens), shared_rel_pos_bias=shared_rel_pos_bias))
+
+        x = add_branch(self.drop_path1, x, attend)
+        return add_branch(self.drop_path2, x, lambda tokens: _scaled(self.gamma_2, self.mlp(self.norm2(tokens))))
+
+
+def _scaled(gamma: Tensor | None, branch: Tensor) -> Tensor:
+    return branch if gamma is None else gamma * branch
 
 
 def build_vit(geometry: ViTGeometry, drop_path: float, device: str = "cpu") -> Beit:
@@ -31,6 +49,8 @@ def build_vit(geometry: ViTGeometry, drop_path: float, device: str = "cpu") -> B
             use_rel_pos_bias=geometry.position_bias == "per_block",
             use_shared_rel_pos_bias=geometry.position_bias == "shared",
         )
+    for block in backbone.blocks:
+        block.__class__ = ViTBlock  # the same weights: blocks built anew would draw from the generator again
     if device != "meta":
         init_weights(backbone)
     return backbone

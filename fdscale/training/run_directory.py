@@ -34,6 +34,7 @@ MAY_CHANGE = {
     "steps": "likewise",
     "max_steps": "where to stop this time",
     "student.activation_checkpointing": "the same gradients, recomputed or kept",
+    "student.skip_dropped": "the same branches, computed for fewer samples",
     "teacher.placement": "the same tokens, wherever the frozen weights lie",
     "further_teachers.*.placement": "likewise",
     "data.workers": "how many processes decode",

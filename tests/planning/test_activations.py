@@ -37,7 +37,7 @@ def distiller_of(geometry: Geometry, mode: str, device: str) -> tuple[Distiller,
 def inputs_of(student: Student) -> tuple[Tensor, list[Tensor], Tensor | None]:
     tokens = student.grid[0] * student.grid[1] + student.prefix_tokens
     side = student.image_size
-    draws = torch.zeros(student.drop_path_sites, B) if student.drop_path_sites else None
+    draws = torch.ones(student.drop_path_sites, B) if student.drop_path_sites else None
     return torch.zeros(B, 3, side, side), [torch.zeros(B, tokens, WIDTH)], draws
 
 
@@ -139,9 +139,9 @@ def test_the_optimizer_copies_gradients_and_works_in_temporaries() -> None:
 
 def test_a_leaf_gathers_everything_inside_at_once() -> None:
     trace = traced(VIT)
-    block = sum(trace.weights[index] for index in next(m.inside for m in trace.modules if m.name == "Block"))
+    block = sum(trace.weights[index] for index in next(m.inside for m in trace.modules if m.name == "ViTBlock"))
     assert most_gathered(trace) < 4 * block
-    assert most_gathered(trace, leaf_module={"classes": ["timm.Block"]}) >= 4 * block
+    assert most_gathered(trace, leaf_module={"classes": ["students.vit.ViTBlock"]}) >= 4 * block
 
 
 def test_shared_weights_stay_shared() -> None:

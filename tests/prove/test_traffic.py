@@ -121,7 +121,7 @@ def _bucketfuls(sizes: list[int], bucket: int) -> int:
 
 
 def _units(module: torch.nn.Module) -> Any:
-    if type(module).__name__ in ("SwinV2Block", "PatchMerging", "Block"):
+    if type(module).__name__ in ("SwinV2Block", "PatchMerging", "ViTBlock"):
         yield module
         return
     if list(module.parameters(recurse=False)):

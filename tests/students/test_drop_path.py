@@ -15,7 +15,6 @@ from fdscale.students.student import Student, build_student
 
 SWIN = SwinV2Geometry(16, (2, 3), (2, 4), window_size=4, image_size=32)
 VIT = ViTGeometry(16, 5, 2, patch_size=8, image_size=32)
-CPU = torch.device("cpu")
 SEEDS = st.integers(0, 2**31)
 
 
@@ -41,13 +40,13 @@ def test_drawing_leaves_the_callers_generator_alone() -> None:
 def test_rows_of_any_split_are_rows_of_the_whole(seed: int, step: int, sites: int, sizes: list[int]) -> None:
     ends = [sum(sizes[: part + 1]) for part in range(len(sizes))]
     rows = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-    parts = [drop_path_rows(seed, step, sites, sum(sizes), part, CPU) for part in rows]
+    parts = [drop_path_rows(seed, step, sites, sum(sizes), part) for part in rows]
     assert torch.equal(torch.cat([part for part in parts if part is not None], dim=1),
                        drop_path_table(seed, step, sites, sum(sizes)))  # fmt: skip
 
 
 def test_a_network_without_drop_path_needs_no_draws() -> None:
-    assert drop_path_rows(0, 0, 0, 8, slice(0, 4), CPU) is None
+    assert drop_path_rows(0, 0, 0, 8, slice(0, 4)) is None
 
 
 def test_draws_are_uniform() -> None:
@@ -75,7 +74,8 @@ def test_a_rate_of_zero_has_no_sites() -> None:
 
 def site_of(rate: float, table: torch.Tensor | None) -> TableDropPath:
     draws = Draws()
-    draws.table = table
+    draws.rates = [rate, rate]
+    draws.take(table, torch.device("cpu"))
     return TableDropPath(rate, 1, draws)
 
 
@@ -125,3 +125,75 @@ def test_a_student_sees_each_samples_own_draws_however_the_batch_is_split(geomet
     assert torch.allclose(torch.cat(parts), whole, atol=1e-5)
     assert not torch.allclose(student(pixels, drop_path_table(0, 4, student.drop_path_sites, 6)), whole, atol=1e-2)
     assert not torch.allclose(student.eval()(pixels), whole, atol=1e-2)
+
+
+TABLES = {
+    "mixed": drop_path_table(0, 3, 8, 6),
+    "all dropped": torch.zeros(8, 6),
+    "all kept": torch.full((8, 6), 0.99),
+    "one kept": torch.zeros(8, 6).index_fill(1, torch.tensor([4]), 0.99),
+}
+
+
+def output_and_gradients(student: Student, table: torch.Tensor) -> dict[str, torch.Tensor]:
+    student.zero_grad()
+    tokens = student(torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(4)), table)
+    tokens.square().mean().backward()
+    gradients = {name: weight.grad for name, weight in student.named_parameters()}
+    assert all(gradient is not None for gradient in gradients.values()), "ZeRO-3 would wait for it for ever"
+    return {"": tokens.detach(), **gradients}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("geometry", [SWIN, VIT], ids=["swin_v2", "vit"])
+def test_work_that_is_skipped_changes_neither_output_nor_gradient(geometry: Any, table: torch.Tensor) -> None:
+    student = student_in_training(geometry)
+    assert student.draws.skip_dropped
+    skipped = output_and_gradients(student, table)
+    student.draws.skip_dropped = False
+    discarded = output_and_gradients(student, table)
+    for name, expected in discarded.items():
+        assert torch.allclose(skipped[name], expected, rtol=1e-4, atol=1e-6), name
+
+
+def rows_seen(student: Student, table: torch.Tensor) -> list[int]:
+    """How many samples the second branch of each block computes; a window attention sees windows."""
+    seen: list[int] = []
+    for name, module in student.named_modules():
+        if name.endswith("mlp"):
+            module.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    student(torch.rand(6, 3, 32, 32), table)
+    return seen
+
+
+def test_a_branch_sees_the_samples_that_it_keeps_and_never_none() -> None:
+    draws = torch.tensor([0.9, 0.3, 0.6, 0.3, 0.9, 0.1]).expand(8, 6)
+    student = student_in_training(VIT)  # at rates 0, 0.125, 0.25, 0.375 and 0.5
+    assert rows_seen(student, draws) == [6, 5, 5, 3, 3]
+    assert rows_seen(student_in_training(VIT), torch.zeros(8, 6)) == [6, 1, 1, 1, 1]
+    student = student_in_training(VIT)
+    student.draws.skip_dropped = False
+    assert rows_seen(student, draws) == [6] * 5
+
+
+def test_what_overflows_in_a_dropped_branch_harms_nothing() -> None:
+    x = torch.full((3, 2), 200.0, requires_grad=True)
+    weight = torch.ones(2, requires_grad=True)
+    out = site_of(0.5, torch.zeros(2, 3)).residual(x, lambda rows: (rows * weight).exp())
+    out.sum().backward()
+    assert torch.equal(out, x)
+    assert torch.equal(x.grad, torch.ones(3, 2))  # type: ignore[arg-type]
+    assert torch.equal(weight.grad, torch.zeros(2))  # type: ignore[arg-type]
+
+
+def test_a_branch_of_another_type_gives_what_a_sum_gives() -> None:
+    x, site = torch.randn(4, 3), site_of(0.5, torch.tensor([[0.0] * 4, [0.9, 0.1, 0.9, 0.9]]))
+    found = site.residual(x.bfloat16(), lambda rows: rows.float())
+    assert found.dtype is torch.float32
+    assert torch.equal(found[1], x.bfloat16()[1].float())
+    assert site.eval().residual(x, lambda rows: rows).equal(2 * x)
+
+
+def test_draws_that_are_not_on_the_host_are_refused() -> None:
+    with pytest.raises(TypeError, match="meta"):
+        build_student(VIT, drop_path=0.1)(torch.rand(1, 3, 32, 32), torch.rand(8, 1, device="meta"))

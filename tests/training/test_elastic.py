@@ -95,7 +95,7 @@ class Distillation:
         pixels = torch.rand(GLOBAL_BATCH, 3, 32, 32, generator=generator)[batch.rows]
         target = torch.randn(GLOBAL_BATCH, tokens, WIDTH, generator=generator)[batch.rows]
         sites = self.student.drop_path_sites
-        draws = drop_path_rows(0, step, sites, GLOBAL_BATCH, batch.rows, self.connection.device)
+        draws = drop_path_rows(0, step, sites, GLOBAL_BATCH, batch.rows)
         return engine(pixels, [target], draws)
 
     def states(self) -> dict[str, dict[str, Tensor]]:

@@ -94,7 +94,7 @@ def curve(
 
     def terms(engine: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         pixels, target = (tensor[batch.rows] for tensor in data_of_step(student, step))
-        draws = drop_path_rows(0, step, student.drop_path_sites, GLOBAL_BATCH, batch.rows, connection.device)
+        draws = drop_path_rows(0, step, student.drop_path_sites, GLOBAL_BATCH, batch.rows)
         return engine(pixels, [target], draws)
 
     starts = [connection.rank.rank * accumulation * micro + i * micro for i in range(accumulation)]
@@ -199,6 +199,43 @@ def test_accumulation_on_one_rank_and_on_two_computes_the_same(plain: Plain, one
 def test_bf16_trains_swin_v2_close_to_fp32(plain: Plain, two_ranks: Any) -> None:
     rounded = two_ranks(curve, SWIN, engine_config(3, 4, bf16={"enabled": True}), 6)[0]["losses"]
     assert 0 < largest_difference(plain(SWIN)["losses"][:6], rounded) <= 2e-3
+
+
+def gradients_where_much_is_dropped(
+    connection: Connection, geometry: Geometry, leaves: tuple[str, ...], skip_dropped: bool
+) -> tuple[dict[str, Tensor], list[list[int]]]:
+    """Whole gradients of three steps of one image a rank, and how many samples each drop path site kept in each."""
+    from deepspeed.utils import safe_get_full_grad
+
+    distiller, student = distiller_of(geometry, 0.9, "none")
+    student.draws.skip_dropped = skip_dropped
+    standing = torch.optim.SGD(distiller.parameters(), lr=0.0)
+    engine = start_engine(distiller, standing, engine_config(3, 1, leaves), 1, clip=0.0)
+    gradients, kept, rank = {}, [], connection.rank.rank
+    for step in range(FEW):  # the second one follows what the first one recorded
+        pixels, target = (tensor[rank : rank + 1] for tensor in data_of_step(student, step))
+        draws = drop_path_rows(0, step, student.drop_path_sites, connection.rank.world_size, slice(rank, rank + 1))
+        engine.backward(engine(pixels, [target], draws)["loss"])
+        kept.append(student.draws.counts)
+        gradients |= {
+            f"{step} {name}": safe_get_full_grad(weight).clone() for name, weight in distiller.named_parameters()
+        }
+        engine.step()
+    engine.destroy()
+    return gradients, kept
+
+
+@pytest.mark.parametrize("geometry", [SWIN, VIT], ids=["swin_v2", "vit"])
+@pytest.mark.parametrize("in_leaves", [False, True], ids=["layers", "leaves"])
+def test_ranks_that_keep_different_samples_stay_together(geometry: Geometry, in_leaves: bool, two_ranks: Any) -> None:
+    """Nothing of a ZeRO-3 network stays: a rank that left a module out would leave the other one waiting."""
+    leaves = load_deepspeed_json("laptop")["zero_optimization"]["leaf_module"]["classes"] if in_leaves else ()
+    (skipped, kept), (_, kept_beside) = two_ranks(gradients_where_much_is_dropped, geometry, tuple(leaves), True)
+    (discarded, _), _ = two_ranks(gradients_where_much_is_dropped, geometry, tuple(leaves), False)
+    assert kept != kept_beside
+    assert [0] * len(kept[0]) in kept + kept_beside
+    for name, expected in discarded.items():
+        assert torch.allclose(skipped[name], expected, rtol=1e-4, atol=1e-6), name
 
 
 def test_the_true_depths_of_swin_v2_g_take_three_zero_3_steps(two_ranks: Any) -> None:
