@@ -31,7 +31,7 @@ study: $(stamp)
 # Speed and memory on this machine's CPUs, in twelve minutes: steps, loader, ranks, checkpoint, start-up, each beside its
 # ceiling, into docs/measurements. What this commit has given is not measured again; alone on the machine, or not at all.
 bench: $(stamp)
-	$(in_venv) fdscale bench step $(KEEP) --figure docs/images/bench_step.png
+	$(in_venv) fdscale bench step $(KEEP) --repeats 5 --figure docs/images/bench_step.png
 	$(in_venv) fdscale bench loader $(KEEP) --workers 1 --workers 2 --images 1280
 	$(in_venv) fdscale bench scaling $(KEEP)
 	$(in_venv) fdscale bench checkpoint $(KEEP)

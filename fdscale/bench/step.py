@@ -23,7 +23,7 @@ from fdscale.config.errors import UserError
 from fdscale.training.allocator import live_bytes, memory_profile
 
 OURS, PLAIN, COMPILED, NO_ENGINE = WAYS = ("fdscale", "plain", "compiled", "no engine")
-WARM_UP = 3  # steps: DeepSpeed makes its buffers in the first ones, a compiler its code
+WARM_UP = 2  # steps: DeepSpeed makes its buffers in the first, a compiler its code
 
 Step = Callable[[], torch.Tensor]
 
