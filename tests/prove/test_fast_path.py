@@ -149,11 +149,14 @@ def plot(found: dict[str, tuple[Curves, Curves]]) -> None:
                 above.plot([], [], color=COLOURS[way], ls=dashes, label="fast" if way == "fdscale" else "reference")
             above.set_title(f"{name}: loss, {len(slow)} seeds")
             above.set_yscale("log")
+            above.yaxis.set_major_formatter("{x:g}")
+            above.yaxis.set_minor_formatter("")
             above.legend(frameon=False)
             percent = 100 / slow.mean(axis=0)
             spread, difference = slow.std(axis=0, ddof=1) * percent, (fast - slow).mean(axis=0) * percent
             below.fill_between(steps, -spread, spread, color="#dddddd", label="± one deviation between seeds")
-            below.plot(steps, difference, color=COLOURS["fdscale"], label="fast - reference, mean")
+            most = f"fast - reference, mean: at most {np.abs(difference).max():.2g} % of the loss"
+            below.plot(steps, difference, color=COLOURS["fdscale"], label=most)
             below.set_xlabel("step")
             below.set_ylabel("% of the loss")
             below.legend(frameon=False, fontsize=6)
