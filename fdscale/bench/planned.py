@@ -28,7 +28,7 @@ def planned(part: TrainingStep, micro_batch: int, cuda: bool) -> Row:
     assert isinstance(student, ViTGeometry | SwinV2Geometry), "the benchmark's students are of the table"
     teacher = _teacher_geometry(settings.teacher)
     traces = traces_of(_outline(settings), settings, config, micro_batch, cuda)
-    foreseen = forecast_of(traces, settings, config, {FIRST_TEACHER: "replicated"}, 1, cuda)
+    foreseen = forecast_of(traces, settings, config, {FIRST_TEACHER: "replicated"}, 1)
     return {
         "student_parameters": student.parameters(),
         "teacher_parameters": teacher.parameters(),
