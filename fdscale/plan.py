@@ -135,7 +135,7 @@ class Tracer:
 
         ranks = configuration.nodes * local_ranks
         config, placements = configuration.deepspeed_json, configuration.placements
-        return forecast_of(self.of(configuration), self.settings, config, placements, ranks, self.cuda)
+        return forecast_of(self.of(configuration), self.settings, config, placements, ranks)
 
 
 def _batch_bytes(settings: AnySettings, traces: Traces, configuration: Configuration) -> int:

@@ -28,7 +28,7 @@ def planned(part: TrainingStep, micro_batch: int, cuda: bool) -> Row:
     student = own_geometry_of(settings.student)
     teacher = teacher_geometry_of(settings.teacher)
     traces = traces_of(_outline(settings), settings, config, micro_batch, cuda)
-    foreseen = forecast_of(traces, settings, config, {FIRST_TEACHER: "replicated"}, 1, cuda)
+    foreseen = forecast_of(traces, settings, config, {FIRST_TEACHER: "replicated"}, 1)
     recomputed = settings.student.activation_checkpointing != "none"
     return {
         "student_parameters": student.parameters(),

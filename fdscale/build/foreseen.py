@@ -40,7 +40,6 @@ def forecast_of(
     deepspeed_json: Mapping[str, Any],
     placements: Mapping[str, Placement],
     ranks: int,
-    cuda: bool,
 ) -> Forecast:
     """The memory of one rank; raises UserError where the global batch does not divide."""
     micro_batch = int(deepspeed_json["train_micro_batch_size_per_gpu"])
@@ -51,7 +50,6 @@ def forecast_of(
         deepspeed_json,
         ranks,
         accumulation_steps(settings.data.global_batch, ranks, micro_batch),
-        fused=cuda,
         image_bytes=micro_batch * IMAGE_CHANNELS * traces.image_size**2,
         ema=settings.optim.ema_decay > 0,
     )
@@ -118,7 +116,7 @@ def _traced(run: Run, outline: Callable[[], Outline]) -> tuple[Forecast, Flops] 
     cuda, ranks = run.device.type == "cuda", run.connection.rank.world_size
     try:
         traces = traces_of(outline(), run.settings, run.deepspeed_json, run.micro_batch, cuda)
-        planned = forecast_of(traces, run.settings, run.deepspeed_json, run.placements, ranks, cuda)
+        planned = forecast_of(traces, run.settings, run.deepspeed_json, run.placements, ranks)
         return planned, flops_per_image(traces.student, traces.teachers, run.micro_batch)
     except Exception as error:  # networks raise whatever their operations do on fake tensors
         logger.warning("the memory of this run cannot be planned (%s: %s)", type(error).__name__, error)

@@ -167,6 +167,8 @@ def _write_down(run: Run[Any, Any], student: Student, fresh: bool) -> None:
         logger.info("a fresh run: the student starts from %s", run.settings.student.weights or "scratch")
     elif changed := run.directory.changed_versions():
         logger.warning("resumed under other versions, bit for bit no longer holds: %s", ", ".join(changed))
+    if student.discarded_work:
+        logger.info("student.drop_path: %.0f%% of what the blocks compute is discarded", 100 * student.discarded_work)
     run.directory.record(run.settings, run.deepspeed_json, run.fingerprints())
     describe_student(student, run.directory.student)
 

@@ -62,14 +62,10 @@ def forecast(
     deepspeed_json: Mapping[str, Any],
     ranks: int,
     accumulation: int,
-    fused: bool,
     image_bytes: int,
     ema: bool,
 ) -> Forecast:
-    """The forecast for a DeepSpeed JSON on `ranks` ranks; `fused`: AdamW runs fused, as on CUDA.
-
-    `image_bytes`: of one micro batch as uint8.
-    """
+    """The forecast for a DeepSpeed JSON on `ranks` ranks; `image_bytes`: of one micro batch as uint8."""
     rules = engine_rules(deepspeed_json)
     taught = {where: _teaching(trace, placements[where], deepspeed_json, ranks) for where, trace in teachers.items()}
     frozen = sum(teacher.weights for teacher in taught.values())
@@ -83,7 +79,7 @@ def forecast(
         images=image_bytes * accumulation * BATCHES,
         teachers=taught,
         step=step_peak(student, rules, ranks, accumulation),
-        optimizer=optimizer_peak(student, rules, ranks, fused),
+        optimizer=optimizer_peak(student, rules, ranks),
     )
 
 

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fdscale.students import attention as students
 
 PADDED_BIAS_ROW, PADDED_GRADIENT_ROW = 8, 16  # elements
 Count = Callable[[int], None]  # of floating point operations, which nothing else sees here
@@ -69,15 +72,18 @@ class ZeRO3Linear(torch.autograd.Function):
 
 @contextmanager
 def attention_as_on_cuda(count: Count) -> Iterator[None]:
-    """Run `scaled_dot_product_attention` with a trained bias as CUDA does, inside; `count` is told its operations."""
+    """Run attention with a trained bias as CUDA does, inside; `count` is told its operations."""
     original = F.scaled_dot_product_attention
+
+    def unfused(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        return attention(query, key, value, bias)
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **how: Any) -> Tensor:
         if attn_mask is None or not attn_mask.requires_grad:
             return original(query, key, value, attn_mask, **how)
         return EfficientAttention.apply(query, key, value, attn_mask, count)
 
-    with _replaced("scaled_dot_product_attention", attention):
+    with _replaced(F, "scaled_dot_product_attention", attention), _replaced(students, "biased_attention", unfused):
         yield
 
 
@@ -88,15 +94,15 @@ def linear_as_in_zero3() -> Iterator[None]:
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return ZeRO3Linear.apply(input, weight, bias)
 
-    with _replaced("linear", linear):
+    with _replaced(F, "linear", linear):
         yield
 
 
 @contextmanager
-def _replaced(name: str, function: Callable[..., Tensor]) -> Iterator[None]:
-    original = getattr(F, name)
-    setattr(F, name, function)
+def _replaced(module: ModuleType, name: str, function: Callable[..., Tensor]) -> Iterator[None]:
+    original = getattr(module, name)
+    setattr(module, name, function)
     try:
         yield
     finally:
-        setattr(F, name, original)
+        setattr(module, name, original)

@@ -8,8 +8,6 @@ from fdscale.planning.engine_rules import FP32, REDUCE_BUCKET, EngineRules
 from fdscale.planning.gathering import Coordinator
 from fdscale.planning.trace import Moment, Trace
 
-ADAM_TEMPORARIES = 2  # torch's unfused AdamW: a root and its quotient beside each other; the fused one has none
-
 
 @dataclass(frozen=True)
 class Added:
@@ -128,15 +126,12 @@ def _larger(highest: Added, trace: Trace, live: int, gathered: int, gradients: G
     return now if now.total > highest.total else highest
 
 
-def optimizer_peak(trace: Trace, rules: EngineRules, ranks: int, fused: bool) -> int:
-    """What the optimizer's step holds beside the states: this rank's gradients in fp32, and AdamW's temporaries."""
-    temporaries = 0 if fused else ADAM_TEMPORARIES
+def optimizer_peak(trace: Trace, rules: EngineRules, ranks: int) -> int:
+    """What the optimizer's step holds beside the states: this rank's gradients in fp32 (a fused AdamW adds none)."""
     if rules.keeper == "ddp":  # weight by weight; gradients are whole
-        return trace.parameters * rules.backward + temporaries * FP32 * max(trace.weights)
+        return trace.parameters * rules.backward
     share, largest = -(-trace.parameters // ranks), _largest_group(trace, rules, ranks)
-    copies = temporaries + (0 if rules.compact else 1)
-    if rules.offload_optimizer:
-        copies = 0  # on the host
+    copies = 0 if rules.compact or rules.offload_optimizer else 1  # offloaded they are on the host
     kept = 0 if rules.keeper in ("zero3", "bf16") else share * rules.gradient
     low = trace.parameters * rules.backward if rules.keeper == "bf16" else 0  # let go of after the step
     return kept + low + copies * FP32 * largest

@@ -6,11 +6,29 @@ import math
 from functools import partial
 
 import torch
-from timm.models.beit import Beit, Block
+import torch.nn.functional as F
+from timm.models.beit import Attention, Beit, Block
 from torch import Tensor, nn
 
+from fdscale.students import attention
 from fdscale.students.drop_path import add_branch
 from fdscale.students.geometry import ViTGeometry
+
+
+class ViTAttention(Attention):
+    """timm's attention, which trains its position bias on a CPU without leaving the precision of its inputs."""
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, C) and a position bias (H, N, N) -> tokens of the same shape."""
+        rows, tokens, _ = x.shape
+        qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))
+        q, k, v = qkv.view(rows, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = shared_rel_pos_bias if self.relative_position_bias_table is None else self._get_rel_pos_bias()
+        if self.training and x.device.type == "cpu":
+            attended = attention.biased_attention(q, k, v, bias)
+        else:
+            attended = F.scaled_dot_product_attention(q, k, v, bias)
+        return self.proj(attended.transpose(1, 2).reshape(x.shape))
 
 
 class ViTBlock(Block):
@@ -50,7 +68,7 @@ def build_vit(geometry: ViTGeometry, drop_path: float, device: str = "cpu") -> B
             use_shared_rel_pos_bias=geometry.position_bias == "shared",
         )
     for block in backbone.blocks:
-        block.__class__ = ViTBlock  # the same weights: blocks built anew would draw from the generator again
+        block.__class__, block.attn.__class__ = ViTBlock, ViTAttention  # built anew they would draw their weights anew
     if device != "meta":
         init_weights(backbone)
     return backbone

@@ -126,7 +126,10 @@ def test_bf16_rounds_the_parameters_alone(tmp_path: Path) -> None:
 
 def test_a_student_starts_from_a_file_and_the_settings_name_what_they_want(tmp_path: Path) -> None:
     weights = student_file(tmp_path, student := perturbed(SWIN))
-    loaded = prepare_student(StudentSettings(name="student_file", weights=weights, drop_path=0.1), seed=0)
+    loaded = prepare_student(
+        StudentSettings(name="student_file", weights=weights, drop_path=0.1, skip_dropped=False), seed=0
+    )
+    assert not loaded.draws.skip_dropped
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), student.parameters(), strict=True))
     assert loaded.drop_path_sites == 2  # the second block's two branches: the first block's rate is zero
     another = dataclasses.replace(SWIN, window_size=2)

@@ -103,7 +103,7 @@ def planned_peak(chosen: Case) -> int:
     settings, config = settings_of(chosen), chosen.deepspeed_json
     outline: Any = segment.outline if settings.program == "segment" else detect.outline
     traces = traces_of(outline(settings), settings, config, chosen.micro_batch, cuda=False)
-    foreseen = forecast_of(traces, settings, config, {}, RANKS, cuda=False)
+    foreseen = forecast_of(traces, settings, config, {}, RANKS)
     return foreseen.peak - foreseen.images  # the loader's, which is not part of this
 
 

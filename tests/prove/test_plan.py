@@ -125,7 +125,7 @@ def placement_of(settings: DistillSettings) -> Literal["replicated", "zero3"]:
 def planned_peak(chosen: Case) -> int:
     settings, config = settings_of(chosen), chosen.deepspeed_json
     traces = traces_of(outline(settings), settings, config, chosen.micro_batch, cuda=False)
-    foreseen = forecast_of(traces, settings, config, {"teacher": placement_of(settings)}, RANKS, cuda=False)
+    foreseen = forecast_of(traces, settings, config, {"teacher": placement_of(settings)}, RANKS)
     return foreseen.peak - foreseen.images  # the loader's, which is not part of this
 
 

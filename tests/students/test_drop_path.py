@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdscale.students.drop_path import Draws, TableDropPath, drop_path_rows, drop_path_table
-from fdscale.students.geometry import SwinV2Geometry, ViTGeometry
+from fdscale.students.geometry import SwinV2Geometry, TimmGeometry, ViTGeometry
 from fdscale.students.student import Student, build_student
 
 SWIN = SwinV2Geometry(16, (2, 3), (2, 4), window_size=4, image_size=32)
@@ -192,6 +192,18 @@ def test_a_branch_of_another_type_gives_what_a_sum_gives() -> None:
     assert found.dtype is torch.float32
     assert torch.equal(found[1], x.bfloat16()[1].float())
     assert site.eval().residual(x, lambda rows: rows).equal(2 * x)
+
+
+def test_a_student_tells_what_share_it_discards() -> None:
+    rates = [0.1, 0.2, 0.3, 0.4]
+    student = build_student(VIT, drop_path=0.4)
+    assert student.discarded_work == 0
+    student.draws.skip_dropped = False
+    assert student.discarded_work == pytest.approx(sum(rates) / 4)
+    assert build_student(TimmGeometry("vit_tiny_patch16_224", 32, {"depth": 5}), 0.4).discarded_work == pytest.approx(
+        sum(rates) / 4
+    )
+    assert build_student(TimmGeometry("vit_tiny_patch16_224", 32, {"depth": 2})).discarded_work == 0
 
 
 def test_draws_that_are_not_on_the_host_are_refused() -> None:
