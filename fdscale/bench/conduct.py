@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -74,11 +75,14 @@ def _row(benchmark: Benchmark, name: str, kept: Row, again: bool) -> Row:
     if not again and clean and kept.get("commit") == commit and "failed" not in kept:
         print(f"{benchmark.what} {name}: kept, this commit gave it on {kept['date']}", flush=True)
         return kept
-    began = time.monotonic()
+    began, load, cores = time.monotonic(), os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores / 2:
+        print(f"bench: the machine is busy (load {load:.1f} on {cores} cores), which moves every figure", flush=True)
     row = benchmark.parts[name]()
     seconds = round(time.monotonic() - began, 1)
     print(f"{benchmark.what} {name}: {row.get('failed', 'measured')} ({seconds} s)", flush=True)
-    return {**row, "commit": commit, "date": date.today().isoformat(), "part_seconds": seconds}
+    about = {"commit": commit, "date": date.today().isoformat(), "part_seconds": seconds, "load_before": round(load, 2)}
+    return {**row, **about}
 
 
 def _good(rows: Rows) -> dict[str, Row]:
@@ -134,7 +138,8 @@ def _write(benchmark: Benchmark, rows: Rows, file: Path) -> None:
 def _given_by(around: dict[str, Any], rows: Rows) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in around["versions"].items())
     commits = ", ".join(sorted({f"{row['commit']} on {row['date']}" for row in rows.values()}))
-    return f"{around['device']}; Python {around['python']}, {versions}. Commit {commits}."
+    load = max(row["load_before"] for row in rows.values())
+    return f"{around['device']}, load before {load}; Python {around['python']}, {versions}. Commit {commits}."
 
 
 def measured_commit() -> str:

@@ -76,7 +76,7 @@ def surroundings() -> Row:
     on_gpu = torch.cuda.is_available()
     properties = torch.cuda.get_device_properties(0) if on_gpu else None
     return {
-        "device": properties.name if properties else f"CPU ({platform.machine()}, {os.cpu_count()} cores)",
+        "device": properties.name if properties else f"CPU ({_processor()}, {os.cpu_count()} cores)",
         "device_bytes": properties.total_memory if properties else None,
         "cuda": torch.version.cuda if on_gpu else None,
         "driver": _told("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
@@ -85,6 +85,12 @@ def surroundings() -> Row:
         "commit": _told("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
         "date": date.today().isoformat(),
     }
+
+
+def _processor() -> str:
+    """What moves a CPU's figures: its instructions, by torch's name, and whether it multiplies tiles of bf16."""
+    tiles = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}{tiles}"
 
 
 def _version(package: str) -> str:
