@@ -141,7 +141,15 @@ def start_engine(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    return quiet_deepspeed().initialize(model=module, optimizer=optimizer, config=config)[0]
+    engine = quiet_deepspeed().initialize(model=module, optimizer=optimizer, config=config)[0]
+    if dist.get_world_size() == 1 and not _reduces_in_its_optimizer(engine):
+        engine.enable_backward_allreduce = False  # it would copy all gradients into one and back, for nobody
+    return engine
+
+
+def _reduces_in_its_optimizer(engine: DeepSpeedEngine) -> bool:
+    """Whether reducing is also how gradients come to the optimizer, on one rank, too."""
+    return engine.zero_optimization_partition_gradients() or hasattr(engine.optimizer, "reduce_gradients")
 
 
 def monitor_writer(name: str, block: Mapping[str, Any]) -> Callable[[Sequence[tuple[str, float, int]]], None]:
