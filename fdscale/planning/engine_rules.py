@@ -27,7 +27,8 @@ class EngineRules:
 
     `ddp`: stage 0; `zero12`: stages 1 and 2; `bf16`: stage 1 of bf16 weights with fp32 gradients, an optimizer of its
     own, which keeps gradients whole; `zero3`. `gradient` is accumulated, `backward` comes out of the backward pass,
-    `reduced` travels, `frozen` weights are a teacher's. Offloaded states lie on the host, or on disk and in no sum.
+    `reduced` travels, `frozen` weights are a teacher's. `at_once`: `bf16` adds a gradient to the fp32 ones as soon as
+    it is there, and lets go of it. Offloaded states lie on the host, or on disk and in no sum.
     """
 
     keeper: Keeper
@@ -42,6 +43,7 @@ class EngineRules:
     offload_optimizer: str
     offload_weights: str
     zero: Mapping[str, Any]
+    at_once: bool = False
 
     @property
     def compact(self) -> bool:
@@ -66,8 +68,9 @@ def engine_rules(config: Config) -> EngineRules:
     bf16 = config.get("bf16", {}).get("enabled", False)
     low = block is not None and any(block.get(f"{key}_master_weights_and_grads") for key in ("bf16", "fp16"))
     autocast = config.get("torch_autocast", {}).get("enabled", False)
+    keeper = _keeper(stage, bool(bf16 and gradient == FP32 and not device(config, "optimizer")))
     return EngineRules(
-        keeper=_keeper(stage, bool(bf16 and gradient == FP32 and not device(config, "optimizer"))),
+        keeper=keeper,
         stage=stage,
         weight=weight,
         backward=weight,
@@ -79,6 +82,7 @@ def engine_rules(config: Config) -> EngineRules:
         offload_optimizer=device(config, "optimizer"),
         offload_weights=device(config, "param"),
         zero=zero,
+        at_once=keeper == "bf16" and bool(config["bf16"].get("immediate_grad_update")),
     )
 
 

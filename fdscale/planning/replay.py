@@ -38,7 +38,7 @@ class Gradients:
     _waiting: int = 0  # of weights too large for a bucket
 
     def __post_init__(self) -> None:
-        if self.accumulation == 1 or self.rules.keeper == "zero3":
+        if self.accumulation == 1 or self.rules.keeper == "zero3" or self.rules.at_once:
             return
         whole = self.rules.stage < 2
         self.held = self.trace.parameters * self.rules.backward if whole else self._share()
@@ -58,6 +58,8 @@ class Gradients:
         if moment.kind != "gradient":
             return 0
         elements = self.trace.weights[moment.index]
+        if self.rules.at_once:
+            return elements * self.rules.gradient  # cast, then added
         if not self._reduces_early():
             if self.accumulation == 1:
                 self.held += elements * self.rules.backward
@@ -133,7 +135,8 @@ def optimizer_peak(trace: Trace, rules: EngineRules, ranks: int) -> int:
     share, largest = -(-trace.parameters // ranks), _largest_group(trace, rules, ranks)
     copies = 0 if rules.compact or rules.offload_optimizer else 1  # offloaded they are on the host
     kept = 0 if rules.keeper in ("zero3", "bf16") else share * rules.gradient
-    low = trace.parameters * rules.backward if rules.keeper == "bf16" else 0  # let go of after the step
+    late = rules.keeper == "bf16" and not rules.at_once
+    low = trace.parameters * rules.backward if late else 0  # let go of after the step
     return kept + low + copies * FP32 * largest
 
 

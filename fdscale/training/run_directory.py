@@ -69,6 +69,7 @@ MAY_CHANGE_IN_JSON = {
         ),
         "logging",
     ),
+    "bf16.immediate_grad_update": "the same sums of gradients, made earlier",
 }
 LOGS = "logs"  # what the launcher writes there before a run begins: one file for each life of a SLURM job
 PACKAGES = ("fdscale", "torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "fairscale", "webdataset")

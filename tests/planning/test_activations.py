@@ -130,6 +130,18 @@ def test_gradients_are_whole_until_they_are_reduced() -> None:
     assert replayed(trace, 3, accumulation=2).gradients == 0  # resident, and counted there
 
 
+def test_bf16_lets_go_of_gradients_that_it_adds_at_once() -> None:
+    trace = traced(VIT, dtype=torch.bfloat16)
+    fp32_sums = {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}}
+    late, at_once = (
+        engine_rules({"bf16": {"enabled": True, "immediate_grad_update": chosen}, **fp32_sums})
+        for chosen in (False, True)
+    )
+    assert step_peak(trace, late, 2, accumulation=2).gradients == 2 * trace.parameters
+    assert step_peak(trace, at_once, 2, accumulation=2).gradients == 0
+    assert optimizer_peak(trace, late, 2) - optimizer_peak(trace, at_once, 2) == 2 * trace.parameters
+
+
 def test_the_optimizer_copies_gradients() -> None:
     trace, config = traced(VIT), {"zero_optimization": {"stage": 3, "sub_group_size": 1}}
     largest = max(trace.weights) // 2

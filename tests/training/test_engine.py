@@ -238,6 +238,17 @@ def test_ranks_that_keep_different_samples_stay_together(geometry: Geometry, in_
         assert torch.allclose(skipped[name], expected, rtol=1e-4, atol=1e-6), name
 
 
+def test_bf16_gradients_added_at_once_are_the_same_sums(two_ranks: Any) -> None:
+    fp32_sums = {"data_types": {"grad_accum_dtype": "fp32"}}
+    late, at_once = (
+        two_ranks(
+            curve, VIT, engine_config(1, 2, bf16={"enabled": True, "immediate_grad_update": chosen}, **fp32_sums), FEW
+        )[0]
+        for chosen in (False, True)
+    )
+    assert_equal_to_the_bit(at_once, late)
+
+
 def test_the_true_depths_of_swin_v2_g_take_three_zero_3_steps(two_ranks: Any) -> None:
     assert TINY_GIANT.depths == (2, 2, 42, 4)
     # the reuse scan of step 2 is quadratic in the number of modules within this many elements
