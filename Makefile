@@ -1,5 +1,5 @@
-# `make demo`, `make study`, `make test`, `make prove` and `make check` each make .venv and install into it first; nothing
-# but make and Python 3.11 or newer has to be there. Another interpreter: `make setup PYTHON=python3.12`.
+# `make demo`, `make study`, `make bench`, `make test`, `make prove` and `make check` each make .venv and install into it
+# first; nothing but make and Python 3.11 or newer has to be there. Another interpreter: `make setup PYTHON=python3.12`.
 # A machine with its own torch (a GPU container, a cluster module): `SYSTEM_TORCH=1 make setup` keeps it.
 
 PYTHON ?= python3
@@ -15,7 +15,9 @@ ifeq ($(wildcard /dev/nvidia[0-9]*),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: setup demo study test test-cluster prove check dashboards
+KEEP := --output docs/measurements $(BENCH)
+
+.PHONY: setup demo study bench test test-cluster prove check dashboards
 
 setup: $(stamp)
 
@@ -25,6 +27,14 @@ demo: $(stamp)
 # The paper in miniature on two cores, in half an hour; STUDY='--quick --output runs/quick' for two minutes of it.
 study: $(stamp)
 	$(in_venv) fdscale study $(STUDY)
+
+# Speed and memory on this machine's CPUs, in twelve minutes: steps, loader, ranks, checkpoint, start-up, each beside its
+# ceiling, into docs/measurements. What this commit has given is not measured again; alone on the machine, or not at all.
+bench: $(stamp)
+	$(in_venv) fdscale bench step $(KEEP) --repeats 5 --figure docs/images/bench_step.png
+	$(in_venv) fdscale bench loader $(KEEP) --workers 1 --workers 2 --images 1280
+	$(in_venv) fdscale bench scaling $(KEEP)
+	$(in_venv) fdscale bench checkpoint $(KEEP)
 
 test: $(stamp)
 	$(in_venv) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -13,9 +13,10 @@ import typer
 from fdscale.cluster.gpus import visible_gpus
 from fdscale.cluster.orphans import note_launchers
 from fdscale.cluster.ranks import REQUEUE_EXIT_CODE, USER_ERROR_EXIT_CODE
-from fdscale.commands import cluster, diagnosing, measuring, runs, shards, studying, training, weights
+from fdscale.commands import benching, cluster, diagnosing, measuring, runs, shards, studying, training, weights
 from fdscale.config.errors import StartAgain, UserError
 from fdscale.terminal import TerminalHandler
+from fdscale.training.startup import note_command
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -47,6 +48,7 @@ app = _group(
 )
 app.command("import")(weights.import_)
 app.command(context_settings=PASS_ON)(cluster.launch)
+app.command(context_settings={**PASS_ON, "help_option_names": []})(benching.bench)
 app.command()(cluster.submit)
 app.command()(cluster.doctor)
 app.command(hidden=True)(cluster.examine)
@@ -66,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     own = [text for text in given if not text.startswith("--local_rank=")]  # put there by DeepSpeed's launcher
     note_launchers(os.environ)
+    note_command(os.environ)
     _set_up_logging()
     try:
         app(own, prog_name="fdscale")

@@ -82,7 +82,7 @@ HEAVY = {
     ),
     "prometheus_client": ("fdscale.training.prometheus",),
     "huggingface_hub": ("fdscale.fetch",),
-    "matplotlib": ("fdscale.diagnostics.plots", "fdscale.study.plots"),
+    "matplotlib": ("fdscale.bench.plots", "fdscale.diagnostics.plots", "fdscale.study.plots"),
     "faster_coco_eval": (
         "fdscale.data.dense.masks",
         "fdscale.downstream.detection.average_precision",

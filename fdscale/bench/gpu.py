@@ -6,8 +6,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from datetime import date
@@ -17,14 +15,13 @@ from typing import Any
 
 import torch
 
+from fdscale.bench.apart import in_own_process
 from fdscale.bench.measured import ceiling, forward, training_step
 from fdscale.bench.parts import FULL, TINY, Ceiling, Row, TrainingStep
 from fdscale.bench.report import markdown
 from fdscale.cluster.ranks import rank_from_environment
 from fdscale.config.errors import UserError
 from fdscale.training.engine import connect
-
-SHORTEST = 15.0  # seconds in which a part cannot even start
 
 
 def bench(tiny: bool, output: Path, seconds: float, only: Sequence[str] | None) -> int:
@@ -49,7 +46,9 @@ def _part(name: str, tiny: bool, deadline: float) -> Row:
     """The figures of a part; after running out of memory again with half the images, down to one."""
     micro_batch: int | None = None
     while True:
-        row = _in_own_process(name, tiny, micro_batch, deadline - time.monotonic())
+        words = ["gpu", "--part", name, *(["--tiny"] if tiny else [])]
+        words += [] if micro_batch is None else ["--micro-batch", str(micro_batch)]
+        row = in_own_process(words, deadline - time.monotonic())
         full = row.get("out_of_memory")
         if full is None:
             return row
@@ -58,42 +57,18 @@ def _part(name: str, tiny: bool, deadline: float) -> Row:
         micro_batch = full // 2
 
 
-def _in_own_process(name: str, tiny: bool, micro_batch: int | None, seconds: float) -> Row:
-    if seconds < SHORTEST:
-        return {"failed": "no time was left for it (--seconds)"}
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        command = [sys.executable, "-m", "fdscale.bench", "gpu", "--part", name, "--result", str(result)]
-        command += ["--tiny"] * tiny + ([] if micro_batch is None else ["--micro-batch", str(micro_batch)])
-        try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return {"failed": f"not done after the {seconds:.0f} s that were left"}
-        if run.returncode or not result.exists():
-            return {"failed": f"exit code {run.returncode}: {_last_line(run.stderr)}", "stderr": run.stderr[-3000:]}
-        row: Row = json.loads(result.read_text())
-        return row
-
-
-def _last_line(text: str) -> str:
-    return next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
-
-
-def part_alone(name: str, tiny: bool, micro_batch: int | None, result: Path) -> None:
-    """One part in this process, its figures to a file: how `bench` runs it."""
+def part_alone(name: str, tiny: bool, micro_batch: int | None) -> Row:
+    """One part in this process: how `bench` runs it."""
     part = (TINY if tiny else FULL)[name]
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if isinstance(part, Ceiling):
-        row = ceiling(part, torch.device("cuda" if on_gpu else "cpu"))
-    else:
-        connection = connect(rank_from_environment(os.environ))
-        if isinstance(part, TrainingStep):
-            row = training_step(part, micro_batch, connection)
-        elif part.placement == "fairscale" and not on_gpu:
-            row = {"left_out": "fairscale needs CUDA streams"}
-        else:
-            row = forward(part, connection)
-    result.write_text(json.dumps(row))
+        return ceiling(part, torch.device("cuda" if on_gpu else "cpu"))
+    connection = connect(rank_from_environment(os.environ))
+    if isinstance(part, TrainingStep):
+        return training_step(part, micro_batch, connection)
+    if part.placement == "fairscale" and not on_gpu:
+        return {"left_out": "fairscale needs CUDA streams"}
+    return forward(part, connection)
 
 
 def surroundings() -> Row:

@@ -8,36 +8,29 @@ from __future__ import annotations
 import io
 import multiprocessing
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from rich.table import Table
 from torch.utils.data import DataLoader
 
 from fdscale.bench.parts import Row
-from fdscale.bench.photos import photo_shards
-from fdscale.config.errors import UserError
 from fdscale.data.augment import Augmentation, crop_box
 from fdscale.data.batches import TrainBatches
 from fdscale.data.draws import Draws, Purpose
 from fdscale.data.images import ImageReader
-from fdscale.data.index import Index, load_index
+from fdscale.data.index import Index
 from fdscale.data.loader import TrainLoader
 from fdscale.data.mixture import Mixture
-from fdscale.terminal import terminal
 
 SIZE, BATCH = 224, 64
 SCALE, RATIO, FLIP = (0.08, 1.0), (3 / 4, 4 / 3), 0.5
 WARM_UP = 4  # batches
 
-PHOTOS = 4000
 WAYS = {
     "fdscale": "fdscale's loader",
     "webdataset": "webdataset and torchvision",
@@ -64,23 +57,6 @@ def loader_rates(index: Index, workers: int, images: int, repeats: int) -> Row:
     ratios = {f"to {name}": _paired(turns["fdscale"], turns[name]) for name in ("webdataset", "bare", "decode")}
     size = sum(shard.bytes for shard in index.shards) / len(index)
     return {"workers": workers, "images": len(index), "bytes_per_image": size, "turns": turns, **medians, **ratios}
-
-
-def tell_loader(shards: Path | None, workers: int, images: int, repeats: int) -> None:
-    """Measure on these shards, or on photos, and print a table. Raises UserError for fewer images than can be timed."""
-    least = 2 * WARM_UP * BATCH
-    if workers < 1 or repeats < 1 or images < least:
-        raise UserError(f"bench loader: allowed: --workers and --repeats from 1, --images from {least}")
-    with tempfile.TemporaryDirectory() as folder:
-        index = photo_shards(Path(folder), PHOTOS, 4 * workers) if shards is None else load_index(shards)
-        rates = loader_rates(index, workers, images, repeats)
-    table = Table(title=f"{workers} processes, {rates['bytes_per_image'] / 1000:.0f} kB an image, {SIZE} pixels")
-    for column in ("", "images/s", "fdscale's to it"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, told in WAYS.items():
-        ratio = rates.get(f"to {name}")
-        table.add_row(told, f"{rates[name]:.0f}", "" if ratio is None else f"{ratio:.2f}")
-    terminal().print(table)
 
 
 def _paired(ours: list[float], other: list[float]) -> float:

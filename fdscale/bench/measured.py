@@ -10,12 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fdscale.bench.pairs import by_hand
 from fdscale.bench.parts import Ceiling, Forward, Row, TrainingStep, config_of
-from fdscale.bench.planned import first_micro_batch, lesson_of, planned
-from fdscale.build.networks import prepare_student, prepare_teacher
-from fdscale.distill.distiller import Distiller
-from fdscale.training.engine import Connection, compute_dtype, start_engine
-from fdscale.training.optim import adamw, parameter_groups
+from fdscale.bench.planned import first_micro_batch, own_geometry_of, planned
+from fdscale.bench.product import product_step
+from fdscale.build.networks import prepare_teacher
+from fdscale.config.settings import DistillSettings
+from fdscale.training.engine import Connection
 from fdscale.training.sharding import place
 
 WARM_UP, REPEATS = 3, 7  # DeepSpeed records the order of modules in its first steps
@@ -38,15 +39,16 @@ def median_seconds(run: Callable[[], object], device: torch.device) -> float:
     for _ in range(WARM_UP):
         run()
     for _ in range(REPEATS):
-        _wait(device)
+        wait_for(device)
         began = time.perf_counter()
         run()
-        _wait(device)
+        wait_for(device)
         times.append(time.perf_counter() - began)
     return statistics.median(times)
 
 
-def _wait(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Until nothing of the device's work is outstanding."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -58,33 +60,36 @@ def training_step(part: TrainingStep, micro_batch: int | None, connection: Conne
     if micro_batch is None:
         micro_batch = first_micro_batch(part, torch.cuda.get_device_properties(device).total_memory) if cuda else 2
     try:
-        return {"micro_batch": micro_batch, **planned(part, micro_batch, cuda), **_measured(part, micro_batch, device)}
+        measured = _measured_plain if part.plain else _measured
+        told = planned(part, micro_batch, cuda)
+        if part.plain:  # the plan is fdscale's
+            told = {name: figure for name, figure in told.items() if not name.startswith("planned")}
+        return {"micro_batch": micro_batch, **told, **measured(part, micro_batch, device)}
     except torch.OutOfMemoryError as error:
         return {"out_of_memory": micro_batch, "told": str(error).splitlines()[0]}
 
 
 def _measured(part: TrainingStep, rows: int, device: torch.device) -> Row:
-    settings, config = part.settings(rows), config_of(rows)
-    teacher = prepare_teacher(settings.teacher, "random", compute_dtype(config)).to(device)
-    student = prepare_student(settings.student, seed=0)
-    lesson = lesson_of(settings, student, teacher)
-    distiller = Distiller(student, student.width, [lesson], settings.loss.beta).to(device)
-    optimizer = adamw(parameter_groups(distiller, 0.05, set()), 1e-4, (0.9, 0.999), 1e-8)
-    engine = start_engine(distiller, optimizer, config, 1, clip=3.0)
-    pixels = torch.rand(rows, 3, student.image_size, student.image_size, device=device)
-    draws = torch.rand(student.drop_path_sites, rows) if student.drop_path_sites else None
-    losses: list[Tensor] = []
+    settings = part.settings(rows)
+    return _timed(product_step(settings, _pixels(settings, rows, device), bf16=True), rows, device)
 
-    def step() -> None:
-        loss = engine(pixels, [lesson.targets(teacher(pixels))], draws)["loss"]
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.detach())
 
-    step()  # what building needed at its peak is not what a step needs
+def _measured_plain(part: TrainingStep, rows: int, device: torch.device) -> Row:
+    settings = part.settings(rows)
+    step = by_hand(settings, _pixels(settings, rows, device), bf16=True, compiled=device.type == "cuda")
+    return _timed(step, rows, device)
+
+
+def _pixels(settings: DistillSettings, rows: int, device: torch.device) -> Tensor:
+    side = own_geometry_of(settings.student).image_size
+    return torch.rand(rows, 3, side, side, device=device)
+
+
+def _timed(step: Callable[[], Tensor], rows: int, device: torch.device) -> Row:
+    losses = [step()]  # what building needed at its peak is not what a step needs
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = median_seconds(step, device)
+    seconds = median_seconds(lambda: losses.append(step()), device)
     first, last = float(losses[0]), float(losses[-1])
     speed = {"step_seconds": seconds, "images_per_second": rows / seconds}
     return {**speed, "first_loss": first, "last_loss": last, **_memory(device)}

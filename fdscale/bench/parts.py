@@ -10,6 +10,7 @@ from fdscale.config.recipe import load_recipe
 from fdscale.config.settings import DistillSettings, TeacherSettings
 
 CONFIG = "swinv2_g"  # the DeepSpeed JSON of every part: bf16 under ZeRO-3
+KEPT = "student.activation_checkpointing=none"
 Row = dict[str, Any]  # figures by name
 Overrides = tuple[str, ...]
 
@@ -23,11 +24,15 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """A distillation step of a recipe in bf16 under ZeRO-3 on one rank, the blocks recomputed."""
+    """A distillation step of a recipe in bf16 under ZeRO-3 on one rank, the blocks recomputed.
+
+    `plain`: the same in timm alone, by autocast and torch.compile, nothing recomputed.
+    """
 
     recipe: str
     overrides: Overrides
     micro_batch: int
+    plain: bool = False
 
     def settings(self, micro_batch: int) -> DistillSettings:
         """The recipe with so many images a step, and a teacher whose weights are random."""
@@ -57,6 +62,8 @@ def _parts(vit: Overrides, swin: Overrides, clip: dict[str, Any], sides: tuple[i
     return {
         "matmul": Ceiling(sides),
         "step vit_l14": TrainingStep("vit_l_clip_l", vit, 128),
+        "step vit_l14, kept": TrainingStep("vit_l_clip_l", (*vit, KEPT), 128),
+        "step vit_l14, timm": TrainingStep("vit_l_clip_l", (*vit, KEPT), 128, plain=True),
         "step swinv2_g": TrainingStep("swinv2_g_self", swin, 32),
         **{f"teacher {placement}": Forward(clip_l, placement, 64) for placement in placements},
     }

@@ -37,6 +37,7 @@ from fdscale.training.engine import Connection, connect, gather_lists
 from fdscale.training.live import Live
 from fdscale.training.preflight import preflight
 from fdscale.training.run_directory import RunDirectory
+from fdscale.training.startup import Startup, this_start
 from fdscale.training.writer import this_process
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Run(Generic[D, H]):
     held_out: H | None
     weights: dict[str, WeightsRecord]
     placements: Mapping[str, Placement]
+    startup: Startup
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +110,8 @@ def open_run(settings: AnySettings, open_data: OpenData[D, H]) -> Run[D, H]:
     Raises UserError before anything is written or a GPU is touched. From here on a stop signal is heeded by the loop.
     """
     assert settings.run_dir, "the command line names a run directory"
+    startup = this_start()
+    startup.ends("imports")
     rank = rank_from_environment(os.environ)
     checked, deepspeed_json = load_and_check(settings, rank.world_size, rank.local_world_size)
     directory = RunDirectory(Path(settings.run_dir))
@@ -115,9 +119,12 @@ def open_run(settings: AnySettings, open_data: OpenData[D, H]) -> Run[D, H]:
     stop = StopSignals()
     stop.install()
     watch_launchers(stop, os.environ)
+    startup.ends("settings")
     connection = connect(rank)
+    startup.ends("connecting")
     weights = _weights(settings, connection)  # every rank has looked before the first one writes
     preflight(connection, directory.folder, demand_of(settings, checked, deepspeed_json, rank.local_world_size))
+    startup.ends("preflight")
     attempt = _claim(directory, settings.guards.attempts, connection)
     connection.on_main(lambda: directory.begin(settings))
     for note in checked.notes if rank.is_main else ():
@@ -125,8 +132,21 @@ def open_run(settings: AnySettings, open_data: OpenData[D, H]) -> Run[D, H]:
     hold_weights(directory, connection, weights)
     samples, held_out = open_data(directory, connection)
     placements = _agreed_placements(checked.placements, connection)
-    run = Run(settings, deepspeed_json, connection, directory, attempt, stop, samples, held_out, weights, placements)
+    run = Run(
+        settings,
+        deepspeed_json,
+        connection,
+        directory,
+        attempt,
+        stop,
+        samples,
+        held_out,
+        weights,
+        placements,
+        startup,
+    )
     directory.check_data(_agreed_fingerprints(run))
+    startup.ends("data")
     return run
 
 

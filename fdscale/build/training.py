@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fdscale.build.exports import exports_of, monitor_of
+from fdscale.build.first_step import FirstStep
 from fdscale.build.result import Save, save_backbone, save_result
 from fdscale.build.run import Run
 from fdscale.build.run_info import open_live
@@ -63,6 +64,7 @@ def train(
     `watch_of` makes what the loop puts around a step; `teachers`, by the setting that names each, are looked after.
     """
     chosen = run.settings.guards
+    run.startup.ends("networks")
     try:
         with (
             run.attempt,
@@ -97,11 +99,14 @@ def _fit(
     engine = _engine(run, module, student, schedule)
     kept = settings.checkpoint
     checkpoints = Checkpoints(run.attempt, run.connection, kept.keep, kept.keep_every, kept.verify_every)
+    run.startup.ends("engine")
     progress, fresh = _resumed(run, student, checkpoints, engine, guards)
+    run.startup.ends("checkpoint")
     sinks = _sinks(run, engine, None if fresh else progress.step, guards.live)
     try:
         guards.amplitudes = Amplitudes(student.backbone)
         _set_out_canary(run, teachers, guards)
+        run.startup.ends("canary")
         done = fit(
             engine,
             batch_terms,
@@ -115,7 +120,7 @@ def _fit(
             run.stop,
             None if measured is None else partial(measured, engine, guards),
             guards,
-            watch_of(engine, sinks, progress.step) if watch_of else UNWATCHED,
+            FirstStep(run, sinks, watch_of(engine, sinks, progress.step) if watch_of else UNWATCHED),
         )
         if done:
             guards.mark("writing the result", progress.step, PATIENCE)

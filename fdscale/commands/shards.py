@@ -10,23 +10,17 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 from rich.markup import escape
 
+from fdscale.commands.arguments import AllowPipe, CacheFolder, CacheGib, cache_for
 from fdscale.config.errors import UserError
 from fdscale.terminal import terminal
 
 if TYPE_CHECKING:
     from fdscale.data.index import Index
     from fdscale.data.packing.imagenet import Split
-    from fdscale.data.remote.cache import Cache
 
 SHOWN = 20  # lines of what is wrong
 
 LOG = logging.getLogger(__name__)
-
-CacheFolder = Annotated[Path | None, typer.Option("--cache", help="Of a URL: a folder that its shards are fetched to.")]
-CacheGib = Annotated[
-    float, typer.Option(min=0, help="What that folder may hold; the shards used longest ago are removed.")
-]
-AllowPipe = Annotated[bool, typer.Option("--allow-pipe", help="Of a `pipe:` URL: let it run a shell.")]
 
 
 def pack(
@@ -109,25 +103,11 @@ def info(
     from fdscale.data import info as information
     from fdscale.data.index import load_index
 
-    found = information.info(load_index(where, _cache(where, cache, cache_gib, allow_pipe)))
+    found = information.info(load_index(where, cache_for(where, cache, cache_gib, allow_pipe)))
     if as_json:
         print(json.dumps(information.as_json(found)))
     else:
         terminal().print(information.info_table(found, where))
-
-
-def _cache(where: str, folder: Path | None, gib: float, allow_pipe: bool) -> Cache | None:
-    """Where the shards of a URL are fetched to; None of a folder. UserError for an option that a URL wants."""
-    from fdscale.data.remote.cache import GIB, Cache
-    from fdscale.data.remote.urls import PIPE, is_remote
-
-    if not is_remote(where):
-        return None
-    if folder is None:
-        raise UserError(f"{where} is a URL, whose shards are fetched: name a folder on a disk of your own: --cache DIR")
-    if where.startswith(PIPE) and not allow_pipe:
-        raise UserError(f"{where!r} runs a command in a shell; allowed where you trust it: --allow-pipe")
-    return Cache(folder, round(gib * GIB), allow_pipe)
 
 
 def verify(
@@ -143,7 +123,7 @@ def verify(
     from fdscale.data.processes import terminated_as_interrupted
     from fdscale.data.verify import verify as verify_index
 
-    kept = _cache(where, cache, cache_gib, allow_pipe)
+    kept = cache_for(where, cache, cache_gib, allow_pipe)
     with terminated_as_interrupted():
         found = verify_index(read_index(Path(where)) if kept is None else load_index(where, kept), workers)
     lines = [str(fault) for fault in found.faults]

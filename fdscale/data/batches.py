@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from fdscale.data.augment import Augmentation, augment, centre_crop
 from fdscale.data.holding import note
-from fdscale.data.images import AGAIN, BadImage, Decoded, ImageReader, decode_or_next
+from fdscale.data.images import AGAIN, BadImage, ImageReader, decode_or_next
 from fdscale.data.index import Index
 from fdscale.data.lending import Lent, handed_over, room_for
 from fdscale.data.mixture import Mixture
@@ -102,16 +102,13 @@ class TrainBatches(Dataset[Batch]):
 
     def __getitem__(self, request: Request) -> Batch:
         views = request.views if self._views is None else request.views % self._views
-        numbers = zip(*self._mixture.located(request.samples), views, request.samples, strict=True)
+        numbers = (*self._mixture.located(request.samples), views, request.samples)
         images = room_for((len(request.samples), self._image_size, self._image_size, 3))
-        seen = []
-        for row, each in zip(images.flatten(1).numpy(), numbers, strict=True):
-            seen.append(found := self._seen(*map(int, each)))
-            row[:] = np.frombuffer(found.image.pixels.tobytes(), np.uint8)
-        labels = np.array([found.image.label for found in seen])
-        keys = np.array([found.image.key for found in seen], np.uint64)
-        channels_first = images.permute(0, 3, 1, 2)
-        return _batch(channels_first, labels, keys, request.rows, [found.bad for found in seen if found.bad])
+        rows = zip(images.flatten(1).numpy(), *(column.tolist() for column in numbers), strict=True)
+        shown = [self._show(row.data, *each) for row, *each in rows]
+        labels = np.array([label for label, _, _ in shown])
+        keys = np.array([key for _, key, _ in shown], np.uint64)
+        return _batch(images.permute(0, 3, 1, 2), labels, keys, request.rows, [bad for _, _, bad in shown if bad])
 
     def name(self, sample: int) -> str:
         """`SHARD:MEMBER` of a sample."""
@@ -123,8 +120,12 @@ class TrainBatches(Dataset[Batch]):
         for reader in self._readers:
             reader.close()
 
-    def _seen(self, place: int, own: int, view: int, sample: int) -> Decoded[View]:
-        """One view of a sample, which is number `own` of the index at `place`, or of the next decodable one there."""
+    def _show(self, row: memoryview, place: int, own: int, view: int, sample: int) -> tuple[int, int, str | None]:
+        """Fill a row with one view of a sample; the label and key of what is seen, and the name of a bad one.
+
+        The sample is number `own` of the index at `place`, or the next decodable one there. Its pixels are let go of
+        here: the next image is decoded into the same memory, which is still in the processor's caches.
+        """
         reader, first = self._readers[place], sample - own
 
         def view_of(candidate: int) -> View:
@@ -132,7 +133,9 @@ class TrainBatches(Dataset[Batch]):
             *_, label, key, _ = reader.index.samples[candidate].item()
             return View(reader.seen(candidate, partial(self._augmented, key, view)), label, key)
 
-        return decode_or_next(view_of, own, len(reader.index), str(reader.index.folder), AGAIN)
+        seen, _, bad = decode_or_next(view_of, own, len(reader.index), str(reader.index.folder), AGAIN)
+        row[:] = seen.pixels.tobytes()
+        return seen.label, seen.key, bad
 
     def _augmented(self, key: int, view: int, image: Image.Image) -> Image.Image:
         return augment(image, key, view, self._seed, self._image_size, self._augmentation)

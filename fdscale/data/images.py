@@ -8,13 +8,15 @@ import resource
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fdscale.config.errors import UserError
 from fdscale.data.index import SAMPLES_FILE, Index
+from fdscale.data.jpeg import START, PlainJpeg
 from fdscale.data.scan import LARGEST_IMAGE
 
 MOST_AT_ONCE = 2**24  # bytes that a decoder is fed with
@@ -61,11 +63,18 @@ READING = Reading()
 
 def open_image(file: BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """The image that a file holds, not decoded yet: its header alone is read, and refused above MOST_PIXELS."""
-    image = Image.open(file, formats=formats)
+    image = _opened(file, formats)
     if image.width * image.height > MOST_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels; allowed: {MOST_PIXELS}")
     image.decodermaxblock = MOST_AT_ONCE  # all in one go, not in pieces
     return image
+
+
+def _opened(file: BinaryIO, formats: tuple[str, ...]) -> ImageFile.ImageFile:
+    if "JPEG" in formats and file.read(3) == START:
+        with suppress(SyntaxError):
+            return PlainJpeg(file)
+    return Image.open(file, formats=formats)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -22,7 +22,9 @@ from fdscale.config.errors import SettingsError, UserError, attempt, nearest
 from fdscale.data.batches import Batch
 from fdscale.data.index import Index, load_index
 from fdscale.data.progress import progress
+from fdscale.data.remote.cache import Cache
 from fdscale.diagnostics.cka import KernelAlignment
+from fdscale.diagnostics.failing import sentence_of, tried
 from fdscale.diagnostics.landscape import first_labelled, loss_landscape
 from fdscale.diagnostics.lines import LandscapePlan
 from fdscale.diagnostics.models import Asked, asked_models, build_subjects, not_finite
@@ -30,7 +32,7 @@ from fdscale.diagnostics.rows import Measurement, read_rows, write_rows
 from fdscale.diagnostics.sample import batches_by_size, evenly_spread
 from fdscale.diagnostics.selection import Array, images_in
 from fdscale.diagnostics.subjects import Subject
-from fdscale.diagnostics.watched import ALIGNMENT, LANDSCAPE, PARTS, Watched, sentence_of, tried
+from fdscale.diagnostics.watched import ALIGNMENT, LANDSCAPE, PARTS, Watched
 from fdscale.students.files import refuse_taken
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ class Found:
 
 def diagnose(
     models: Sequence[str],
-    data: Path,
+    data: str | Path,
     output: Path,
     preset: str = "quick",
     images: int | None = None,
@@ -75,18 +77,20 @@ def diagnose(
     only: Sequence[str] = (),
     batch: int = 16,
     workers: int = 2,
+    cache: Cache | None = None,
 ) -> Found:
     """Diagnose models on a sample of a shard folder; `output` gets the rows, then the maps, figures and the page.
 
-    `images` replaces the preset's, `names` are what rows call the models, `only` the parts of PARTS that are wanted.
-    Raises SettingsError with all that is wrong with models, shards, output and parts, before anything is measured, and
-    UserError where the page cannot be drawn: the numbers stay.
+    What a URL gives is fetched into `cache`, as in training. `images` replaces the preset's, `names` are what rows call
+    the models, `only` the parts of PARTS that are wanted. Raises SettingsError with all that is wrong with models,
+    shards, output and parts, before anything is measured, and UserError where the page cannot be drawn: the numbers
+    stay.
     """
     problems = [*_unknown(only, PARTS, "--only"), *_unknown([preset], PRESETS, "--preset"), *_nothing_to_draw_with()]
     problems += [f"--name {name!r}: a model's name is not empty" for name in names if not name.strip()]
     attempt(lambda: _refuse_taken(output), problems)
     asked = attempt(lambda: asked_models(models, names), problems)
-    index = attempt(lambda: load_index(data), problems)
+    index = attempt(lambda: load_index(data, cache), problems)
     if not problems:
         attempt(lambda: _make_room(output), problems)
     if problems:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import TypeVar
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from fdscale.blocks import blocks_of
 from fdscale.build.networks import as_pixels
-from fdscale.config.errors import UserError
 from fdscale.diagnostics.attention import Attention, watching_attention
 from fdscale.diagnostics.attention_measures import AttentionMeasures
+from fdscale.diagnostics.failing import FAILURES, reason_of, tried
 from fdscale.diagnostics.features import FeatureMeasures, watching_tokens
 from fdscale.diagnostics.rows import Measurement
 from fdscale.diagnostics.selection import Array
@@ -20,29 +19,6 @@ from fdscale.diagnostics.subjects import Subject
 
 ATTENTION, FEATURES, ALIGNMENT, LANDSCAPE = "attention", "features", "alignment", "landscape"
 PARTS = (ATTENTION, FEATURES, ALIGNMENT, LANDSCAPE)
-# what any network raises when it is run in another way than it expects, and what is computed of it
-FAILURES = (
-    *(UserError, RuntimeError, ValueError, ArithmeticError),
-    *(TypeError, AttributeError, LookupError, AssertionError),
-)
-
-T = TypeVar("T")
-
-
-def tried(compute: Callable[[], T], failed: dict[str, str], part: str) -> T | None:
-    """What `compute` gives; None where it fails, or did before, with the reason in `failed`."""
-    if part in failed:
-        return None
-    try:
-        return compute()
-    except FAILURES as error:
-        failed[part] = sentence_of(error)
-    return None
-
-
-def sentence_of(error: Exception) -> str:
-    """An error's text in one line, or its name where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 class Watched:
@@ -69,7 +45,7 @@ class Watched:
         try:
             self._forward(as_pixels(images))
         except FAILURES as error:
-            self.failed |= dict.fromkeys((ATTENTION, FEATURES, ALIGNMENT), f"its forward fails: {sentence_of(error)}")
+            self.failed |= dict.fromkeys((ATTENTION, FEATURES, ALIGNMENT), f"its forward fails: {reason_of(error)}")
 
     def _forward(self, pixels: Tensor) -> None:
         with watching_tokens(self.subject, self._see_tokens):

@@ -86,6 +86,7 @@ def data_problems(settings: ShardSettings, facts: DataFacts | None, indices: Map
     if settings.eval.every and settings.eval.shards is None:
         yield f"eval.every: got {settings.eval.every} without eval.shards; name a held-out folder, or set it to 0"
     yield from _size_problems(settings, facts)
+    yield from _named_twice(settings, indices)
     yield from _share_problems(settings, facts, indices)
     if isinstance(settings, FinetuneSettings):
         yield from _label_problems(settings, indices)
@@ -144,6 +145,15 @@ def _size_problems(settings: ShardSettings, facts: DataFacts | None) -> Iterator
         yield f"labelled: got {labelled}, allowed: at most the {samples} samples of data.shards"
     if samples < global_batch:
         yield f"data.global_batch: got {global_batch}, allowed: at most the {samples} samples of data.shards"
+
+
+def _named_twice(settings: ShardSettings, indices: Mapping[str, Index]) -> Iterator[str]:
+    """Data sets that are the same one, wherever they lie: their weights would not be what is seen of them."""
+    names: dict[str, str] = {}
+    for name, (where, _) in settings.data.data_sets.items():
+        first = names.setdefault(indices[name].fingerprint() if name in indices else where, name)
+        if first != name:
+            yield f"{name}: got {where}, the same shards as {first}; name them once, with the weight of both"
 
 
 def _share_problems(settings: ShardSettings, facts: DataFacts | None, indices: Mapping[str, Index]) -> Iterator[str]:

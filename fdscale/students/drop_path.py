@@ -48,7 +48,7 @@ class Draws:
         """Look at a micro batch's draws on the host and send what the device needs there, without waiting for it."""
         self.table = None if table is None else _sent(table, device)
         if table is not None and self.skip_dropped:
-            kept = table.numpy() >= np.float32(self.rates)[:, None]
+            kept = table.numpy() >= np.array(self.rates, np.float32)[:, None]
             self.counts = kept.sum(axis=1).tolist()
             rows = _sent(torch.from_numpy(np.argsort(~kept, axis=1, kind="stable")), device)
             self.kept = [of_site[: max(count, 1)] for of_site, count in zip(rows, self.counts, strict=True)]

@@ -24,6 +24,7 @@ class ViTAttention(Attention):
         qkv = F.linear(x, self.qkv.weight, torch.cat((self.q_bias, self.k_bias, self.v_bias)))
         q, k, v = qkv.view(rows, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         bias = shared_rel_pos_bias if self.relative_position_bias_table is None else self._get_rel_pos_bias()
+        assert bias is not None, "a student's blocks have a position bias, shared or their own"
         if self.training and x.device.type == "cpu":
             attended = attention.biased_attention(q, k, v, bias)
         else:

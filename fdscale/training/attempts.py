@@ -73,6 +73,11 @@ class Attempt:
         """Write down where each rank runs: host, pid and the pid's start, in rank order."""
         self._add({"ranks": [{"rank": rank, **where} for rank, where in enumerate(ranks)]})
 
+    def record_startup(self, seconds: Mapping[str, float]) -> None:
+        """Write down how long each phase lasted between the command and the end of the first step."""
+        with suppress(OSError):  # what is only told must not end a run
+            self._add({"startup": {phase: round(lasted, 3) for phase, lasted in seconds.items()}})
+
     def end(self, code: int, reason: str) -> None:
         """Write down, once, with which exit code this attempt ends, and why; only who claimed it does so."""
         if self._heartbeat is None:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -109,16 +110,31 @@ def quiet_deepspeed() -> Any:
     """DeepSpeed, imported without its chatter."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
-    import deepspeed.ops
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # an optional shared-memory all-reduce for inference: compiling it costs half a minute, training never uses it
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # an optional shared-memory all-reduce for inference: compiling it costs half a minute, and asking whether it could
+    # be compiled runs the compiler for every operation that DeepSpeed has; training never uses it
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     # bf16 under ZeRO-1 prints memory around each parameter group, after a full garbage collection: 20 s for 52 groups
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    _import_muon_as_it_is()
     return deepspeed
+
+
+def _import_muon_as_it_is() -> None:
+    """Every engine imports Muon to see that its optimizer is not one, and Muon compiles its kernels as it is imported.
+
+    That fetches all of torch's compiler, 1.3 s of each rank's start, for an optimizer that no run of ours has.
+    """
+    from deepspeed.runtime import compiler
+
+    compiling, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compiling
 
 
 def start_engine(

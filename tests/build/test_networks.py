@@ -168,7 +168,7 @@ def run_of(connection: Connection, settings: Any, placement: Placement = "zero3"
     }
     absent: Any = None
     places = {"teacher": placement}
-    return Run(settings, deepspeed_json, connection, absent, absent, absent, absent, absent, {}, places)
+    return Run(settings, deepspeed_json, connection, absent, absent, absent, absent, absent, {}, places, absent)
 
 
 def original_file(teacher: str, folder: Path) -> tuple[TeacherSettings, str]:

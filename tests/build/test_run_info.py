@@ -31,7 +31,7 @@ def run_of(folder: Path, rank: int = 0) -> Run:
     attempt = claim(folder, 8, 3, {})
     attempt.end(0, "stops its heartbeat")
     index = Index(ABSENT, (Shard("a.tar", 100_000, 1, "", 0),), None, np.zeros(100_000, SAMPLE))
-    return Run(settings, {}, connection, ABSENT, attempt, ABSENT, Mixture((index,)), ABSENT, {}, {})
+    return Run(settings, {}, connection, ABSENT, attempt, ABSENT, Mixture((index,)), ABSENT, {}, {}, ABSENT)
 
 
 def test_the_labels_of_a_run(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ Fault = Callable[
 
 
 class ShardServer(ThreadingHTTPServer):
-    """Serves the files of `folder`; `asked` counts requests, `faults` change what is sent, by file name."""
+    """Serves the files of `folder`; by file name: `asked` counts, `faults` change what is sent, `statuses` refuse."""
 
     daemon_threads = True
 
@@ -24,6 +24,7 @@ class ShardServer(ThreadingHTTPServer):
         self.folder = folder
         self.asked: Counter[str] = Counter()
         self.faults: dict[str, Fault] = {}
+        self.statuses: dict[str, int] = {}
 
     @property
     def url(self) -> str:
@@ -47,8 +48,8 @@ class _Handler(BaseHTTPRequestHandler):
         name = self.path.lstrip("/")
         self.server.asked[name] += 1
         file = self.server.folder / name
-        if not file.is_file():
-            self.send_error(404)
+        if refused := self.server.statuses.get(name, 0 if file.is_file() else 404):
+            self.send_error(refused)
             return
         content = file.read_bytes()
         promised = len(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,16 @@ def test_every_kind_of_model_is_measured_in_full(folder: Path) -> None:
 def test_every_number_is_json(folder: Path) -> None:
     lines = (folder / "measurements.jsonl").read_text().splitlines()
     assert all(json.loads(line, parse_constant=pytest.fail) for line in lines)
+
+
+def test_shards_behind_a_url_are_fetched_and_seen_alike(digits: Path, tmp_path: Path) -> None:
+    found = []
+    for number, data in enumerate([[str(digits)], [digits.as_uri(), "--cache", str(tmp_path / "cache")]]):
+        output = tmp_path / str(number)
+        asked = [TIMM, "--data", *data, "--output", str(output), "--images", "4", "--workers", "0"]
+        assert main(["diagnose", *asked, "--only", "features"]) == 0
+        found.append((output / "measurements.jsonl").read_bytes())
+    assert found[0] == found[1]
 
 
 def test_the_figures_and_the_page_are_there(folder: Path) -> None:
@@ -206,6 +217,15 @@ def test_a_forward_that_fails_leaves_its_reason_and_the_other_models_go_on(digit
     assert [row.reason for row in found.rows if row.measure == "cka"] == ["its forward fails: four images at most"] * 2
     assert measured(found.rows, "beit") >= EVERYTHING
     assert found.maps["fragile"] == {}
+
+
+def test_a_mistake_of_our_own_does_not_pass_for_the_network_s(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fdscale.diagnostics.watched.FeatureMeasures.update", None)
+    found = look(digits, subject_of("beit"), only=["attention", "features"])
+    (row,) = [row for row in found.rows if row.reason]
+    assert row.measure == "features"
+    assert re.match(r"TypeError at fdscale/diagnostics/watched.py:\d+, which was not foreseen: ", str(row.reason))
+    assert measured(found.rows, "beit") >= ATTENTION | MAPS
 
 
 def test_one_image_leaves_out_what_needs_more(digits: Path) -> None:

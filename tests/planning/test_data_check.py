@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,19 @@ def test_what_is_wrong_with_each_data_set_is_told_at_once(shards: Shards, tmp_pa
     told = problems(f"data.shards={shards(20)}", *nowhere)
     assert "data.further_shards.one.shards: shard folder" in told
     assert "data.further_shards.two.shards: shard folder" in told
+
+
+def test_a_data_set_that_is_named_twice_is_told_wherever_it_lies(shards: Shards, tmp_path: Path) -> None:
+    first = shards(20)
+    copied = shutil.copytree(first, tmp_path / "copied")
+    three = [
+        f"data.shards={first}",
+        f"data.further_shards.a.shards={shards(9)}",
+        f"data.further_shards.b.shards={copied}",
+    ]
+    assert f"data.further_shards.b.shards: got {copied}, the same shards as data.shards; name" in problems(*three)
+    told = problems("data.shards=digits", "data.further_shards.again.shards=digits")
+    assert "data.further_shards.again.shards: got digits, the same shards as data.shards; name them once" in told
 
 
 def test_a_share_of_less_than_one_image_and_one_of_more_than_there_is(shards: Shards) -> None:

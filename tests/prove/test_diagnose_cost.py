@@ -29,8 +29,8 @@ QUICK, THOROUGH, FEW, MANY = "quick", "thorough", "the pass alone", "the pass al
 RUNS = {
     QUICK: ("--preset", "quick"),
     THOROUGH: ("--preset", "thorough"),
-    FEW: (*PASS, "--images", "64"),
-    MANY: (*PASS, "--images", "256"),
+    FEW: (*PASS, "--images", "128"),  # eight batches, in which the allocator comes to hold what it holds from then on
+    MANY: (*PASS, "--images", "512"),
 }
 IN_A_CHILD = "import sys; from fdscale.cli import main; sys.exit(main(sys.argv[1:]))"
 

@@ -90,7 +90,7 @@ def _pieces(url: str, most: int, allow_pipe: bool) -> Generator[memoryview, None
     """What a URL gives as it comes, each piece in the place of the last; Broken where it is too much or breaks off."""
     came, place = 0, memoryview(bytearray(PIECE))
     with _opened(url, allow_pipe) as (stream, process):
-        while size := _next(stream, place, came):
+        while size := _next(stream, place, came, process):
             came += size
             if came > most:
                 raise Broken(f"more than {most} bytes came")
@@ -99,12 +99,12 @@ def _pieces(url: str, most: int, allow_pipe: bool) -> Generator[memoryview, None
             _refuse_failure(process, came)
 
 
-def _next(stream: IO[bytes], place: memoryview, came: int) -> int:
+def _next(stream: IO[bytes], place: memoryview, came: int, process: subprocess.Popen[bytes] | None) -> int:
     """How many bytes come next, 0 at the end; past the stream's own buffer, so that nothing waits in there unseen."""
     waiting = select.poll()
     waiting.register(stream.fileno(), select.POLLIN)
     if not waiting.poll(SILENCE_SECONDS * 1000):
-        raise Broken(f"nothing came for {SILENCE_SECONDS:.0f} s, after {came} bytes")
+        raise Broken(f"nothing came for {SILENCE_SECONDS:.0f} s, after {came} bytes{_http_error(process)}")
     return os.readv(stream.fileno(), [place])
 
 
@@ -115,9 +115,17 @@ def _refuse_failure(process: subprocess.Popen[bytes], came: int) -> None:
     except subprocess.TimeoutExpired:
         raise Broken(f"{program} does not end, after {came} bytes") from None
     if status:
-        refused = (program, status) == REFUSED
-        meaning = " (an HTTP error that stays, such as 403 or 404)" if refused else ""
-        raise Broken(f"{program} ended with {status}{meaning} after {came} bytes", final=refused)
+        told = f"{program} ended with {status} after {came} bytes{_http_error(process)}"
+        raise Broken(told, final=(program, status) == REFUSED)
+
+
+def _http_error(process: subprocess.Popen[bytes] | None) -> str:
+    """With which status a server refuses curl: asked once more, as `gopen`'s curl keeps it to itself."""
+    if process is None or not isinstance(process.args, list) or _program(process) != "curl":
+        return ""
+    told = ("--retry", "0", "--max-time", "5", "--output", os.devnull, "--write-out", "%{http_code}")
+    asked = subprocess.run([*process.args, *told], stdout=subprocess.PIPE, text=True, check=False)
+    return f" (the server answers {asked.stdout})" if asked.stdout >= "400" else ""
 
 
 def _program(process: subprocess.Popen[bytes]) -> str:

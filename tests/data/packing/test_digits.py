@@ -30,6 +30,6 @@ def test_digits(tmp_path):
 
 
 def test_digits_without_scikit_learn(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(UserError, match=r'pip install "fdscale\[demo\]"'):
         pack_digits(tmp_path / "out", "train")

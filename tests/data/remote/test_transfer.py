@@ -25,12 +25,22 @@ def test_a_url_that_does_not_answer_is_told(folder, cache):
 
 def test_what_is_not_there_is_told_at_once(folder, server, cache):
     with pytest.raises(
-        UserError, match=r"/elsewhere/index\.json: curl ended with 22 \(an HTTP error .*\) after 0 bytes; "
+        UserError, match=r"/elsewhere/index\.json: curl ended with 22 after 0 bytes \(the server answers 404\); check"
     ):
         load_index(f"{server.url}/elsewhere", cache)
     with pytest.raises(UserError, match=r"/nowhere/index\.json is not there; check"):
         load_index("file:///nowhere", cache)
-    assert server.asked == {"elsewhere/index.json": 1}
+    assert server.asked == {"elsewhere/index.json": 2}, "and once for its status"
+
+
+def test_a_server_that_is_overloaded_for_long_is_told_by_its_status(server, cache, monkeypatch):
+    monkeypatch.setattr(transfer, "SILENCE_SECONDS", 0.5)  # within which curl waits, to try again
+    monkeypatch.setattr(transfer, "WAITS", ())
+    server.statuses["index.json"] = 503
+    with pytest.raises(
+        UserError, match=r"nothing came for 0 s, after 0 bytes \(the server answers 503\) \(try 1 of 1\)"
+    ):
+        load_index(server.url, cache)
 
 
 FAULTS = {
