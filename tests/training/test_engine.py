@@ -35,6 +35,7 @@ LEAN = {  # nothing stays resident: tiny networks would hide what sharding break
     "stage3_prefetch_bucket_size": 0,
     "stage3_param_persistence_threshold": 0,
 }
+FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
 WIDTH, GLOBAL_BATCH = 24, 8
 FEW = 3  # steps: in ZeRO-3's first one it records what the later ones follow
 
@@ -238,11 +239,17 @@ def test_ranks_that_keep_different_samples_stay_together(geometry: Geometry, in_
         assert torch.allclose(skipped[name], expected, rtol=1e-4, atol=1e-6), name
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["stage 0", "bf16, stage 1"])
+def test_one_rank_that_reduces_nothing_computes_what_two_do(bf16: bool, one_rank: Any, two_ranks: Any) -> None:
+    config = engine_config(1, 4, bf16={"enabled": True}, **FP32_SUMS) if bf16 else engine_config(0, 4)
+    alone, together = (ranks(curve, VIT, config, FEW)[0]["losses"] for ranks in (one_rank, two_ranks))
+    assert largest_difference(alone, together) <= (2e-3 if bf16 else 1e-5)
+
+
 def test_bf16_gradients_added_at_once_are_the_same_sums(two_ranks: Any) -> None:
-    fp32_sums = {"data_types": {"grad_accum_dtype": "fp32"}}
     late, at_once = (
         two_ranks(
-            curve, VIT, engine_config(1, 2, bf16={"enabled": True, "immediate_grad_update": chosen}, **fp32_sums), FEW
+            curve, VIT, engine_config(1, 2, bf16={"enabled": True, "immediate_grad_update": chosen}, **FP32_SUMS), FEW
         )[0]
         for chosen in (False, True)
     )
