@@ -156,9 +156,9 @@ def attend(qkv: Tensor, scale: Tensor, table: Tensor, index: Tensor, windows: Wi
 def attend_fused(qkv: Tensor, scale: Tensor, table: Tensor, index: Tensor, windows: Windows) -> Tensor:
     """`attend` by torch's kernels; a shift's masks go in as heads: each window has its own, each image the same."""
     heads = len(scale)
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    q, k = ((F.normalize(each.to(scale.dtype), dim=-1, eps=SHORTEST)) for each in (q, k))
-    q, k, bias = (q * scale).to(v.dtype), k.to(v.dtype), position_bias(table, index) - MIDDLE
+    parts = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k = F.normalize(parts[:2].to(scale.dtype), dim=-1, eps=SHORTEST)
+    q, k, v, bias = (q * scale).to(qkv.dtype), k.to(qkv.dtype), parts[2], position_bias(table, index) - MIDDLE
     if q.device.type != "cpu" or bias.requires_grad:  # CUDA's kernels take a bias of their own type alone
         bias = bias.to(q.dtype)
     if not any(windows.kinds):
@@ -195,9 +195,8 @@ class _ByHand(torch.autograd.Function):
             kept = qkv.new_empty(len(qkv), heads, tokens, tokens)
         for rows in _chunks(len(qkv), bias, windows):
             units, _, values = _units(qkv[rows], heads, scale.dtype)
-            weights = _probabilities(units, scale, bias, windows, rows.start).to(qkv.dtype)
-            if kept is not None:
-                kept[rows] = weights
+            found = _probabilities(units, scale, bias, windows, rows.start)
+            weights = found.to(qkv.dtype) if kept is None else kept[rows].copy_(found)
             output[rows] = (weights.flatten(0, 1) @ values.flatten(0, 1)).view_as(values).transpose(1, 2)
         ctx.save_for_backward(qkv, scale, table, index, kept)
         ctx.windows = windows
@@ -271,6 +270,7 @@ def _before_softmax(arrived: Tensor, weights: Tensor, values: Tensor) -> tuple[T
 
 def _before_product(of_logits: Tensor, units: Tensor) -> Tensor:
     """Gradients of queries and keys (2, rows, H, N, d) of length 1, but for the scale."""
-    queries, keys = units.flatten(1, 2)
-    given = of_logits.flatten(0, 1)
-    return torch.stack((given @ keys, given.transpose(1, 2) @ queries)).view_as(units)
+    (queries, keys), given, found = units.flatten(1, 2), of_logits.flatten(0, 1), torch.empty_like(units)
+    torch.bmm(given, keys, out=found[0].flatten(0, 1))
+    torch.bmm(given.transpose(1, 2), queries, out=found[1].flatten(0, 1))
+    return found
