@@ -35,6 +35,7 @@ MIDDLE = 8.0  # of the bias, which lies between 0 and 16: around 0 it is rounded
 CHUNK_BYTES = 8 * 2**20  # of fp32 logits at a time: less is slower for its many calls, more leaves the cache
 KEPT_BYTES = 64 * 2**20  # of probabilities that a block keeps of an image
 MASK_BYTES = 64 * 2**20  # of masked biases at a time in `attend_fused`
+GRADIENT_BYTES = 512 * 2**20  # of a bias's gradient at a time there: CUDA's kernel makes one for each window
 
 Size = tuple[int, int]
 
@@ -162,18 +163,26 @@ def attend_fused(qkv: Tensor, scale: Tensor, table: Tensor, index: Tensor, windo
     if q.device.type != "cpu" or bias.requires_grad:  # CUDA's kernels take a bias of their own type alone
         bias = bias.to(q.dtype)
     if not any(windows.kinds):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], scale=1.0).transpose(1, 2).flatten(2)
+        at_once = max(1, GRADIENT_BYTES // bias.nbytes) if bias.requires_grad else len(q)
+        split = zip(*(each.split(at_once) for each in (q, k, v)), strict=True)
+        return _joined([_fused(*part, bias).flatten(2) for part in split], dim=0)
     by_window = [each.unflatten(0, (-1, len(windows.kinds))) for each in (q, k, v)]
-    at_once = max(1, MASK_BYTES // bias.nbytes)
-    parts = []
+    at_once, outputs = max(1, MASK_BYTES // bias.nbytes), []
     for first in range(0, len(windows.kinds), at_once):
         part = slice(first, first + at_once)
         masked = bias + windows.masks[list(windows.kinds[part]), None].to(bias.dtype)
-        q, k, v = (each[:, part].flatten(1, 2) for each in by_window)
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=masked.flatten(0, 1)[None], scale=1.0)
-        parts.append(found.unflatten(1, (-1, heads)))
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    return whole.flatten(0, 1).transpose(1, 2).flatten(2)
+        found = _fused(*(each[:, part].flatten(1, 2) for each in by_window), masked.flatten(0, 1))
+        outputs.append(found.unflatten(2, (-1, heads)).transpose(1, 2).flatten(3))
+    return _joined(outputs, dim=1).flatten(0, 1)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """(rows, N, H, d) of (rows, H, N, d)."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None], scale=1.0).transpose(1, 2)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def attend_by_hand(qkv: Tensor, scale: Tensor, table: Tensor, index: Tensor, windows: Windows) -> Tensor:

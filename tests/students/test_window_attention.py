@@ -78,7 +78,7 @@ def test_a_block_is_timms_with_its_gradients_on_any_map(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(window_attention, "attend_by_hand", form)
         if small:  # a window at a time, and nothing kept
-            for limit in ("CHUNK_BYTES", "KEPT_BYTES", "MASK_BYTES"):
+            for limit in ("CHUNK_BYTES", "KEPT_BYTES", "MASK_BYTES", "GRADIENT_BYTES"):
                 patch.setattr(window_attention, limit, 1)
         found = through(own, x, lambda block, x: block(x))
     assert_close(found, through(theirs, x, run), through(copy.deepcopy(theirs).double(), x.double(), run))
