@@ -163,7 +163,7 @@ class _Watch:
         if self._image is None:  # a block on its own
             return
         image = self._image
-        placed = [(weights, *found) for weights in run.caught if (found := self._place(run, image, weights))]
+        placed = [found for weights in run.caught if (found := self._place(run, image, weights))]
         if placed:
             _, positions, prefix_tokens, regions = placed[0]
             by_window = [weights.unflatten(0, (-1, len(positions))) for weights, *_ in placed]
@@ -172,9 +172,12 @@ class _Watch:
             regions = None if regions is None else regions.to(device)
             self._seen(run.number, Attention(weights, positions.to(device), prefix_tokens, regions))
 
-    def _place(self, run: _Running, image: _Image, weights: Tensor) -> tuple[Tensor, int, Tensor | None] | None:
-        """Where the tokens of (rows, H, n, n) are, in pixels (W, n, 2), how many precede the patches, and regions."""
-        rows, tokens = weights.shape[0], weights.shape[-1]
+    def _place(self, run: _Running, image: _Image, weights: Tensor) -> tuple[Tensor, Tensor, int, Tensor | None] | None:
+        """Weights by window (B * W, H, n, n), where their tokens are, in pixels (W, n, 2), prefix tokens, regions.
+
+        None where that cannot be told. Our own shifted windows come as heads: (B, W * H, n, n).
+        """
+        tokens = weights.shape[-1]
         regions = None
         if isinstance(run.block, WINDOWED):
             grid, prefix = (run.shape[1], run.shape[2]), 0
@@ -184,9 +187,12 @@ class _Watch:
             places = grid_places(grid, prefix)
         else:
             return None
-        if (rows, tokens) != (image.batch * places.shape[0], places.shape[1]):
+        windows = places.shape[0]
+        if windows > 1 and weights.shape[0] == image.batch and weights.shape[1] % windows == 0:
+            weights = weights.unflatten(1, (windows, -1)).flatten(0, 1)
+        if (weights.shape[0], tokens) != (image.batch * windows, places.shape[1]):
             return None
-        return (places + 0.5) * torch.tensor(image.stride_of(grid)), prefix, regions
+        return weights, (places + 0.5) * torch.tensor(image.stride_of(grid)), prefix, regions
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

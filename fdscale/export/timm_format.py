@@ -18,8 +18,8 @@ from torch import nn
 from fdscale.config.errors import UserError
 from fdscale.export.finished import CROP_PCT, HEAD, Finished, Head, finished, stored_shapes
 from fdscale.export.model_card import OWN_ARCHITECTURE, timm_card
+from fdscale.export.model_source import network_source
 from fdscale.export.parity import Report, ask, checked
-from fdscale.students import swin_v2
 from fdscale.students.files import new_folder, refuse_taken
 from fdscale.students.from_timm import timm_arguments
 from fdscale.students.geometry import Geometry, SwinV2Geometry, TimmGeometry, ViTGeometry
@@ -192,7 +192,7 @@ def write_timm(student: Finished, model: TimmModel, folder: Path) -> dict[str, A
     config = _config(model, student)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if config["architecture"] == OWN_ARCHITECTURE:
-        shutil.copyfile(swin_v2.__file__, folder / MODEL_FILE)
+        (folder / MODEL_FILE).write_text(network_source())
     return config
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from fdscale.config.errors import UserError
 from fdscale.export.finished import Finished, finished
 from fdscale.export.model_card import OWN_ARCHITECTURE, transformers_card
+from fdscale.export.model_source import network_source
 from fdscale.export.parity import Report, Size, ask, checked
 from fdscale.export.timm_format import has_extra_norms, timm_names, timm_network
 from fdscale.export.transformers_names import beit_name, swin_v2_name
-from fdscale.students import swin_v2
 from fdscale.students.files import new_folder, refuse_taken
 from fdscale.students.geometry import SwinV2Geometry, ViTGeometry
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MODEL_FILE = f"modeling_{OWN_ARCHITECTURE}.py"
+WRAPPER = Path(__file__).with_name("fd_swin_v2_model.py")  # SwinV2 as transformers' models
 CLASSIFIER = "classifier"
 
 
@@ -62,7 +63,7 @@ def write_transformers(student: Finished, folder: Path) -> None:
     model.save_pretrained(folder)
     _image_processor(student).save_pretrained(folder)
     if "auto_map" in json.loads((folder / "config.json").read_text()):
-        (folder / MODEL_FILE).write_text(_model_file())
+        (folder / MODEL_FILE).write_text(network_source(WRAPPER))
 
 
 def finish_transformers(student: Finished, report: Report, folder: Path) -> None:
@@ -243,10 +244,3 @@ def _image_processor(student: Finished) -> Any:
         image_mean=list(student.mean),
         image_std=list(student.std),
     )
-
-
-def _model_file() -> str:
-    """The network's source and that of its transformers classes, in one file that needs torch, timm, transformers."""
-    wrapper = Path(__file__).with_name("fd_swin_v2_model.py").read_text().splitlines(keepends=True)
-    kept = [line for line in wrapper if not line.startswith(("from __future__", "from fdscale"))]
-    return Path(swin_v2.__file__).read_text() + "\n\n" + "".join(kept)

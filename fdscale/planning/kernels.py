@@ -4,7 +4,8 @@
    runs unfused and saves the probabilities, B x H x N x N. CUDA's memory-efficient kernel saves the log-sum-exp,
    B x H x N in fp32, beside q, k, v, its output and the bias, whose rows are padded to a multiple of 8 elements; its
    backward makes the bias's gradient in full, B x H x N x N with rows padded to 16, to be summed over the batch
-   (PyTorch's `transformers/cuda/attention_backward.cu`). Without such a bias both devices run fused.
+   (PyTorch's `transformers/cuda/attention_backward.cu`). Without such a bias both devices run fused. SwinV2's window
+   attention, which a CPU does by hand, is that kernel's on CUDA.
 2. Linear layers under ZeRO-3. DeepSpeed replaces `F.linear` (`memory_efficient_linear`, on by default): the input and
    the weight are saved as they are given, so no 16-bit copies are kept under torch_autocast.
 """
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdscale.students import attention as students
+from fdscale.students import window_attention
 
 PADDED_BIAS_ROW, PADDED_GRADIENT_ROW = 8, 16  # elements
 Count = Callable[[int], None]  # of floating point operations, which nothing else sees here
@@ -83,7 +85,11 @@ def attention_as_on_cuda(count: Count) -> Iterator[None]:
             return original(query, key, value, attn_mask, **how)
         return EfficientAttention.apply(query, key, value, attn_mask, count)
 
-    with _replaced(F, "scaled_dot_product_attention", attention), _replaced(students, "biased_attention", unfused):
+    with (
+        _replaced(F, "scaled_dot_product_attention", attention),
+        _replaced(students, "biased_attention", unfused),
+        _replaced(window_attention, "attend_by_hand", window_attention.attend_fused),
+    ):
         yield
 
 

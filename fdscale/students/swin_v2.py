@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -17,21 +18,26 @@ import torch.nn.functional as F
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block, WindowAttention
 from torch import Tensor, nn
 
+from fdscale.students.window_attention import (
+    Windows,
+    attend,
+    into_windows,
+    out_of_windows,
+    position_bias,
+    windows_of,
+    without_autocast,
+)
+
 POSITION_BIAS_HIDDEN = 512
 MAX_LOGIT_SCALE = math.log(100.0)  # SwinV2 clamps the temperature at 0.01
 RESIDUAL_NORM_WEIGHT = 1e-5  # blocks start as (almost) the identity; timm starts at 0, which has no gradient path
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """The meta device, on which shapes and operations are counted, has no autocast to leave."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class Linear32(nn.Linear):
     """A linear layer that computes in fp32 whatever its weights' type and the surrounding autocast."""
 
     def forward(self, input: Tensor) -> Tensor:
-        with _without_autocast(input.device):
+        with without_autocast(input.device):
             bias = None if self.bias is None else self.bias.float()
             return F.linear(input.float(), self.weight.float(), bias)
 
@@ -51,30 +57,40 @@ class CosineWindowAttention(WindowAttention):
         hidden = POSITION_BIAS_HIDDEN
         self.cpb_mlp = nn.Sequential(Linear32(2, hidden), nn.ReLU(), Linear32(hidden, num_heads, bias=False))
 
+        self._table: tuple[object, Tensor] | None = None  # of what weights, and the table
+
     def position_bias(self) -> Tensor:
         """The continuous relative position bias, fp32 (H, N, N), in (0, 16)."""
-        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
-        tokens = self.window_size[0] * self.window_size[1]
-        bias = table[self.relative_position_index.view(-1)].view(tokens, tokens, -1)
-        return 16 * torch.sigmoid(bias.permute(2, 0, 1).contiguous())
+        return position_bias(self.position_table(), self.relative_position_index)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attention inside each window: (windows * B, N, C) -> the same shape; `mask` is (windows, N, N)."""
-        rows, tokens, _ = x.shape
+    def position_table(self) -> Tensor:
+        """The position bias of each distance, fp32 (distances, H); in evaluation computed once for its weights."""
+        weights = list(self.cpb_mlp.parameters())
+        if self.training or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
+            return self._new_table()
+        key = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+        key.append((self.relative_coords_table.data_ptr(), 0))
+        if self._table is None or self._table[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                self._table = (key, self._new_table())
+        return self._table[1]
+
+    def _new_table(self) -> Tensor:
+        return 16 * torch.sigmoid(self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads))
+
+    def train(self, mode: bool = True) -> CosineWindowAttention:
+        """As every module's; weights may have changed in ways that only training knows."""
+        self._table = None
+        return super().train(mode)
+
+    def forward(self, x: Tensor, windows: Windows) -> Tensor:
+        """Attention inside each window: (B * W, N, C) -> the same shape."""
         bias = torch.cat((self.q_bias, self.k_bias.to(self.q_bias.dtype), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, bias)
-        q, k, v = qkv.reshape(rows, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        weights = self._weights(q, k, mask).to(v.dtype)
-        return self.proj((weights @ v).transpose(1, 2).reshape(rows, tokens, -1))
-
-    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        with _without_autocast(q.device):
-            logits = F.normalize(q.float(), dim=-1) @ F.normalize(k.float(), dim=-1).transpose(-2, -1)
-            logits = logits * self.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp() + self.position_bias()
-            if mask is not None:
-                by_image = logits.view(-1, mask.shape[0], *logits.shape[1:])
-                logits = (by_image + mask.float()[:, None]).view(logits.shape)
-            return logits.softmax(dim=-1)
+        scale = self.logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
+        return self.proj(
+            attend(qkv, scale, self.position_table(), self.relative_position_index, windows, self.training)
+        )
 
 
 class SwinV2Block(SwinTransformerV2Block):
@@ -99,18 +115,27 @@ class SwinV2Block(SwinTransformerV2Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, h, w, C) -> the same shape."""
-        return self.enorm(super().forward(x))
+        x = _residual(self.drop_path1, x, lambda x: self.norm1(self._attn(x)))
+        tokens = _residual(self.drop_path2, x.flatten(1, 2), lambda x: self.norm2(self.mlp(x)))
+        return self.enorm(tokens.view_as(x))
 
     def _attn(self, x: Tensor) -> Tensor:
         """timm's; with `pads_first` a map that the windows do not divide is padded before it is shifted, not after.
 
         So do the official dense networks: after the shift, opposite edges of a padded map see each other.
         """
-        height, width = x.shape[1:3]
-        below, right = -height % self.window_size[0], -width % self.window_size[1]
-        if not (self.pads_first and (below or right)):
-            return super()._attn(x)
-        return super()._attn(F.pad(x, (0, 0, 0, right, 0, below)))[:, :height, :width]
+        size = (x.shape[1], x.shape[2])
+        windows = windows_of(size, self.window_size, self.shift_size, self.pads_first, x.device)
+        return out_of_windows(self.attn(into_windows(x, windows), windows), windows, size)
+
+    def _init_buffers(self) -> None:
+        """No mask is held: timm's has the logits' size but for the heads."""
+
+
+def _residual(drop_path: nn.Module, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    """x + branch(x) with stochastic depth, by the drop path's own rule where it has one (it may leave rows out)."""
+    own: Any = getattr(drop_path, "residual", None)
+    return own(x, branch) if own is not None else x + drop_path(branch(x))
 
 
 class SwinV2(SwinTransformerV2):

@@ -19,6 +19,7 @@ Perturb = Callable[[nn.Module], None]
 # two stages, shifted windows of 4 on 16x16 and 8x8 maps
 TINY: dict[str, Any] = {"img_size": 64, "embed_dim": 16, "depths": (2, 4), "num_heads": (2, 4), "window_size": 4}
 OTHER_WINDOWS: dict[str, Any] = {"pretrained_window_sizes": (3, 2)}
+EXACT = 1e-5
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))
 
 
@@ -46,7 +47,7 @@ def test_tokens_equal_timms(changes: dict[str, Any], perturbed: Perturb) -> None
     perturbed(own)
     found, expected = own(IMAGES), stock(own, **changes)(IMAGES)
     assert found.shape == expected.shape
-    assert float((found - expected).abs().max()) == 0.0
+    assert float((found - expected).abs().max()) < EXACT
     assert float((found[0] - found[1]).abs().max()) > 0.1  # the images are told apart
 
 
@@ -58,7 +59,7 @@ def test_a_window_that_covered_its_map_shifts_on_a_larger_one_as_timms(perturbed
     for network in (own, like):
         network.set_input_size((128, 128), window_size=8)
     assert any(own.layers[1].blocks[1].shift_size)
-    assert torch.equal(own(larger), like(larger))
+    assert float((own(larger) - like(larger)).abs().max()) < EXACT
 
 
 def test_gradients_equal_timms(perturbed: Perturb) -> None:
@@ -89,7 +90,7 @@ def test_extra_norms_follow_every_kth_block_of_a_stage(perturbed: Perturb) -> No
             lambda module, inputs, output, norm=norm: F.layer_norm(output, output.shape[-1:], norm.weight, norm.bias)
         )
     found = own(IMAGES)
-    assert float((found - like(IMAGES)).abs().max()) == 0.0
+    assert float((found - like(IMAGES)).abs().max()) < EXACT
     assert float((found - stock(own, depths=(3, 5))(IMAGES)).abs().max()) > 0.1
 
 
@@ -142,7 +143,7 @@ def test_the_state_dict_holds_parameters_alone() -> None:
     network = tiny(extra_norm_period=2)
     assert set(network.state_dict()) == {name for name, _ in network.named_parameters()}
     assert {name.rsplit(".", 1)[1] for name, _ in network.named_buffers()} >= {
-        "relative_coords_table", "relative_position_index", "k_bias", "attn_mask",
+        "relative_coords_table", "relative_position_index", "k_bias"
     }  # fmt: skip
     assert all(bool(buffer.float().isfinite().all()) for buffer in network.buffers())
 
@@ -161,7 +162,7 @@ def test_buffers_are_those_of_a_network_that_never_was_on_the_meta_device(image:
     own = tiny(**changes)
     theirs = dict(stock(own, **changes).named_buffers())
     mine = dict(own.named_buffers())
-    assert mine.keys() == theirs.keys()
+    assert mine.keys() == {name for name in theirs if not name.endswith("attn_mask")}  # made once for all blocks
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
@@ -172,8 +173,6 @@ def test_a_window_shrinks_to_its_map_and_is_not_shifted_there() -> None:
     ] * 2
     shifted = blocks_of(tiny())
     assert [block.shift_size for block in shifted] == [(0, 0), (2, 2)] * 3
-    assert all((block.attn_mask is None) == (block.shift_size == (0, 0)) for block in [*blocks, *shifted])
-    assert {float(value) for value in shifted[1].attn_mask.unique()} == {-100.0, 0.0}
 
 
 @torch.no_grad()
@@ -181,7 +180,7 @@ def test_a_window_that_was_not_shifted_is_on_a_larger_map(perturbed: Perturb) ->
     small = tiny(img_size=32).eval()
     perturbed(small)
     small.set_input_size(img_size=(64, 64), window_size=4)
-    assert torch.equal(small(IMAGES), stock(small)(IMAGES))
+    assert float((small(IMAGES) - stock(small)(IMAGES)).abs().max()) < EXACT
 
 
 @torch.no_grad()
@@ -196,8 +195,11 @@ def test_the_position_bias_is_between_0_and_16_and_depends_on_the_offset_alone(p
     assert not torch.equal(bias[:, 0, 1], bias[:, 1, 0])
 
 
+FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+
+
 class Products(TorchDispatchMode):
-    """Types of each batched matrix product's and softmax's input."""
+    """Types of what each batched matrix product, softmax and fused attention is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,8 +207,8 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in ("bmm", "_softmax"):
-            self.seen.append((name, args[0].dtype))
+        if name in ("bmm", "softmax", FLASH):
+            self.seen.append((name, (kwargs["attn_mask"] if name == FLASH else args[0]).dtype))
         return func(*args, **(kwargs or {}))
 
 
@@ -219,18 +221,23 @@ def types_of(network: SwinV2, images: Tensor) -> tuple[list[tuple[str, torch.dty
 
 def attention_in(dtype: torch.dtype) -> list[tuple[str, torch.dtype]]:
     """Logits and softmax in fp32, the weighted sum of values in `dtype`."""
-    return [("bmm", torch.float32), ("_softmax", torch.float32), ("bmm", dtype)]
+    return [("bmm", torch.float32), ("softmax", torch.float32), ("bmm", dtype)]
+
+
+FUSED = [(FLASH, torch.float32)]  # its bias; torch keeps its logits in fp32
 
 
 def test_logits_stay_fp32_under_autocast(perturbed: Perturb) -> None:
-    network = tiny().eval()
+    network = tiny()
     perturbed(network)
     exact = types_of(network, IMAGES)[1]
     with torch.autocast("cpu", torch.bfloat16):
         seen, tokens = types_of(network, IMAGES)
+        fused, in_evaluation = types_of(network.eval(), IMAGES)
         assert blocks_of(network)[0].attn.position_bias().dtype is torch.float32
-    assert seen == attention_in(torch.bfloat16) * 6
-    assert 0 < float((tokens.float() - exact).abs().mean()) < 0.05
+    assert (seen, fused) == (attention_in(torch.bfloat16) * 6, FUSED * 6)
+    for found in (tokens, in_evaluation):
+        assert 0 < float((found.float() - exact).abs().mean()) < 0.05
 
 
 def test_the_position_bias_is_the_same_under_autocast(perturbed: Perturb) -> None:
@@ -243,7 +250,7 @@ def test_the_position_bias_is_the_same_under_autocast(perturbed: Perturb) -> Non
 
 def test_bf16_parameters_with_fp32_buffers_stay_close_to_fp32(perturbed: Perturb) -> None:
     """The engine casts parameters alone (bf16.enabled): coordinates stay as they are."""
-    network = tiny(extra_norm_period=2).eval()
+    network = tiny(extra_norm_period=2)
     perturbed(network)
     exact = types_of(network, IMAGES)[1]
     for parameter in network.parameters():
