@@ -29,20 +29,23 @@ ASKED = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal,
 
 
 class Questions:
-    """Which function of ours, in which of the loop's steps, wanted to know a tensor's values on the host."""
+    """Which function of ours, in which of the loop's steps, wanted to know a tensor's values on the host.
+
+    The loader is left out: what it looks at has not been on the device.
+    """
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, str]] = []
 
     def note(self) -> None:
         frame: FrameType | None = sys._getframe(1)
-        asking = ""
+        asking: FrameType | None = None
         while frame is not None and frame.f_code is not fit.__code__:
-            if not asking and frame.f_code.co_filename.startswith(PACKAGE):
-                asking = frame.f_code.co_name
+            if asking is None and frame.f_code.co_filename.startswith(PACKAGE):
+                asking = frame
             frame = frame.f_back
-        if frame is not None:
-            self.seen.append((frame.f_locals["progress"].step, asking))
+        if frame is not None and asking is not None and not asking.f_code.co_filename.startswith(f"{PACKAGE}/data/"):
+            self.seen.append((frame.f_locals["progress"].step, asking.f_code.co_name))
 
 
 class Dispatched(TorchDispatchMode):
