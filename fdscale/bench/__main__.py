@@ -1,8 +1,8 @@
 """`fdscale bench WHAT`, also `python -m fdscale.bench WHAT`: speed and memory beside this machine's measured ceilings.
 
 `step`: whole distillation steps beside plain timm's. `loader`: images/s beside webdataset and beside decoding alone.
-`scaling`: ranks beside one. `checkpoint`: saving and loading beside the disk. `gpu`: what one GPU gives, in under eight
-minutes. With `--output` the figures are kept as JSON and Markdown fit to commit; `--check` compares ratios with such.
+`scaling`: ranks beside one. `checkpoint`: saving and loading beside the disk. `startup`: a start, phase by phase. `gpu`:
+what one GPU gives, in under eight minutes. With `--output` the figures are kept as JSON and Markdown fit to commit; `--check` compares ratios with such.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from fdscale.bench.pairs import PAIRS
 from fdscale.bench.pairs import TINY as TINY_PAIRS
 from fdscale.bench.parts import FULL, TINY, Row
 from fdscale.bench.scaling import rank_row, scaling_ratios, scaling_row, scaling_tables
+from fdscale.bench.startup import WAYS as STARTS
+from fdscale.bench.startup import startup_ratios, startup_rows, startup_tables
 from fdscale.bench.step import WAYS, refuse_without_compiler, step_row
 from fdscale.bench.step_report import step_ratios, step_tables
 from fdscale.bench.turns import SIDES
@@ -58,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     _add_loader(whats)
     _add_scaling(whats)
     _add_checkpoint(whats)
+    _add_startup(whats)
     return parser
 
 
@@ -158,6 +161,19 @@ def _checkpoint(given: argparse.Namespace, words: list[str]) -> int:
             return _give(given, checkpoint_row(pair, Path(folder), given.repeats, connection))
     title, parts = "A checkpoint beside the disk", _apart([name], words)
     return _conduct(given, Benchmark("checkpoint", title, parts, checkpoint_tables, checkpoint_ratios))
+
+
+def _add_startup(whats: Any) -> None:
+    parser = _add(whats, "startup", _startup, "seconds from the command to the first step, phase by phase")
+    _add_kept(parser)
+    parser.add_argument("--repeats", type=int, default=5, help="starts of each way")
+
+
+def _startup(given: argparse.Namespace, words: list[str]) -> int:
+    if given.repeats < 1:
+        raise UserError("bench startup: allowed: --repeats from 1")
+    parts = {way: partial(startup_rows, way, given.repeats) for way in STARTS}
+    return _conduct(given, Benchmark("startup", "From the command on", parts, startup_tables, startup_ratios))
 
 
 def _conduct(given: argparse.Namespace, benchmark: Benchmark) -> int:
