@@ -2,7 +2,8 @@
 
 `step`: whole distillation steps beside plain timm's. `loader`: images/s beside webdataset and beside decoding alone.
 `scaling`: ranks beside one. `checkpoint`: saving and loading beside the disk. `startup`: a start, phase by phase. `gpu`:
-what one GPU gives, in under eight minutes. With `--output` the figures are kept as JSON and Markdown fit to commit; `--check` compares ratios with such.
+what one GPU gives, in under eight minutes. With `--output` the figures are kept as JSON and Markdown fit to commit;
+`--check` compares ratios with such.
 """
 
 from __future__ import annotations
