@@ -35,6 +35,7 @@ bench: $(stamp)
 	$(in_venv) fdscale bench loader $(KEEP) --workers 1 --workers 2 --images 1280
 	$(in_venv) fdscale bench scaling $(KEEP)
 	$(in_venv) fdscale bench checkpoint $(KEEP)
+	$(in_venv) fdscale bench startup $(KEEP) --repeats 2
 
 test: $(stamp)
 	$(in_venv) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

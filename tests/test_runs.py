@@ -114,6 +114,9 @@ def test_a_run_leaves_what_ran_and_its_student(undisturbed: Path) -> None:
     assert len(list((undisturbed / "attempts" / "0001").glob("step_*/manifest.json"))) == 2
     description = json.loads((undisturbed / "student.json").read_text())
     assert description["geometry"]["family"] == "swin_v2"
+    startup = json.loads((undisturbed / "attempts" / "0001" / "attempt.json").read_text())["startup"]
+    assert {"launchers", "imports", "engine", "first step"} <= set(startup)
+    assert startup["imports"] > 0.1
 
 
 def test_literally_deepspeed_accumulates_to_the_same_global_batch(

@@ -1,8 +1,9 @@
 """`fdscale bench WHAT`, also `python -m fdscale.bench WHAT`: speed and memory beside this machine's measured ceilings.
 
 `step`: whole distillation steps beside plain timm's. `loader`: images/s beside webdataset and beside decoding alone.
-`scaling`: ranks beside one. `checkpoint`: saving and loading beside the disk. `startup`: a start. `gpu`: what one GPU gives, in under eight
-minutes. With `--output` the figures are kept as JSON and Markdown fit to commit; `--check` compares ratios with such.
+`scaling`: ranks beside one. `checkpoint`: saving and loading beside the disk. `startup`: a start, by phases. `gpu`:
+what one GPU gives, in under eight minutes. With `--output` the figures are kept as JSON and Markdown fit to commit;
+`--check` compares ratios with such.
 """
 
 from __future__ import annotations

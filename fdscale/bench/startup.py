@@ -24,8 +24,8 @@ from fdscale.config.shipped import shipped
 STEPS, RANKS, LONGEST = 12, 2, 300.0  # of each start; seconds
 WAYS = {"bash": "bash launchers/…", "deepspeed": "deepspeed launchers/…"}
 ALLOWED = {"bash": 10.0, "deepspeed": 14.0}  # seconds to the first step, files cached and extensions built
-HOW = f"""The smoke recipe on {RANKS} ranks, from the command to the end of its first step; medians. The phases are those
-that each run kept in `attempt.json`: each begins where the one before ended."""
+HOW = f"""The smoke recipe on {RANKS} ranks, from the command to the end of its first step; medians. The phases are
+those that each run kept in `attempt.json`: each begins where the one before ended."""
 
 
 def startup_rows(way: str, repeats: int) -> Row:
@@ -93,7 +93,7 @@ def _command(way: str, run: Path) -> list[str]:
 
 
 def _env() -> dict[str, str]:
-    """This machine's, where the launcher's interpreter is this one; nothing of a launcher that started the benchmark."""
+    """This machine's, with this interpreter for the launcher, and no word of another launcher's."""
     left_out = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
     return {**kept, "FDSCALE_PYTHON": sys.executable}
