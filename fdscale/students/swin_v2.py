@@ -68,8 +68,8 @@ class CosineWindowAttention(WindowAttention):
         weights = list(self.cpb_mlp.parameters())
         if self.training or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
             return self._new_table()
-        key = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
-        key.append((self.relative_coords_table.data_ptr(), 0))
+        held = [*weights, self.relative_coords_table]
+        key = [(each.untyped_storage()._cdata, 0 if each.is_inference() else each._version) for each in held]
         if self._table is None or self._table[0] != key:
             with torch.inference_mode(False), torch.no_grad():
                 self._table = (key, self._new_table())
