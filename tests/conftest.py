@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 WORKER = Path(__file__).parent / "rank_worker.py"
@@ -185,3 +186,17 @@ def environment_of_rank() -> Callable[[int, int, int], dict[str, str]]:
 def port() -> Callable[[], int]:
     """`free_port`, likewise."""
     return free_port
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """65 labelled digits in shards, held out: no number of ranks or of micro batches divides them."""
+    from sklearn.datasets import load_digits
+
+    from fdscale.data.packing.digits import Digits
+    from fdscale.data.packing.shards import write_shards
+
+    values, labels = load_digits(return_X_y=True)
+    chosen = np.arange(3, 263, 4)  # of those that are not trained on
+    digits = Digits("few digits", chosen, values[chosen], labels[chosen])
+    return write_shards(digits, tmp_path_factory.mktemp("shards") / "few_digits", 17, seed=None).folder

@@ -86,9 +86,10 @@ def classifier_file(folder: Path, width: int) -> Path:
     return path
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> dict[str, list[str]]:
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """The files that a recipe leaves to its user, empty: EsViT's weights, a SwinV2-G, students to fine-tune."""
+    tmp_path = tmp_path_factory.mktemp("files")
     esvit = tmp_path / "esvit.pth"
     esvit.touch()
     given = {"swinv2_b_esvit": [f"teacher.weights={esvit}"]}

@@ -156,16 +156,16 @@ def test_the_rate_shown_is_the_heads(tmp_path: Path, digits: Path, one_rank: Any
 @pytest.mark.parametrize("normalisation", ["training", "clip"])
 @pytest.mark.parametrize("norm", ["student", "after_pooling"])
 def test_the_files_of_a_run_evaluate_as_the_run_did(
-    norm: str, normalisation: str, tmp_path: Path, digits: Path, two_ranks: Any
+    norm: str, normalisation: str, tmp_path: Path, digits: Path, few_digits: Path, two_ranks: Any
 ) -> None:
     run_dir = tmp_path / "run"
-    held_out = [f"eval.shards={digits}", f"eval.normalisation={normalisation}", f"head.norm={norm}"]
+    held_out = [f"eval.shards={few_digits}", f"eval.normalisation={normalisation}", f"head.norm={norm}"]
     two_ranks(tuned, str(run_dir), str(digits), *SMALL_VIT, "optim.lr=1e-2", "optim.warmup_epochs=0", *held_out)
     student = build_student(file_geometry(run_dir / "student.safetensors"))
     load_weights(student, run_dir / "student.safetensors")
     classifier = Classifier(student, 10, 0.0, norm).eval()  # type: ignore[arg-type]
     classifier.load_state_dict(load_file(run_dir / "classifier.safetensors"), strict=False)
-    index = load_index(digits)
+    index = load_index(few_digits)
     (batch,) = EvalLoader(EvalBatches(index, 32, "bicubic"), len(index), 0, 1, len(index), 0, torch.device("cpu"))
     if normalisation == "clip":
         student.mean, student.std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
@@ -175,11 +175,13 @@ def test_the_files_of_a_run_evaluate_as_the_run_did(
     assert rows_of(run_dir, "eval_accuracy") == [pytest.approx(accuracy, abs=1e-6)]
 
 
-def test_training_is_the_same_whatever_evaluation_normalises_with(tmp_path: Path, digits: Path, two_ranks: Any) -> None:
+def test_training_is_the_same_whatever_evaluation_normalises_with(
+    tmp_path: Path, digits: Path, few_digits: Path, two_ranks: Any
+) -> None:
     losses = []
     for normalisation in ("training", "clip"):
         run_dir = tmp_path / normalisation
-        given = ["eval.every=2", f"eval.shards={digits}", f"eval.normalisation={normalisation}"]
+        given = ["eval.every=2", f"eval.shards={few_digits}", f"eval.normalisation={normalisation}"]
         two_ranks(tuned, str(run_dir), str(digits), *SMALL_VIT, *given)
         losses.append((rows_of(run_dir, "loss"), rows_of(run_dir, "eval_loss")))
     assert losses[0][0] == losses[1][0]
@@ -220,12 +222,12 @@ def earlier(tmp_path_factory: pytest.TempPathFactory, digits: Path, one_rank: An
 
 
 def test_it_goes_on_from_a_fine_tuned_run_at_another_size(
-    earlier: Path, tmp_path: Path, digits: Path, two_ranks: Any
+    earlier: Path, tmp_path: Path, digits: Path, few_digits: Path, two_ranks: Any
 ) -> None:
     """Everything is kept: what is evaluated before it learns is the earlier classifier at the new size."""
     given = [f"student.weights={earlier}/student.safetensors", "student.name=student_file", "student.image_size=48"]
     head = ["head.norm=after_pooling", f"head.weights={earlier}/classifier.safetensors"]
-    rate = ["optim.lr=1e-30", "optim.warmup_lr=0", "optim.min_lr=0", "max_steps=1", f"eval.shards={digits}"]
+    rate = ["optim.lr=1e-30", "optim.warmup_lr=0", "optim.min_lr=0", "max_steps=1", f"eval.shards={few_digits}"]
     all_given = [*given, "student.resize=true", *head, *rate]
     assert two_ranks(tuned, str(tmp_path / "run"), str(digits), *all_given) == [True, True]
     student = build_student(file_geometry(tmp_path / "run" / "student.safetensors"))
@@ -233,7 +235,7 @@ def test_it_goes_on_from_a_fine_tuned_run_at_another_size(
     load_weights(student, earlier / "student.safetensors", resize=True)
     classifier = Classifier(student, 10, 0.0, "after_pooling").eval()
     classifier.load_state_dict(load_file(earlier / "classifier.safetensors"), strict=False)
-    index = load_index(digits)
+    index = load_index(few_digits)
     (batch,) = EvalLoader(EvalBatches(index, 48, "bicubic"), len(index), 0, 1, len(index), 0, torch.device("cpu"))
     loss = float(F.cross_entropy(classifier.logits(batch.images.float() / 255).detach(), batch.labels))
     assert rows_of(tmp_path / "run", "eval_loss") == [pytest.approx(loss, abs=1e-5)]
