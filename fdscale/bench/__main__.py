@@ -55,18 +55,18 @@ def main(arguments: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The options of the command line: one subcommand for each benchmark."""
     parser = argparse.ArgumentParser(prog="fdscale bench", description=__doc__)
-    whats = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    _add_gpu(whats)
-    _add_step(whats)
-    _add_loader(whats)
-    _add_scaling(whats)
-    _add_checkpoint(whats)
-    _add_startup(whats)
+    benchmarks = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    _add_gpu(benchmarks)
+    _add_step(benchmarks)
+    _add_loader(benchmarks)
+    _add_scaling(benchmarks)
+    _add_checkpoint(benchmarks)
+    _add_startup(benchmarks)
     return parser
 
 
-def _add(whats: Any, what: str, run: Callable[[argparse.Namespace, list[str]], int | None], help: str) -> Any:
-    parser = whats.add_parser(what, help=help, description=help)
+def _add(benchmarks: Any, what: str, run: Callable[[argparse.Namespace, list[str]], int | None], help: str) -> Any:
+    parser = benchmarks.add_parser(what, help=help, description=help)
     parser.set_defaults(run=run)
     parser.add_argument("--part", help=argparse.SUPPRESS)  # how a benchmark starts a part in a process of its own
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -83,8 +83,8 @@ def _add_kept(parser: Any) -> None:
     parser.add_argument("--kept", type=Path, default=KEPT, help="the folder of that report")
 
 
-def _add_step(whats: Any) -> None:
-    parser = _add(whats, "step", _step, "whole distillation steps, fdscale's beside plain timm's")
+def _add_step(benchmarks: Any) -> None:
+    parser = _add(benchmarks, "step", _step, "whole distillation steps, fdscale's beside plain timm's")
     _add_kept(parser)
     parser.add_argument("--tiny", action="store_true", help="the same path with tiny networks")
     parser.add_argument("--way", action="append", choices=WAYS, help="these ways alone")
@@ -119,8 +119,8 @@ def _plot_steps(rows: Rows, file: Path) -> None:
     plot_steps(rows, file)
 
 
-def _add_scaling(whats: Any) -> None:
-    parser = _add(whats, "scaling", _scaling, "images/s of several ranks beside one, a core each")
+def _add_scaling(benchmarks: Any) -> None:
+    parser = _add(benchmarks, "scaling", _scaling, "images/s of several ranks beside one, a core each")
     _add_kept(parser)
     parser.add_argument("--tiny", action="store_true", help="the same path with tiny networks")
     parser.add_argument("--ranks", type=int, action="append", help="so many ranks (default: this machine's cores)")
@@ -143,8 +143,8 @@ def _scaling(given: argparse.Namespace, words: list[str]) -> int:
     return _conduct(given, Benchmark("scaling", "Ranks on one machine", parts, scaling_tables, scaling_ratios))
 
 
-def _add_checkpoint(whats: Any) -> None:
-    parser = _add(whats, "checkpoint", _checkpoint, "MB/s of saving and loading a run, beside the disk's own")
+def _add_checkpoint(benchmarks: Any) -> None:
+    parser = _add(benchmarks, "checkpoint", _checkpoint, "MB/s of saving and loading a run, beside the disk's own")
     _add_kept(parser)
     parser.add_argument("--tiny", action="store_true", help="the same path with tiny networks")
     parser.add_argument("--folder", type=Path, help="on the disk that is asked about (default: the temporary folder)")
@@ -164,8 +164,8 @@ def _checkpoint(given: argparse.Namespace, words: list[str]) -> int:
     return _conduct(given, Benchmark("checkpoint", title, parts, checkpoint_tables, checkpoint_ratios))
 
 
-def _add_startup(whats: Any) -> None:
-    parser = _add(whats, "startup", _startup, "seconds from the command to the first step, phase by phase")
+def _add_startup(benchmarks: Any) -> None:
+    parser = _add(benchmarks, "startup", _startup, "seconds from the command to the first step, phase by phase")
     _add_kept(parser)
     parser.add_argument("--repeats", type=int, default=5, help="starts of each way")
 
@@ -194,8 +194,8 @@ def _give(given: argparse.Namespace, row: Row) -> int:
     return 0
 
 
-def _add_loader(whats: Any) -> None:
-    parser = _add(whats, "loader", _loader, "images/s that this machine's cores read")
+def _add_loader(benchmarks: Any) -> None:
+    parser = _add(benchmarks, "loader", _loader, "images/s that this machine's cores read")
     _add_kept(parser)
     parser.add_argument("--shards", type=Path, help="JPEG shards of one's own with their index (else photos)")
     parser.add_argument("--workers", type=int, action="append", help="processes of each way (default: the cores)")
@@ -211,8 +211,8 @@ def _loader(given: argparse.Namespace, words: list[str]) -> int:
     return _conduct(given, Benchmark("loader", "The loader beside decoding", parts, loader_tables, loader_ratios))
 
 
-def _add_gpu(whats: Any) -> None:
-    parser = _add(whats, "gpu", _gpu, "what one GPU gives beside the plan, in under eight minutes")
+def _add_gpu(benchmarks: Any) -> None:
+    parser = _add(benchmarks, "gpu", _gpu, "what one GPU gives beside the plan, in under eight minutes")
     parser.add_argument("--tiny", action="store_true", help="the same path with tiny networks, on CPUs too")
     parser.add_argument("--output", type=Path, default=KEPT, help="where gpu.json and gpu.md go")
     parser.add_argument("--seconds", type=float, default=460, help="no part runs longer than what is left of these")

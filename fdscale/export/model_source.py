@@ -20,5 +20,6 @@ def _own_lines(path: Path) -> str:
     dropped = ("fdscale",) if path == Path(window_attention.__file__) else ("fdscale", "__future__")
     for node in ast.parse(text).body:
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith(dropped):
-            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+            last = node.end_lineno or node.lineno
+            lines[node.lineno - 1 : last] = [""] * (last - node.lineno + 1)
     return "".join(lines)

@@ -108,7 +108,7 @@ class _Moved(torch.autograd.Function):
         return _taken(tokens, index)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         _, inverse = ctx.saved_tensors
         return _taken(gradient, inverse), None, None
@@ -164,14 +164,15 @@ def attend_fused(qkv: Tensor, scale: Tensor, table: Tensor, index: Tensor, windo
         bias = bias.to(q.dtype)
     if not any(windows.kinds):
         at_once = max(1, GRADIENT_BYTES // bias.nbytes) if bias.requires_grad else len(q)
-        split = zip(*(each.split(at_once) for each in (q, k, v)), strict=True)
-        return _joined([_fused(*part, bias).flatten(2) for part in split], dim=0)
+        split = zip(q.split(at_once), k.split(at_once), v.split(at_once), strict=True)
+        return _joined([_fused(*part, bias=bias).flatten(2) for part in split], dim=0)
     by_window = [each.unflatten(0, (-1, len(windows.kinds))) for each in (q, k, v)]
     at_once, outputs = max(1, MASK_BYTES // bias.nbytes), []
     for first in range(0, len(windows.kinds), at_once):
         part = slice(first, first + at_once)
         masked = bias + windows.masks[list(windows.kinds[part]), None].to(bias.dtype)
-        found = _fused(*(each[:, part].flatten(1, 2) for each in by_window), masked.flatten(0, 1))
+        q, k, v = (each[:, part].flatten(1, 2) for each in by_window)
+        found = _fused(q, k, v, masked.flatten(0, 1))
         outputs.append(found.unflatten(2, (-1, heads)).transpose(1, 2).flatten(3))
     return _joined(outputs, dim=1).flatten(0, 1)
 
@@ -212,7 +213,7 @@ class _ByHand(torch.autograd.Function):
         return output.flatten(2)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         qkv, scale, table, index, kept = ctx.saved_tensors
         with without_autocast(qkv.device):
