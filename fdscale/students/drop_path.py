@@ -79,14 +79,14 @@ class TableDropPath(nn.Module):
     def residual(self, x: Tensor, branch: Branch) -> Tensor:
         """x + drop_path(branch(x)) of (B, ...), where `branch` sees the kept samples alone; it is always called.
 
-        ZeRO-3 needs every rank in every module: where nothing is kept, zeros go in and nothing of them comes out.
+        ZeRO-3 needs every rank in every module: where nothing is kept, zeros go in and nothing of them comes out. Nor is
+        there a shorter way where everything is: a recomputation stops once it has what the backward pass asks for, which
+        must be the same on every rank.
         """
         if not (self.training and self.draws.skip_dropped):
             return x + self(branch(x))
         assert self.draws.table is not None, "drop path needs this micro batch's draws"
         count, scale = self.draws.counts[self.site], 1.0 / (1.0 - self.drop_prob)
-        if count == len(x):
-            return torch.add(x, branch(x), alpha=scale)
         rows = self.draws.kept[self.site]
         given = x.index_select(0, rows)
         given, scale = (given, scale) if count else (given * 0, 0.0)
