@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -131,14 +130,12 @@ class TrainBatches(Dataset[Batch]):
         def view_of(candidate: int) -> View:
             note(first + candidate)
             *_, label, key, _ = reader.index.samples[candidate].item()
-            return View(reader.seen(candidate, partial(self._augmented, key, view)), label, key)
+            drawn = (key, view, self._seed, self._image_size, self._augmentation)
+            return View(reader.seen(candidate, lambda image: augment(image, *drawn)), label, key)
 
         seen, _, bad = decode_or_next(view_of, own, len(reader.index), str(reader.index.folder), AGAIN)
         row[:] = seen.pixels.tobytes()
         return seen.label, seen.key, bad
-
-    def _augmented(self, key: int, view: int, image: Image.Image) -> Image.Image:
-        return augment(image, key, view, self._seed, self._image_size, self._augmentation)
 
 
 class EvalBatches(Dataset[Batch]):

@@ -8,7 +8,6 @@ import resource
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,7 +15,7 @@ from PIL import Image, ImageFile
 
 from fdscale.config.errors import UserError
 from fdscale.data.index import SAMPLES_FILE, Index
-from fdscale.data.jpeg import START, PlainJpeg
+from fdscale.data.jpeg import PlainJpeg
 from fdscale.data.scan import LARGEST_IMAGE
 
 MOST_AT_ONCE = 2**24  # bytes that a decoder is fed with
@@ -71,10 +70,10 @@ def open_image(file: BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Imag
 
 
 def _opened(file: BinaryIO, formats: tuple[str, ...]) -> ImageFile.ImageFile:
-    if "JPEG" in formats and file.read(3) == START:
-        with suppress(SyntaxError):
-            return PlainJpeg(file)
-    return Image.open(file, formats=formats)
+    try:
+        return PlainJpeg(file)
+    except SyntaxError:
+        return Image.open(file, formats=formats)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -205,10 +204,9 @@ class ImageReader:
             )
 
     def _descriptor(self, shard: int) -> int:
-        now = time.monotonic()
-        if self.index.remote is not None and now > self._until:
+        if self.index.remote is not None and time.monotonic() > self._until:
             self.close()  # asking again tells the cache which shards are in use, and removed ones free their disk
-            self._until = now + self.index.remote.renewed_seconds
+            self._until = time.monotonic() + self.index.remote.renewed_seconds
         descriptor = self._open.pop(shard, None)
         if descriptor is None:
             descriptor = self._opened(shard)

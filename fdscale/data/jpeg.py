@@ -6,7 +6,7 @@ import struct
 
 from PIL.JpegImagePlugin import JpegImageFile
 
-START = b"\xff\xd8\xff"
+START = b"\xff\xd8"
 SCAN = 0xFFDA
 FRAMES = (0xFFC0, 0xFFC1, 0xFFC2)  # baseline, extended and progressive, in Huffman's code
 BESIDE = frozenset((0xFFC4, 0xFFDB, 0xFFDD, 0xFFFE, *range(0xFFE0, 0xFFF0)))  # tables, restarts, comments, APPn
@@ -23,7 +23,9 @@ class PlainJpeg(JpegImageFile):
     def _open(self) -> None:
         """Pillow's hook for a format (its "Writing your own image plugin"): mode, size and what decodes it."""
         assert self.fp is not None
-        place, self._size = 2, (0, 0)
+        if self.fp.read(2) != START:
+            raise SyntaxError("no JPEG")
+        place = 2
         while True:
             self.fp.seek(place)
             marker, size = _SEGMENT.unpack(self.fp.read(4))
