@@ -212,9 +212,8 @@ def _let_outputs_be(module: nn.Module) -> None:
 
 def _keep_every_sample(module: nn.Module) -> None:
     """Draws have no values here: each branch is computed for all samples, which is the most that it can hold."""
-    for part in module.modules():
-        if isinstance(part, TableDropPath):
-            part.draws.skip_dropped = False
+    for draws in {part.draws for part in module.modules() if isinstance(part, TableDropPath)}:
+        draws.take = draws.keep_all  # type: ignore[method-assign]
 
 
 def _record(module: nn.Module, weights: list[nn.Parameter], recorder: Recorder) -> list[nn.Module]:

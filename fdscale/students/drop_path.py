@@ -53,6 +53,13 @@ class Draws:
             rows = _sent(torch.from_numpy(np.argsort(~kept, axis=1, kind="stable")), device)
             self.kept = [of_site[: max(count, 1)] for of_site, count in zip(rows, self.counts, strict=True)]
 
+    def keep_all(self, table: Tensor | None, device: torch.device) -> None:
+        """Keep every sample, whatever the draws are: where they have shapes alone."""
+        self.table = table
+        if table is not None:
+            rows = torch.arange(table.shape[1], device=device)
+            self.counts, self.kept = [len(rows)] * len(self.rates), [rows] * len(self.rates)
+
 
 def _sent(values: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
@@ -79,9 +86,9 @@ class TableDropPath(nn.Module):
     def residual(self, x: Tensor, branch: Branch) -> Tensor:
         """x + drop_path(branch(x)) of (B, ...), where `branch` sees the kept samples alone; it is always called.
 
-        ZeRO-3 needs every rank in every module: where nothing is kept, zeros go in and nothing of them comes out. Nor is
-        there a shorter way where everything is: a recomputation stops once it has what the backward pass asks for, which
-        must be the same on every rank.
+        ZeRO-3 needs every rank in every module: where nothing is kept, zeros go in and nothing of them comes out. Nor
+        is there a shorter way where everything is: a recomputation stops once it has what the backward pass asks for,
+        which must be the same on every rank.
         """
         if not (self.training and self.draws.skip_dropped):
             return x + self(branch(x))

@@ -66,7 +66,7 @@ class CosineWindowAttention(WindowAttention):
     def position_table(self) -> Tensor:
         """The position bias of each distance, fp32 (distances, H); in evaluation computed once for its weights."""
         weights = list(self.cpb_mlp.parameters())
-        divided = any(hasattr(weight, "ds_id") for weight in weights)  # by ZeRO-3, whose ranks must gather them together
+        divided = any(hasattr(weight, "ds_id") for weight in weights)  # ZeRO-3's ranks must gather them together
         if divided or self.training or (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
             return self._new_table()
         held = [*weights, self.relative_coords_table]

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -45,7 +44,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-@dataclass(frozen=True, eq=False)
 class Windows:
     """How a map (h, w) is cut into W windows of N tokens each, row by row.
 
@@ -53,10 +51,8 @@ class Windows:
     each token. `masks`, fp32 (4, N, N), are added to logits; `kinds` says which by window, 0 where none is needed.
     """
 
-    places: Tensor
-    back: Tensor
-    masks: Tensor
-    kinds: tuple[int, ...]
+    def __init__(self, places: Tensor, back: Tensor, masks: Tensor, kinds: tuple[int, ...]) -> None:
+        self.places, self.back, self.masks, self.kinds = places, back, masks, kinds
 
     @property
     def moves(self) -> bool:

@@ -55,7 +55,7 @@ def test_full_and_tiny_have_the_same_parts_and_the_giant_is_the_giant() -> None:
     assert plan["student_parameters"] == plan["teacher_parameters"] == 2_997_843_680
     # bf16 weights, fp32 gradients, masters and moments, the teacher in bf16; projector and buckets on top
     assert plan["planned_state_bytes"] == pytest.approx(2_997_843_680 * (2 + 4 + 4 + 8 + 2), rel=0.02)
-    assert plan["planned_peak_bytes"] > plan["planned_state_bytes"] + 4 * 2**30  # the activations of 16 images
+    assert plan["planned_peak_bytes"] > plan["planned_state_bytes"] + 3 * 2**30  # the activations of 16 images
 
 
 def test_the_images_of_a_step_are_what_the_plan_has_room_for() -> None:

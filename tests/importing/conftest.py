@@ -17,6 +17,9 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
+from fdscale.students.swin_v2 import SwinV2Block
+from fdscale.students.window_attention import windows_of
+
 StateDict = dict[str, Tensor]
 GOLDEN = Path(__file__).parent.parent / "golden"
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
@@ -41,7 +44,18 @@ def original_swin(network: nn.Module, rpe: bool = False) -> StateDict:
         name = re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name)
         name = name.replace("head.fc.", "head.")
         state[name.replace("cpb_mlp", "rpe_mlp") if rpe else name] = tensor.detach().clone()
-    return state
+    return state | _masks(network)
+
+
+def _masks(network: nn.Module) -> StateDict:
+    """The masks of shifted blocks, buffers of the original's, which blocks of ours do not hold."""
+    masks: StateDict = {}
+    for name, block in network.named_modules():
+        if isinstance(block, SwinV2Block) and any(block.shift_size):
+            high, wide = block.input_resolution
+            windows = windows_of((high, wide), block.window_size, block.shift_size, False, torch.device("cpu"))
+            masks[f"{name}.attn_mask"] = windows.masks[list(windows.kinds)]
+    return masks
 
 
 def original_vit(network: Beit) -> StateDict:

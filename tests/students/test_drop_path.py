@@ -153,7 +153,7 @@ def test_work_that_is_skipped_changes_neither_output_nor_gradient(geometry: Any,
     student.draws.skip_dropped = False
     discarded = output_and_gradients(student, table)
     for name, expected in discarded.items():
-        assert torch.allclose(skipped[name], expected, rtol=1e-4, atol=1e-6), name
+        assert torch.allclose(skipped[name], expected, rtol=1e-4, atol=1e-5), name  # outputs are up to 3.4
 
 
 def rows_seen(student: Student, table: torch.Tensor) -> list[int]:
