@@ -203,12 +203,12 @@ def test_bf16_trains_swin_v2_close_to_fp32(plain: Plain, two_ranks: Any) -> None
 
 
 def gradients_where_much_is_dropped(
-    connection: Connection, geometry: Geometry, leaves: tuple[str, ...], skip_dropped: bool
+    connection: Connection, geometry: Geometry, leaves: tuple[str, ...], mode: str, skip_dropped: bool
 ) -> tuple[dict[str, Tensor], list[list[int]]]:
     """Whole gradients of three steps of one image a rank, and how many samples each drop path site kept in each."""
     from deepspeed.utils import safe_get_full_grad
 
-    distiller, student = distiller_of(geometry, 0.9, "none")
+    distiller, student = distiller_of(geometry, 0.9, mode)
     student.draws.skip_dropped = skip_dropped
     standing = torch.optim.SGD(distiller.parameters(), lr=0.0)
     engine = start_engine(distiller, standing, engine_config(3, 1, leaves), 1, clip=0.0)
@@ -228,11 +228,14 @@ def gradients_where_much_is_dropped(
 
 @pytest.mark.parametrize("geometry", [SWIN, VIT], ids=["swin_v2", "vit"])
 @pytest.mark.parametrize("in_leaves", [False, True], ids=["layers", "leaves"])
-def test_ranks_that_keep_different_samples_stay_together(geometry: Geometry, in_leaves: bool, two_ranks: Any) -> None:
+@pytest.mark.parametrize("mode", ["none", "blocks"])
+def test_ranks_that_keep_different_samples_stay_together(
+    geometry: Geometry, in_leaves: bool, mode: str, two_ranks: Any
+) -> None:
     """Nothing of a ZeRO-3 network stays: a rank that left a module out would leave the other one waiting."""
     leaves = load_deepspeed_json("laptop")["zero_optimization"]["leaf_module"]["classes"] if in_leaves else ()
-    (skipped, kept), (_, kept_beside) = two_ranks(gradients_where_much_is_dropped, geometry, tuple(leaves), True)
-    (discarded, _), _ = two_ranks(gradients_where_much_is_dropped, geometry, tuple(leaves), False)
+    (skipped, kept), (_, kept_beside) = two_ranks(gradients_where_much_is_dropped, geometry, tuple(leaves), mode, True)
+    (discarded, _), _ = two_ranks(gradients_where_much_is_dropped, geometry, tuple(leaves), mode, False)
     assert kept != kept_beside
     assert [0] * len(kept[0]) in kept + kept_beside
     for name, expected in discarded.items():

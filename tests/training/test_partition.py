@@ -97,7 +97,8 @@ def trained(connection: Connection, geometry: Geometry, config: dict[str, Any], 
     losses, norms = [], []
     for step in range(3):
         torch.manual_seed(10 * step + connection.rank.rank)
-        pixels, draws = torch.rand(2, 3, student.image_size, student.image_size), torch.rand(99, 2)
+        pixels = torch.rand(2, 3, student.image_size, student.image_size)
+        draws = torch.rand(student.drop_path_sites, 2)
         tokens = engine(pixels, draws).float()
         loss = (tokens - torch.randn(tokens.shape)).square().mean()
         engine.backward(loss)
