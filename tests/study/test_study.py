@@ -31,6 +31,7 @@ from fdscale.study.tasks import LOOKED, TRAINED, tasks_of
 pytestmark = pytest.mark.timeout(600)  # the first of them waits for the study
 SEEDS = 1  # what more of them give is told in test_claims and test_report
 SHORT = dict.fromkeys(("supervised", "contrastive", "finetune"), ("steps=3",))  # shorter still than quick
+SHORT["distill"] = ("optim.lr=2e-3",)  # at which a few steps stay near their start
 MIB = 2**20
 
 
@@ -48,7 +49,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def command(shards: tuple[Path, Path], output: Path) -> list[str]:
     train, held_out = map(str, shards)
     given = ["--shards", train, "--held-out", held_out, "--seeds", str(SEEDS), "--output", str(output)]
-    return ["study", "--quick", "--workers", "1", *given, *(f"{kind}.steps=3" for kind in SHORT)]
+    return ["study", "--quick", "--workers", "1", *given, *(f"{kind}.{word}" for kind in SHORT for word in SHORT[kind])]
 
 
 @pytest.fixture(scope="module")
