@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -21,6 +20,8 @@ from fdscale.data.mixture import Mixture
 
 PADDING = -1  # in Request.samples: a row without a sample
 PADDING_LABEL = -2
+
+Shown = tuple[int, int, str | None]  # label and key of what is seen, and the name of a bad image that it stands in for
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,6 @@ class Request:
     rows: slice
 
 
-class View(NamedTuple):
-    """What is shown of one sample: an RGB image, its label and its uint64 key."""
-
-    pixels: Image.Image
-    label: int
-    key: int
-
-
 class TrainBatches(Dataset[Batch]):
     """Request -> augmented micro batch; the views of a sample repeat after so many `views` (None: never)."""
 
@@ -119,23 +112,36 @@ class TrainBatches(Dataset[Batch]):
         for reader in self._readers:
             reader.close()
 
-    def _show(self, row: memoryview, place: int, own: int, view: int, sample: int) -> tuple[int, int, str | None]:
+    def _show(self, row: memoryview, place: int, own: int, view: int, sample: int) -> Shown:
         """Fill a row with one view of a sample; the label and key of what is seen, and the name of a bad one.
 
         The sample is number `own` of the index at `place`, or the next decodable one there. Its pixels are let go of
         here: the next image is decoded into the same memory, which is still in the processor's caches.
         """
-        reader, first = self._readers[place], sample - own
+        reader = self._readers[place]
+        try:
+            return *self._fill(row, reader, own, sample, view), None
+        except BadImage:
+            return self._replace(row, reader, own, sample, view)
 
-        def view_of(candidate: int) -> View:
-            note(first + candidate)
-            *_, label, key, _ = reader.index.samples[candidate].item()
-            drawn = (key, view, self._seed, self._image_size, self._augmentation)
-            return View(reader.seen(candidate, lambda image: augment(image, *drawn)), label, key)
+    def _fill(self, row: memoryview, reader: ImageReader, own: int, sample: int, view: int) -> tuple[int, int]:
+        """Short, and with few calls: amid decoding, nothing of this is in the processor's caches."""
+        note(sample)
+        *_, label, key, _ = stored = reader.stored(own)
+        with reader.opened(own, stored) as image:
+            pixels = augment(image, key, view, self._seed, self._image_size, self._augmentation)
+        row[:] = pixels.tobytes()
+        return label, key
 
-        seen, _, bad = decode_or_next(view_of, own, len(reader.index), str(reader.index.folder), AGAIN)
-        row[:] = seen.pixels.tobytes()
-        return seen.label, seen.key, bad
+    def _replace(self, row: memoryview, reader: ImageReader, own: int, sample: int, view: int) -> Shown:
+        """The same of the next decodable sample, and the name of the bad one."""
+
+        def fill(candidate: int) -> tuple[int, int]:
+            with reader.naming(candidate):
+                return self._fill(row, reader, candidate, sample - own + candidate, view)
+
+        (label, key), _, bad = decode_or_next(fill, own, len(reader.index), str(reader.index.folder), AGAIN)
+        return label, key, bad
 
 
 class EvalBatches(Dataset[Batch]):

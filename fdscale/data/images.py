@@ -7,7 +7,8 @@ import os
 import resource
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -33,6 +34,7 @@ class BadImage(Exception):
 
 
 Found = TypeVar("Found")
+Stored = tuple[int, int, int, int, int, int]  # shard, offset, size, label, key, CRC-32: a row of the index
 
 
 class Decoded(NamedTuple, Generic[Found]):
@@ -92,16 +94,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def decode_rgb(file: BinaryIO, name: str) -> Image.Image:
     """The RGB image that a file holds, as its pixels are stored; raises BadImage where it cannot be decoded."""
-    return _viewed(file, to_rgb, lambda: name)
+    with naming(lambda: name), opened(file) as image:
+        return to_rgb(image)
 
 
-def _viewed(file: BinaryIO, view: Callable[[Image.Image], Found], name: Callable[[], str]) -> Found:
-    """What `view` makes of the image in a file, opened and not yet decoded; a BadImage gets its name here."""
+def opened(file: BinaryIO) -> Image.Image:
+    """The image in a file, not decoded yet; raises BadImage, without a name, where it is none."""
+    with READING:
+        return open_image(file)
+
+
+@contextmanager
+def naming(name: Callable[[], str]) -> Iterator[None]:
+    """Give the BadImage of a sample the sample's name."""
     try:
-        with READING:
-            image = open_image(file)
-        with image:
-            return view(image)
+        yield
     except BadImage as error:
         raise BadImage(f"{name()} ({error})") from error.__cause__
 
@@ -150,7 +157,21 @@ class ImageReader:
 
         `view` decodes under `READING`, which tells a bad image from a mistake of its own.
         """
-        return _viewed(io.BytesIO(self.read(sample)), view, lambda: self.index.name(sample))
+        with self.naming(sample), self.opened(sample, self.stored(sample)) as image:
+            return view(image)
+
+    def naming(self, sample: int) -> AbstractContextManager[None]:
+        """Give a BadImage the sample's name."""
+        return naming(lambda: self.index.name(sample))
+
+    def stored(self, sample: int) -> Stored:
+        """What the index has of a sample."""
+        row: Stored = self.index.samples[sample].item()
+        return row
+
+    def opened(self, sample: int, stored: Stored) -> Image.Image:
+        """The sample's image, not decoded yet, of which the index has `stored`; a BadImage here has no name."""
+        return opened(io.BytesIO(self._read(sample, stored)))
 
     def decode_or_next(self, sample: int) -> Decoded[Image.Image]:
         """The sample's image, or that of the next decodable sample of the data set (cyclic)."""
@@ -163,7 +184,11 @@ class ImageReader:
 
     def read(self, sample: int) -> bytes:
         """The sample's bytes as they were indexed, or BadImage."""
-        shard, offset, size, _, _, crc = self.index.samples[sample].item()
+        with self.naming(sample):
+            return self._read(sample, self.stored(sample))
+
+    def _read(self, sample: int, stored: Stored) -> bytes:
+        shard, offset, size, _, _, crc = stored
         self._refuse_outside(sample, shard, offset, size)
         data = self._bytes(shard, offset, size)
         if zlib.crc32(data) == crc:
@@ -175,7 +200,7 @@ class ImageReader:
             if zlib.crc32(data) == crc:
                 return data
         self._refuse_changed(sample, shard, os.fstat(self._open[shard]))
-        raise BadImage(f"{self.index.name(sample)} (its bytes are not those that were indexed)")
+        raise BadImage("its bytes are not those that were indexed")
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
         try:
