@@ -126,12 +126,12 @@ WHAT_A_SEED_VARIES = (
 
 def _spent(commit: str, results: Sequence[Result]) -> str:
     minutes = (max(row.ended for row in results) - min(row.ended - row.seconds for row in results)) / 60
-    work = sum(row.seconds for row in results) / 60
+    work = sum(row.cpu_seconds for row in results) / 60
     held = max(row.resident_bytes for row in results) / 2**20
     return (
-        f"{work:.0f} minutes of work of one core, {minutes:.0f} minutes from the first run to the last; a worker held "
-        f"{held:.0f} MiB at most. Begun at commit {commit or 'unknown'}, fdscale {__version__}. `results.jsonl` has "
-        "every number of this page, `runs/` what each run left."
+        f"{work:.0f} CPU minutes in all, {minutes:.0f} minutes by the clock from the first run to the last, with whatever "
+        f"interrupted or disturbed them; a worker held {held:.0f} MiB at most. Begun at commit {commit or 'unknown'}, "
+        f"fdscale {__version__}. `results.jsonl` has every number of this page, `runs/` what each run left."
     )
 
 

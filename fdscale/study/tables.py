@@ -80,8 +80,8 @@ def diagnostics(results: Sequence[Result]) -> Table:
 
 
 def budgets(results: Sequence[Result]) -> Table:
-    """What each kind of run takes: steps, images, seconds of one core."""
-    return Table(("run", "runs", "steps each", "images each", "seconds each"), tuple(_budgets(results)))
+    """What each kind of run takes: steps, images, seconds of one core's time."""
+    return Table(("run", "runs", "steps each", "images each", "CPU seconds each"), tuple(_budgets(results)))
 
 
 def _budgets(results: Sequence[Result]) -> Iterator[Row]:
@@ -91,7 +91,7 @@ def _budgets(results: Sequence[Result]) -> Iterator[Row]:
             steps, images = (
                 f"{rows[0].values[name]:,.0f}" if kind in TRAINED else NOTHING for name in ("steps", "images")
             )
-            yield TOLD[kind], str(len(rows)), steps, images, f"{fmean(row.seconds for row in rows):.1f}"
+            yield TOLD[kind], str(len(rows)), steps, images, f"{fmean(row.cpu_seconds for row in rows):.1f}"
 
 
 TOLD = {
