@@ -129,9 +129,10 @@ def _spent(commit: str, results: Sequence[Result]) -> str:
     work = sum(row.cpu_seconds for row in results) / 60
     held = max(row.resident_bytes for row in results) / 2**20
     return (
-        f"{work:.0f} CPU minutes in all, {minutes:.0f} minutes by the clock from the first run to the last, with whatever "
-        f"interrupted or disturbed them; a worker held {held:.0f} MiB at most. Begun at commit {commit or 'unknown'}, "
-        f"fdscale {__version__}. `results.jsonl` has every number of this page, `runs/` what each run left."
+        f"{work:.0f} CPU minutes in all, {minutes:.0f} minutes by the clock from the first run to the last, with "
+        f"whatever interrupted or disturbed them; a worker held {held:.0f} MiB at most. Begun at commit "
+        f"{commit or 'unknown'}, fdscale {__version__}. `results.jsonl` has every number of this page, `runs/` what "
+        "each run left."
     )
 
 

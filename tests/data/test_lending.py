@@ -95,3 +95,20 @@ def test_memory_of_its_own_is_handed_over_whole() -> None:
     assert pickle.loads(in_worker(lender, 0, more_than_lent)) == [False, True, True]
     assert handed_over(IMAGES) is IMAGES  # nobody lends to a rank
     assert room_for(SHAPE).shape == SHAPE
+
+
+def test_large_places_lie_apart_by_large_pages_and_arrive_whole() -> None:
+    size = 2**21 + 18
+    lender = Lender(workers=1, places=2, size=size)
+
+    def both() -> bytes:
+        sent = []
+        for value in (1, 2):
+            images = room_for((size,))
+            images.fill_(value)
+            sent.append(handed_over(images))
+        return pickle.dumps(sent)
+
+    first, second = (one.received() for one in pickle.loads(in_worker(lender, 0, both)))
+    assert second.data_ptr() - first.data_ptr() == 2 * 2**21
+    assert (first.unique().tolist(), second.unique().tolist()) == ([1], [2])
