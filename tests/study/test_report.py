@@ -95,7 +95,7 @@ def test_the_tables_have_means_intervals_and_verdicts(study: Path) -> None:
         "81.0 ± 2.5 %",
         "+3.00 (+0.52 to +5.48) points",
     )
-    assert tables.budgets(results).rows[2] == ("distillation", "24", "10", "320", "7.0")
+    assert tables.budgets(results).rows[2] == ("distillation", "24", "10", "320", "6.0")
 
 
 def test_every_table_is_as_wide_as_its_head(study: Path) -> None:
