@@ -31,6 +31,8 @@ LONGEST = (  # files begun first, so that two workers end together
     "tests/test_train.py",
     "tests/test_recipes.py",
     "tests/training/test_engine.py",
+    "tests/training/test_watchdog.py",
+    "tests/export/test_parity.py",
     "tests/downstream/test_classify.py",
     "tests/training/test_elastic.py",
     "tests/data",
@@ -42,6 +44,7 @@ LONGEST = (  # files begun first, so that two workers end together
     "tests/test_plan.py",
     "tests/test_scale.py",
     "tests/export",
+    "tests/bench",
 )
 
 

@@ -11,9 +11,10 @@ import time
 from typing import Any
 
 import torch
+from PIL import Image
 
 from fdscale.cli import main
-from fdscale.data.images import ImageReader
+from fdscale.data.images import ImageReader, Stored
 from fdscale.training import loop
 from fdscale.training.checkpoint import Checkpoints
 
@@ -21,13 +22,13 @@ SECONDS_A_SAMPLE = 0.04
 NOT_FINITE = {5, 6, 7}  # steps, counted from 0
 HANGING_SAVE, HANGING_SECONDS = 8, 300.0
 
-read, train_step, save = ImageReader.read, loop.train_step, Checkpoints.save
+opened, train_step, save = ImageReader.opened, loop.train_step, Checkpoints.save
 
 
-def read_slowly(self: ImageReader, sample: int) -> bytes:
+def open_slowly(self: ImageReader, sample: int, stored: Stored) -> Image.Image:
     if os.environ["RANK"] == "1":
         time.sleep(SECONDS_A_SAMPLE)
-    return read(self, sample)
+    return opened(self, sample, stored)
 
 
 def step_without_numbers(engine: Any, batch_terms: Any, micro_batches: Any, step: int, *phase: Any) -> Any:
@@ -46,5 +47,5 @@ def save_for_long(self: Checkpoints, engine: Any, step: int, state: Any) -> Any:
 
 
 if __name__ == "__main__":
-    ImageReader.read, loop.train_step, Checkpoints.save = read_slowly, step_without_numbers, save_for_long
+    ImageReader.opened, loop.train_step, Checkpoints.save = open_slowly, step_without_numbers, save_for_long
     sys.exit(main())
