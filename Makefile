@@ -28,7 +28,7 @@ demo: $(stamp)
 study: $(stamp)
 	$(in_venv) fdscale study $(STUDY)
 
-# Speed and memory on this machine's CPUs, in twelve minutes: steps, loader, ranks, checkpoint, start-up, each beside its
+# Speed and memory on this machine's CPUs, in some twenty minutes: steps, loader, ranks, checkpoint, start-up, each beside its
 # ceiling, into docs/measurements. What this commit has given is not measured again; alone on the machine, or not at all.
 bench: $(stamp)
 	$(in_venv) fdscale bench step $(KEEP) --repeats 5 --figure docs/images/bench_step.png
