@@ -12,6 +12,7 @@ from PIL import Image
 
 from fdscale.data.draws import Draws, Purpose, generator
 from fdscale.data.images import READING, to_rgb
+from fdscale.data.jpeg import PlainJpeg
 from fdscale.data.randaugment import RandAugment
 
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -66,6 +67,8 @@ def _resized_crop(image: Image.Image, box: Box, size: int, resampling: Image.Res
     """The box resized to an RGB square; nothing outside it enters, as in torchvision, where it is not reduced."""
     with READING:
         times = _reduced(image, box, size)
+        if isinstance(image, PlainJpeg):
+            image.end_below(box[3])
         image.load()
     left, top, right, bottom = (side / times for side in box)
     whole = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)

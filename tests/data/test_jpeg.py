@@ -81,3 +81,55 @@ def test_a_damaged_header_comes_to_the_same(kind: str, place: int, how: str, byt
     data = bytearray(PLAIN[kind])
     data[place : place + (how != "+")] = b"" if how == "-" else bytes([byte])
     assert outcome(bytes(data), plain=True) == outcome(bytes(data), plain=False)
+
+
+def ended(data: bytes, bottom: int, times: int, early: bool) -> tuple[Any, int]:
+    """The pixels above `bottom` and how many rows were decoded, at a reduced scale; or the error."""
+    try:
+        image = open_image(io.BytesIO(data))
+        image.draft(image.mode, (max(1, image.width // times), max(1, image.height // times)))
+        if early and isinstance(image, PlainJpeg):
+            image.end_below(bottom)
+        image.load()
+    except Exception as error:  # PIL raises anything on garbage
+        return f"{type(error).__name__}: {error}", 0
+    return image.crop((0, 0, image.width, -(-bottom // times))).tobytes(), image.height
+
+
+PHOTO = NOISE.resize((90, 120), Image.Resampling.BICUBIC)
+
+
+@given(st.integers(1, 90), st.integers(1, 120), st.integers(0, 2), st.integers(5, 95), st.booleans(), st.data())
+def test_rows_are_those_of_the_whole_image(
+    width: int, height: int, subsampling: int, quality: int, grey: bool, data: st.DataObject
+) -> None:
+    image = (PHOTO.convert("L") if grey else PHOTO).crop((0, 0, width, height))
+    bottom, times = data.draw(st.integers(1, height)), data.draw(st.sampled_from([1, 2, 4, 8]))
+    file = jpeg(image, quality=quality, subsampling=subsampling)
+    assert ended(file, bottom, times, early=True)[0] == ended(file, bottom, times, early=False)[0]
+
+
+@pytest.mark.parametrize(("subsampling", "rows"), [(0, 40), (1, 40), (2, 48)])
+def test_few_rows_are_decoded_beyond(subsampling: int, rows: int) -> None:
+    file = jpeg(PHOTO, subsampling=subsampling)
+    assert ended(file, 33, 1, early=True)[1] == rows
+    assert ended(file, 33, 2, early=True)[1] == rows // 2
+    assert ended(file, 119, 1, early=True)[1] == PHOTO.height
+
+
+@pytest.mark.parametrize("how", ["progressive", "restart_marker_rows"])
+def test_rows_that_lie_apart_are_decoded_whole(how: str) -> None:
+    assert ended(jpeg(PHOTO, **{how: 1}), 1, 1, early=True)[1] == PHOTO.height
+
+
+@given(
+    st.integers(1, 120),
+    st.lists(st.tuples(st.integers(2, 10**6), st.integers(0, 255) | st.just(255)), max_size=3),
+    st.none() | st.integers(2, 10**6),
+)
+def test_damage_below_is_met_all_the_same(bottom: int, flips: list[tuple[int, int]], end: int | None) -> None:
+    data = bytearray(jpeg(PHOTO, quality=60))
+    for place, byte in flips:
+        data[2 + place % (len(data) - 2)] = byte
+    file = bytes(data[: None if end is None else end % len(data)])
+    assert ended(file, bottom, 1, early=True)[0] == ended(file, bottom, 1, early=False)[0]
