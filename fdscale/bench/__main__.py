@@ -37,7 +37,7 @@ from fdscale.config.errors import UserError
 from fdscale.training.engine import connect, part
 
 KEPT = Path("docs/measurements")
-LONGEST = 900.0  # seconds of a part
+LONGEST = 1800.0  # seconds of a part
 TINY_SIDES = {"bf16": (128,), "fp32": (128,)}
 
 
@@ -102,9 +102,8 @@ def _step(given: argparse.Namespace, words: list[str]) -> int:
     if given.part:
         pair = pairs[given.part]
         ways = [*(given.way or pair.ways), *(pair.also if given.also is None else given.also)]
-        device = connect(rank_from_environment(os.environ)).device
         sides = TINY_SIDES if given.tiny else SIDES
-        return _give(given, step_row(pair, ways, given.images, given.repeats, not given.fp32, device, sides))
+        return _give(given, step_row(pair, ways, given.images, given.repeats, not given.fp32, sides))
     refuse_without_compiler(given.way or WAYS)
     parts = _apart(pairs, words)
     title = "Steps beside plain timm" + (", tiny networks" if given.tiny else "")

@@ -60,8 +60,10 @@ def _swin(name: str, drop_path: float) -> tuple[str, ...]:
 PAIRS = {
     "vit_b16": Pair("vit_b_clip_b", "vit_b_one_gpu", (), (*WAYS, "no engine"), (WHOLE,)),
     # SwinV2's own drop path rate for T; the recipe's for B
-    "swinv2_t": Pair("swinv2_b_esvit", "swinv2_b_one_node", _swin("swinv2_t", 0.2), also=(WHOLE,)),
-    "swinv2_b": Pair("swinv2_b_esvit", "swinv2_b_one_node", _swin("swinv2_b", 0.3), also=(WHOLE,)),
+    "swinv2_t": Pair(
+        "swinv2_b_esvit", "swinv2_b_one_node", _swin("swinv2_t", 0.2), (*WAYS, "compiled as a rank"), (WHOLE,)
+    ),
+    "swinv2_b": Pair("swinv2_b_esvit", "swinv2_b_one_node", _swin("swinv2_b", 0.3)),
 }
 _VIT = ("image_size=32", "geometry={embed_dim=32,depth=2,num_heads=2}")
 _SWIN = ("image_size=64", "geometry={embed_dim=8,depths=[1,1,2,1],num_heads=[1,2,2,4],window_size=4}")

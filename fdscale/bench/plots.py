@@ -14,12 +14,18 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from fdscale.bench.parts import Row
-from fdscale.bench.step import COMPILED, NO_ENGINE, OURS, PLAIN
+from fdscale.bench.step import AS_RANK, COMPILED, NO_ENGINE, OURS, PLAIN
 from fdscale.bench.turns import paired
 
-COLOURS = {OURS: "#0072B2", PLAIN: "#D55E00", COMPILED: "#E69F00", NO_ENGINE: "#009E73"}
+COLOURS = {OURS: "#0072B2", PLAIN: "#D55E00", COMPILED: "#E69F00", AS_RANK: "#F0E442", NO_ENGINE: "#009E73"}
 OTHER = "#56B4E9"  # fdscale with other settings
-NAMES = {OURS: "fdscale", PLAIN: "plain timm", COMPILED: "plain timm, compiled", NO_ENGINE: "fdscale, no engine"}
+NAMES = {
+    OURS: "fdscale",
+    PLAIN: "plain timm",
+    COMPILED: "plain timm, compiled",
+    AS_RANK: "the same, set as our ranks",
+    NO_ENGINE: "fdscale, no engine",
+}
 WIDTH, PANEL, DPI, MIB = 7.2, 1.5, 300, 2**20
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",

@@ -20,10 +20,12 @@ MUSTS: dict[str, dict[str, Bounds]] = {
     "swinv2_b": {PLAIN: (1.35, 1.9), COMPILED: (1.1, None), "ceiling": (None, 0.6), "peak": (0.7, 0.5)},
 }
 COLUMNS = ("pair, way", "s a step", "images/s", "TFLOP/s", "of the ceiling", "fdscale is faster by", "peak, MiB")
-HOW = """Whole steps (teacher, student, backward, clipping, AdamW) of the same pixels, the ways in turns within one
-process, medians; the factor is the median over the turns. Operations are counted from the networks' shapes (two a
-multiply-accumulate of matrix products; teacher + 3 x student), as if no branch were dropped, recomputation left out.
-Peak: the most bytes that the CPU allocator gave out in two steps beyond what is held between them."""
+HOW = """Whole steps (teacher, student, backward, clipping, AdamW) of the same pixels, each way in a process of its
+own that takes two steps in its turn, of which the second is timed; medians; the factor is the median over the turns.
+"Compiled as a rank" has the large pages, and the floats of 1e-38 and less made 0, that our ranks set. Operations are
+counted from the networks' shapes (two a multiply-accumulate of matrix products; teacher + 3 x student), as if no
+branch were dropped, recomputation left out. Peak: the most bytes that the CPU allocator gave out in two steps beyond
+what is held between them."""
 CEILING = "The best square matrix product, timed in the same turns."
 
 

@@ -1,4 +1,4 @@
-"""Ways of doing the same, timed in turns within one process, and the matrix products' rates in the same turns."""
+"""Ways of doing the same, timed in turns, and the matrix products' rates in the same turns."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Seconds = Mapping[str, Sequence[float]]
 
 
-def turns(ways: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each way in each turn; every turn begins with another way."""
+def turns(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """What each way gives in each turn; every turn begins with another way."""
     names = list(ways)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    given: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats):
         for place in range(len(names)):
             name = names[(turn + place) % len(names)]
-            wait_for(device)
-            began = time.perf_counter()
-            ways[name]()
-            wait_for(device)
-            seconds[name].append(time.perf_counter() - began)
-    return seconds
+            given[name].append(ways[name]())
+    return given
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Of the second of two runs: the first finds again what lay still while others had their turn."""
+    run()
+    wait_for(device)
+    began = time.perf_counter()
+    run()
+    wait_for(device)
+    return time.perf_counter() - began
 
 
 def paired(slower: Sequence[float], faster: Sequence[float]) -> float:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fdscale.config.errors import UserError
 from fdscale.downstream.image_size import Windows, accept_any_size
 from fdscale.downstream.pyramid import STRIDES, RescaledLayers, SimplePyramid, StageNorms, official_layers
+from fdscale.students.drop_path import divided
 from fdscale.students.student import Student
 
 STUDENT = "student.backbone."  # before the names of the student's parameters
@@ -71,7 +72,7 @@ class Backbone(nn.Module):
     def forward(self, pixels: Tensor, drop_path: Tensor | None = None) -> tuple[Tensor, ...]:
         """Pixels (B, 3, H, W) in [0, 1] and draws (sites, B) of drop path, on the host -> maps, finest first."""
         student = self.student
-        student.draws.take(drop_path, pixels.device)
+        student.draws.take(drop_path, pixels.device, divided(student.backbone))
         images = self._whole_cells((pixels - student.mean) / student.std)
         self._resize((images.shape[-2], images.shape[-1]))
         dtype = next(student.backbone.parameters()).dtype

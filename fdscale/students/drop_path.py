@@ -43,19 +43,20 @@ class Draws:
         self.table: Tensor | None = None
         self.kept: list[Tensor] = []  # each site's samples; where it keeps none, the first
         self.counts: list[int] = []
+        self.divided = True  # the weights, among ranks, which must then do the same in every block
 
-    def take(self, table: Tensor | None, device: torch.device) -> None:
+    def take(self, table: Tensor | None, device: torch.device, divided: bool) -> None:
         """Look at a micro batch's draws on the host and send what the device needs there, without waiting for it."""
-        self.table = None if table is None else _sent(table, device)
+        self.table, self.divided = None if table is None else _sent(table, device), divided
         if table is not None and self.skip_dropped:
             kept = table.numpy() >= np.array(self.rates, np.float32)[:, None]
             self.counts = kept.sum(axis=1).tolist()
             rows = _sent(torch.from_numpy(np.argsort(~kept, axis=1, kind="stable")), device)
             self.kept = [of_site[: max(count, 1)] for of_site, count in zip(rows, self.counts, strict=True)]
 
-    def keep_all(self, table: Tensor | None, device: torch.device) -> None:
-        """Keep every sample, whatever the draws are: where they have shapes alone."""
-        self.table = table
+    def keep_all(self, divided: bool, table: Tensor | None, device: torch.device, _: bool) -> None:
+        """`take` where draws have shapes alone, of a network that stands for one whose weights may be `divided`."""
+        self.table, self.divided = table, divided
         if table is not None:
             rows = torch.arange(table.shape[1], device=device)
             self.counts, self.kept = [len(rows)] * len(self.rates), [rows] * len(self.rates)
@@ -87,19 +88,26 @@ class TableDropPath(nn.Module):
         """x + drop_path(branch(x)) of (B, ...), where `branch` sees the kept samples alone; it is always called.
 
         ZeRO-3 needs every rank in every module: where nothing is kept, zeros go in and nothing of them comes out. Nor
-        is there a shorter way where everything is: a recomputation stops once it has what the backward pass asks for,
-        which must be the same on every rank.
+        is there a shorter way then where everything is: a recomputation stops once it has what the backward pass asks
+        for, which must be the same on every rank.
         """
         if not (self.training and self.draws.skip_dropped):
             return x + self(branch(x))
         assert self.draws.table is not None, "drop path needs this micro batch's draws"
         count, scale = self.draws.counts[self.site], 1.0 / (1.0 - self.drop_prob)
+        if count == len(x) and not self.draws.divided:
+            return torch.add(x, branch(x), alpha=scale)
         rows = self.draws.kept[self.site]
         given = x.index_select(0, rows)
         given, scale = (given, scale) if count else (given * 0, 0.0)
         added = branch(given)
         kind = torch.promote_types(x.dtype, added.dtype)
         return x.to(kind).index_add(0, rows, added.to(kind), alpha=scale)
+
+
+def divided(network: nn.Module) -> bool:
+    """Whether ranks hold the network's weights in parts (ZeRO-3), by DeepSpeed's mark on them."""
+    return hasattr(next(network.parameters()), "ds_id")
 
 
 def use_table(backbone: nn.Module) -> Draws:

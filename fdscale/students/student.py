@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fdscale.config.errors import UserError
-from fdscale.students.drop_path import use_table
+from fdscale.students.drop_path import divided, use_table
 from fdscale.students.from_timm import TIMM_ERRORS, build_timm
 from fdscale.students.geometry import Geometry, OwnGeometry, SwinV2Geometry, TimmGeometry, ViTGeometry
 from fdscale.students.layers import swin_v2_layer, timm_layers, vit_layer
@@ -54,7 +54,7 @@ class Student(nn.Module):
 
     def forward(self, pixels: Tensor, drop_path: Tensor | None = None) -> Tensor:
         """Pixels (B, 3, H, W) in [0, 1] and drop path draws (sites, B), on the host -> tokens (B, prefix + h*w, C)."""
-        self.draws.take(drop_path, pixels.device)
+        self.draws.take(drop_path, pixels.device, divided(self.backbone))
         images = (pixels - self.mean) / self.std
         dtype = next(self.backbone.parameters()).dtype
         # the backbone's own __call__, never forward_features: ZeRO-3 gathers weights around calls only

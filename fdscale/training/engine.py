@@ -78,9 +78,21 @@ def connect(rank: Rank) -> Connection:
     if on_gpu:
         device = torch.device("cuda", rank.local_rank % torch.cuda.device_count())  # one is seen where SLURM binds them
         torch.cuda.set_device(device)
+    else:
+        _prepare_cpu()
     if not dist.is_initialized():
         deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
     return Connection(rank, device, _control_beside(dist.group.WORLD))
+
+
+def _prepare_cpu() -> None:
+    """What makes a process faster on CPUs, and moves a result by 1e-38 at most; before it computes anything.
+
+    A softmax makes numbers as small as 1e-44 of Swin's masked logits, at four times the cost of others: they become 0.
+    Tensors of 2 MiB and more lie in large pages, of which a CPU remembers where they are: torch's own switch.
+    """
+    torch.set_flush_denormal(True)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 @lru_cache(maxsize=1)

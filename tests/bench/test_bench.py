@@ -13,34 +13,38 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fdscale.bench.__main__ import main
+from fdscale.bench.beside import Beside
 from fdscale.bench.checkpoint import checkpoint_ratios, checkpoint_row, checkpoint_tables
 from fdscale.bench.pairs import PAIRS, TINY, plain_networks
 from fdscale.bench.plain import Network
 from fdscale.bench.planned import own_geometry_of, teacher_geometry_of
 from fdscale.bench.scaling import rank_row
-from fdscale.bench.step import refuse_without_compiler, step_row
+from fdscale.bench.step import peak, refuse_without_compiler, step_of
 from fdscale.config.errors import UserError
 from fdscale.training.engine import Connection
 
-SIDES = {"bf16": (64,), "fp32": (64,)}
 
-
-def steps(connection: Connection, pair: str, ways: list[str]) -> dict[str, Any]:
-    return step_row(TINY[pair], ways, 4, 2, True, connection.device, SIDES)
+def first_losses(connection: Connection, pair: str, ways: list[str]) -> dict[str, list[float]]:
+    steps = {way: step_of(way, TINY[pair], 4, bf16=True) for way in ways}
+    assert all(peak(step.take) > 0 for step in steps.values())
+    return {way: [float(step.take()) for _ in range(2)] for way, step in steps.items()}
 
 
 @pytest.mark.parametrize("pair", TINY)
 def test_every_way_takes_real_steps(one_rank: Any, pair: str) -> None:
     ways = ["fdscale", "plain", "no engine", "student.drop_path=0"]
-    (row,) = one_rank(steps, pair, ways)
-    assert set(row["losses"]) == set(ways)
-    for way in ways:
-        assert row["losses"][way][-1] < row["losses"][way][0], way
-        assert len(row["seconds"][way]) == 2
-        assert row["peak_activation_bytes"][way] > 0
+    (losses,) = one_rank(first_losses, pair, ways)
+    assert all(after < before for before, after in losses.values())
     # the same networks and draws: without the engine they learn the same, as far as bf16 carries
-    assert row["losses"]["no engine"] == pytest.approx(row["losses"]["fdscale"], rel=0.01)
-    assert row["losses"]["student.drop_path=0"] != row["losses"]["fdscale"]
+    assert losses["no engine"] == pytest.approx(losses["fdscale"], rel=0.01)
+    assert losses["student.drop_path=0"] != losses["fdscale"]
+
+
+def test_a_way_that_fails_ends_the_benchmark() -> None:
+    with Beside(list) as beside:
+        assert beside.ask(len) == 0
+        with pytest.raises(RuntimeError, match="its own words are above"):
+            beside.ask(next)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -102,7 +106,9 @@ def test_the_command_keeps_what_it_measured_and_checks_it(tmp_path: Path, capsys
     figure = tmp_path / "images" / "steps.png"
     assert main([*words, "--output", str(tmp_path), "--figure", str(figure)]) == 0
     report = json.loads((tmp_path / "bench_step.json").read_text())
-    assert report["parts"]["tiny_vit_b16"]["seconds"]["fdscale"][0] > 0
+    row = report["parts"]["tiny_vit_b16"]
+    assert min(*row["seconds"]["fdscale"], *row["seconds"]["bf16 128"], *row["peak_activation_bytes"].values()) > 0
+    assert all(after < before for before, after in row["losses"].values())
     assert "| tiny_vit_b16, plain |" in (tmp_path / "bench_step.md").read_text()
     assert figure.stat().st_size > 10_000
     assert "fdscale is faster by" in capsys.readouterr().out

@@ -72,10 +72,10 @@ def test_a_rate_of_zero_has_no_sites() -> None:
     assert build_student(SWIN, drop_path=0.0).drop_path_sites == 0
 
 
-def site_of(rate: float, table: torch.Tensor | None) -> TableDropPath:
+def site_of(rate: float, table: torch.Tensor | None, divided: bool = False) -> TableDropPath:
     draws = Draws()
     draws.rates = [rate, rate]
-    draws.take(table, torch.device("cpu"))
+    draws.take(table, torch.device("cpu"), divided)
     return TableDropPath(rate, 1, draws)
 
 
@@ -174,6 +174,17 @@ def test_a_branch_sees_the_samples_that_it_keeps_and_never_none() -> None:
     student = student_in_training(VIT)
     student.draws.skip_dropped = False
     assert rows_seen(student, draws) == [6] * 5
+
+
+def test_where_all_are_kept_rows_are_gathered_only_for_divided_weights() -> None:
+    """A recomputation under ZeRO-3 stops at what the backward pass needs, which must not depend on a rank's draws."""
+    x = torch.randn(4, 3, requires_grad=True)
+    made = {}
+    for divided in (False, True):
+        out = site_of(0.5, torch.full((2, 4), 0.9), divided).residual(x, torch.sin)
+        assert torch.allclose(out, x + 2 * x.sin())
+        made[divided] = type(out.grad_fn).__name__
+    assert made == {False: "AddBackward0", True: "IndexAddBackward0"}
 
 
 def test_what_overflows_in_a_dropped_branch_harms_nothing() -> None:
