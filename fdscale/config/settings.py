@@ -48,14 +48,15 @@ class StudentSettings(Settings):
     shared one where the weights have that (official fine-tuning). Activation checkpointing recomputes `blocks` in the
     backward pass; `offload` keeps their inputs in the host's memory meanwhile. `resize` takes `weights` of another
     image size or window: positions are resized, and a SwinV2 keeps its coordinates. `skip_dropped` leaves out the work
-    of the samples that a block's branch drops (ViT and SwinV2 students); results are the same to rounding.
+    of the samples that a block's branch drops (ViT and SwinV2 students; None: on GPUs alone); results are the same to
+    rounding.
     """
 
     name: Name
     image_size: Positive | None = None
     position_bias: Literal["shared", "per_block"] | None = None
     drop_path: Rate = 0.0
-    skip_dropped: bool = True
+    skip_dropped: bool | None = None
     activation_checkpointing: Literal["none", "blocks", "offload"] = "none"
     geometry: Keywords = {}
     weights: Name | None = None

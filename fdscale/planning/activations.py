@@ -112,7 +112,7 @@ def trace_step(
     with FakeTensorMode(allow_non_fake_inputs=True):
         _make_fake(module, dtype)
         _let_outputs_be(module)
-        _keep_every_sample(module, zero3)
+        _keep_every_sample(module, cuda, zero3)
         with Ledger(_state(module)) as ledger:
             recorder = Recorder(ledger)
             weights = [weight for weight in module.parameters() if weight.requires_grad]
@@ -211,10 +211,10 @@ def _let_outputs_be(module: nn.Module) -> None:
             part.inplace = False  # type: ignore[assignment]
 
 
-def _keep_every_sample(module: nn.Module, divided: bool) -> None:
+def _keep_every_sample(module: nn.Module, cuda: bool, divided: bool) -> None:
     """Draws have no values here: each branch is computed for all samples, which is the most that it can hold."""
     for draws in {part.draws for part in module.modules() if isinstance(part, TableDropPath)}:
-        draws.take = partial(draws.keep_all, divided)  # type: ignore[method-assign]
+        draws.take = partial(draws.keep_all, cuda, divided)  # type: ignore[method-assign]
 
 
 def _record(module: nn.Module, weights: list[nn.Parameter], recorder: Recorder) -> list[nn.Module]:

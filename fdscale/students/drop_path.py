@@ -34,11 +34,13 @@ def drop_path_rows(seed: int, step: int, sites: int, global_batch: int, rows: sl
 class Draws:
     """The draws (sites, B) of the micro batch in flight, shared by the drop path sites of one network.
 
-    `skip_dropped`: blocks that can compute a branch for its kept samples alone do so.
+    `skip_dropped`: blocks that can compute a branch for its kept samples alone do so; None: on GPUs, as on CPUs to
+    gather them takes longer than what they save.
     """
 
     def __init__(self) -> None:
-        self.skip_dropped = True
+        self.skip_dropped: bool | None = None
+        self.skips = False  # in the micro batch in flight
         self.rates: list[float] = []  # of each site
         self.table: Tensor | None = None
         self.kept: list[Tensor] = []  # each site's samples; where it keeps none, the first
@@ -48,15 +50,19 @@ class Draws:
     def take(self, table: Tensor | None, device: torch.device, divided: bool) -> None:
         """Look at a micro batch's draws on the host and send what the device needs there, without waiting for it."""
         self.table, self.divided = None if table is None else _sent(table, device), divided
-        if table is not None and self.skip_dropped:
+        self.skips = self._skips(device.type == "cuda")
+        if table is not None and self.skips:
             kept = table.numpy() >= np.array(self.rates, np.float32)[:, None]
             self.counts = kept.sum(axis=1).tolist()
             rows = _sent(torch.from_numpy(np.argsort(~kept, axis=1, kind="stable")), device)
             self.kept = [of_site[: max(count, 1)] for of_site, count in zip(rows, self.counts, strict=True)]
 
-    def keep_all(self, divided: bool, table: Tensor | None, device: torch.device, _: bool) -> None:
-        """`take` where draws have shapes alone, of a network that stands for one whose weights may be `divided`."""
-        self.table, self.divided = table, divided
+    def _skips(self, cuda: bool) -> bool:
+        return cuda if self.skip_dropped is None else self.skip_dropped
+
+    def keep_all(self, cuda: bool, divided: bool, table: Tensor | None, device: torch.device, _: bool) -> None:
+        """`take` where draws have shapes alone, for a network on such a device whose weights may be `divided`."""
+        self.table, self.divided, self.skips = table, divided, self._skips(cuda)
         if table is not None:
             rows = torch.arange(table.shape[1], device=device)
             self.counts, self.kept = [len(rows)] * len(self.rates), [rows] * len(self.rates)
@@ -91,7 +97,7 @@ class TableDropPath(nn.Module):
         is there a shorter way then where everything is: a recomputation stops once it has what the backward pass asks
         for, which must be the same on every rank.
         """
-        if not (self.training and self.draws.skip_dropped):
+        if not (self.training and self.draws.skips):
             return x + self(branch(x))
         assert self.draws.table is not None, "drop path needs this micro batch's draws"
         count, scale = self.draws.counts[self.site], 1.0 / (1.0 - self.drop_prob)

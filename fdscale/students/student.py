@@ -68,7 +68,7 @@ class Student(nn.Module):
     @property
     def discarded_work(self) -> float:
         """The mean share of the samples whose branches are computed and discarded; ViT and SwinV2 can skip them."""
-        skips = self.draws.skip_dropped and isinstance(self.geometry, ViTGeometry | SwinV2Geometry)
+        skips = self.draws.skip_dropped is not False and isinstance(self.geometry, ViTGeometry | SwinV2Geometry)
         return 0.0 if skips or not self.drop_path_sites else sum(self.draws.rates) / self.drop_path_sites
 
     def undecayed_parameters(self) -> set[str]:

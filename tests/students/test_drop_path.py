@@ -75,6 +75,7 @@ def test_a_rate_of_zero_has_no_sites() -> None:
 def site_of(rate: float, table: torch.Tensor | None, divided: bool = False) -> TableDropPath:
     draws = Draws()
     draws.rates = [rate, rate]
+    draws.skip_dropped = True
     draws.take(table, torch.device("cpu"), divided)
     return TableDropPath(rate, 1, draws)
 
@@ -110,6 +111,7 @@ def test_training_without_draws_is_our_mistake() -> None:
 
 def student_in_training(geometry: Any) -> Student:
     student = build_student(geometry, drop_path=0.5)
+    student.draws.skip_dropped = True
     with torch.no_grad():
         for norm in (m for name, m in student.named_modules() if name.endswith(("norm1", "norm2"))):
             norm.weight.fill_(1.0)  # SwinV2's branches are almost nothing at the start
@@ -148,7 +150,6 @@ def output_and_gradients(student: Student, table: torch.Tensor) -> dict[str, tor
 @pytest.mark.parametrize("geometry", [SWIN, VIT], ids=["swin_v2", "vit"])
 def test_work_that_is_skipped_changes_neither_output_nor_gradient(geometry: Any, table: torch.Tensor) -> None:
     student = student_in_training(geometry)
-    assert student.draws.skip_dropped
     skipped = output_and_gradients(student, table)
     student.draws.skip_dropped = False
     discarded = output_and_gradients(student, table)
@@ -187,6 +188,13 @@ def test_where_all_are_kept_rows_are_gathered_only_for_divided_weights() -> None
     assert made == {False: "AddBackward0", True: "IndexAddBackward0"}
 
 
+@pytest.mark.parametrize(("chosen", "skips"), [(None, False), (True, True), (False, False)])
+def test_a_cpu_skips_nothing_unless_it_is_told_to(chosen: bool | None, skips: bool) -> None:
+    student = student_in_training(VIT)
+    student.draws.skip_dropped = chosen
+    assert (rows_seen(student, torch.zeros(8, 6)) == [6, 1, 1, 1, 1]) == skips
+
+
 def test_what_overflows_in_a_dropped_branch_harms_nothing() -> None:
     x = torch.full((3, 2), 200.0, requires_grad=True)
     weight = torch.ones(2, requires_grad=True)
@@ -218,5 +226,5 @@ def test_a_student_tells_what_share_it_discards() -> None:
 
 
 def test_draws_that_are_not_on_the_host_are_refused() -> None:
-    with pytest.raises(TypeError, match="meta"):
+    with pytest.raises((TypeError, RuntimeError), match="meta"):
         build_student(VIT, drop_path=0.1)(torch.rand(1, 3, 32, 32), torch.rand(8, 1, device="meta"))
