@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from fdscale.config.errors import UserError
 from fdscale.data.ahead import Shard, ShardsAhead
 from fdscale.data.batches import PADDING, Request
+from fdscale.data.heap import keep_freed
 from fdscale.data.holding import NOTHING, Holding, note
 from fdscale.data.lending import Lender
 from fdscale.data.order import Order, accumulation_steps
@@ -32,7 +33,6 @@ from fdscale.data.remote.fetching import FetchAhead
 # torch again in each (seconds and 300 MB). It is safe here: a worker decodes with PIL and NumPy and touches
 # neither CUDA nor OpenMP, the two things that do not survive a fork beside torch's threads.
 START_METHOD = "fork"
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 KEPT = 64 * 2**20  # bytes that a worker holds on to: an image of 16 million pixels, decoded
 PIECE = 2**18  # bytes in which Pillow hands pixels out: a view of 256 pixels comes in one
 AHEAD = 2  # micro batches that a worker has ready, or is at
@@ -239,16 +239,10 @@ class _Feed:
 
 
 def _spare_memory() -> None:
-    """In a worker: what an image took serves the next one, and what the rank had is not looked through for garbage.
-
-    glibc would give memory back to the kernel, and have it faulted in again, page by page, with every image.
-    """
+    """In a worker: what an image took serves the next one, and what the rank had is not looked through for garbage."""
     gc.freeze()
     ImageFile.MAXBLOCK = PIECE
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
-        mallopt(M_TRIM_THRESHOLD, KEPT)
-        mallopt(M_MMAP_THRESHOLD, KEPT // 2)
+    keep_freed(KEPT)
 
 
 def check_bad_ratio(bad: int, samples: int, max_ratio: float, names: Sequence[str]) -> None:

@@ -83,12 +83,12 @@ class TableDropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ...) -> the same shape; the identity in evaluation mode."""
-        if not self.training:
-            return x
+        return x * self._factors(x) if self.training else x
+
+    def _factors(self, x: Tensor) -> Tensor:
         assert self.draws.table is not None, "drop path needs this micro batch's draws"
         kept = self.draws.table[self.site] >= self.drop_prob
-        scale = kept.to(x.dtype) / (1.0 - self.drop_prob)
-        return x * scale.view(-1, *[1] * (x.ndim - 1))
+        return (kept.to(x.dtype) / (1.0 - self.drop_prob)).view(-1, *[1] * (x.ndim - 1))
 
     def residual(self, x: Tensor, branch: Branch) -> Tensor:
         """x + drop_path(branch(x)) of (B, ...), where `branch` sees the kept samples alone; it is always called.
@@ -97,8 +97,10 @@ class TableDropPath(nn.Module):
         is there a shorter way then where everything is: a recomputation stops once it has what the backward pass asks
         for, which must be the same on every rank.
         """
-        if not (self.training and self.draws.skips):
-            return x + self(branch(x))
+        if not self.training:
+            return x + branch(x)
+        if not self.draws.skips:
+            return _added(x, branch(x), self._factors(x))
         assert self.draws.table is not None, "drop path needs this micro batch's draws"
         count, scale = self.draws.counts[self.site], 1.0 / (1.0 - self.drop_prob)
         if count == len(x) and not self.draws.divided:
@@ -109,6 +111,12 @@ class TableDropPath(nn.Module):
         added = branch(given)
         kind = torch.promote_types(x.dtype, added.dtype)
         return x.to(kind).index_add(0, rows, added.to(kind), alpha=scale)
+
+
+def _added(x: Tensor, added: Tensor, factors: Tensor) -> Tensor:
+    """x + added * factors, in the wider type, in one pass."""
+    kind = torch.promote_types(x.dtype, added.dtype)
+    return torch.addcmul(x.to(kind), added.to(kind), factors.to(kind))
 
 
 def divided(network: nn.Module) -> bool:

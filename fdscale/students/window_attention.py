@@ -2,14 +2,14 @@
 
 Tokens are shifted, padded and cut into windows by one gather, and brought back by another; a shift's masks are four
 small patterns, whatever the number of windows. The attention has two forms of equal results. `attend_by_hand`
-computes and differentiates it chunk by chunk, so that logits stay in a CPU's cache and no tensor of all windows' logits
-exists; it keeps the probabilities for the backward pass, in the type of the values, or computes them again where an
-image has many. `attend_fused` is torch's `scaled_dot_product_attention`: on CUDA, and without gradients.
+computes and differentiates it chunk by chunk, so that no tensor of all windows' logits exists; it keeps the
+probabilities for the backward pass, in the type of the values, or computes them again where an image has many.
+`attend_fused` is torch's `scaled_dot_product_attention`: on CUDA, and without gradients.
 
 In fp32 whatever the type of the tokens: the position bias (log-spaced coordinates and values up to 16 need more than
-8 bits), the norms of queries and keys, logits and softmax (a logit of 100 is 0.25 off in bf16). In the tokens' type,
+8 bits), queries and keys of length 1, logits and softmax (a logit of 100 is 0.25 off in bf16). In the tokens' type,
 with sums in fp32: probabilities times values, and the products of the backward pass. `attend_fused` rounds queries and
-keys of length 1 once more to it, and where CUDA's kernel takes no fp32 bias also the bias.
+keys of length 1 to it, and where CUDA's kernel takes no fp32 bias also the bias.
 
 This file needs torch alone: an export of a student with extra norms carries a copy of it.
 Source: Swin Transformer V2 (arXiv 2111.09883), sections 3.2-3.4.
@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 MASKED = -100.0  # Swin adds it to the logits of tokens that the shift alone brought together
 SHORTEST = 1e-12  # of a query or key that is divided by its length: F.normalize's
 MIDDLE = 8.0  # of the bias, which lies between 0 and 16: around 0 it is rounded less, and a softmax does not see it
-CHUNK_BYTES = 8 * 2**20  # of fp32 logits at a time: less is slower for its many calls, more leaves the cache
+CHUNK_BYTES = 16 * 2**20  # of fp32 logits at a time: less is slower for its many calls, more holds more
 KEPT_BYTES = 64 * 2**20  # of probabilities that a block keeps of an image
 MASK_BYTES = 64 * 2**20  # of masked biases at a time in `attend_fused`
 GRADIENT_BYTES = 512 * 2**20  # of a bias's gradient at a time there: CUDA's kernel makes one for each window
@@ -188,50 +188,55 @@ def attend_by_hand(qkv: Tensor, scale: Tensor, table: Tensor, index: Tensor, win
 
 
 class _ByHand(torch.autograd.Function):
-    """The attention with a backward pass of its own; `differentiated` False keeps nothing for it."""
+    """The attention with a backward pass of its own; `differentiated` False keeps nothing for it.
+
+    It keeps queries and keys of length 1, the factors that made them so, and values, in place of `qkv`.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, qkv: Tensor, scale: Tensor, table: Tensor, index: Tensor, windows: Windows, differentiated: bool
     ) -> Tensor:
-        bias, tokens, heads = position_bias(table, index), index.shape[0], len(scale)
-        output = qkv.new_empty(*qkv.shape[:2], heads, qkv.shape[2] // 3 // heads)
-        kept = None
+        bias, (rows, tokens, width), heads = position_bias(table, index), qkv.shape, len(scale)
+        by_head = (rows, heads, tokens, width // 3 // heads)
+        units, factors = scale.new_empty(2, *by_head), scale.new_empty(2, *by_head[:-1], 1)
+        output, values, kept = qkv.new_empty(rows, tokens, heads, by_head[-1]), qkv.new_empty(by_head), None
         if differentiated and len(windows.kinds) * heads * tokens**2 * qkv.itemsize <= KEPT_BYTES:
-            kept = qkv.new_empty(len(qkv), heads, tokens, tokens)
-        for rows in _chunks(len(qkv), bias, windows):
-            units, _, values = _units(qkv[rows], heads, scale.dtype)
-            found = _probabilities(units, scale, bias, windows, rows.start)
-            weights = found.to(qkv.dtype) if kept is None else kept[rows].copy_(found)
-            output[rows] = (weights.flatten(0, 1) @ values.flatten(0, 1)).view_as(values).transpose(1, 2)
-        ctx.save_for_backward(qkv, scale, table, index, kept)
+            kept = qkv.new_empty(rows, heads, tokens, tokens)
+        for part in _chunks(rows, bias, windows):
+            _prepare(qkv[part], units[:, part], factors[:, part], values[part])
+            found = _probabilities(units[:, part], scale, bias, windows, part.start)
+            weights = found.to(qkv.dtype) if kept is None else kept[part].copy_(found)
+            output[part] = (weights.flatten(0, 1) @ values[part].flatten(0, 1)).view_as(values[part]).transpose(1, 2)
+        ctx.save_for_backward(units, factors, values, scale, table, index, kept)
         ctx.windows = windows
         return output.flatten(2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, scale, table, index, kept = ctx.saved_tensors
-        with without_autocast(qkv.device):
+        units, factors, values, scale, table, index, kept = ctx.saved_tensors
+        with without_autocast(gradient.device):
             bias = position_bias(table, index)
-            of_qkv, of_bias, of_scale = torch.empty_like(qkv), torch.zeros_like(bias), torch.zeros_like(scale)
-            for rows in _chunks(len(qkv), bias, ctx.windows):
-                units, shrunk, values = _units(qkv[rows], len(scale), scale.dtype)
+            of_bias, of_scale = torch.zeros_like(bias), torch.zeros_like(scale)
+            of_qkv = values.new_empty(*gradient.shape[:2], 3, *values.shape[1::2])
+            for part in _chunks(len(values), bias, ctx.windows):
+                given = units[:, part]
                 if kept is None:
-                    weights = _probabilities(units, scale, bias, ctx.windows, rows.start).to(qkv.dtype)
+                    weights = _probabilities(given, scale, bias, ctx.windows, part.start).to(values.dtype)
                 else:
-                    weights = kept[rows]
-                arrived = gradient[rows].unflatten(-1, (len(scale), -1)).transpose(1, 2).contiguous()
-                of_logits, of_values = _before_softmax(arrived, weights, values)
+                    weights = kept[part]
+                arrived = gradient[part].unflatten(-1, (len(scale), -1)).transpose(1, 2).contiguous()
+                of_logits, of_values = _before_softmax(arrived, weights, values[part])
                 of_bias += of_logits.sum(0)
-                of_units = _before_product(of_logits, units.to(qkv.dtype)).to(scale.dtype)
-                along = (of_units * units).sum(-1, keepdim=True)
+                of_units = _before_product(of_logits, given.to(values.dtype)).to(scale.dtype)
+                along = (of_units * given).sum(-1, keepdim=True)
                 of_scale += along[0].sum((0, 2))[:, None]
-                parts = of_qkv[rows].unflatten(-1, (3, len(scale), -1)).permute(2, 0, 3, 1, 4)
-                parts[:2] = of_units.sub_(units.mul_(along)).mul_(shrunk.mul_(scale))
+                parts = of_qkv[part].permute(2, 0, 3, 1, 4)
+                parts[:2] = of_units.addcmul_(given, along, value=-1).mul_(factors[:, part] * scale)
                 parts[2] = of_values
-            of_table = torch.zeros_like(table).index_add_(0, index.flatten(), of_bias.flatten(1).t())
-        return of_qkv, of_scale, of_table, None, None, None
+            of_table = table.new_zeros(table.shape[::-1]).index_add_(1, index.flatten(), of_bias.flatten(1)).t()
+        return of_qkv.flatten(2), of_scale, of_table, None, None, None
 
 
 def _chunks(rows: int, bias: Tensor, windows: Windows) -> Iterator[slice]:
@@ -244,12 +249,13 @@ def _chunks(rows: int, bias: Tensor, windows: Windows) -> Iterator[slice]:
         yield slice(first, min(first + at_once, rows))
 
 
-def _units(qkv: Tensor, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys of length 1 (2, rows, H, N, d), the factors that made them so, and values (rows, H, N, d)."""
-    parts = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    units = torch.empty(parts[:2].shape, dtype=dtype, device=qkv.device).copy_(parts[:2])
-    shrunk = torch.linalg.vector_norm(units, dim=-1, keepdim=True).clamp_min_(SHORTEST).reciprocal_()
-    return units.mul_(shrunk), shrunk, parts[2].contiguous()
+def _prepare(qkv: Tensor, units: Tensor, factors: Tensor, values: Tensor) -> None:
+    """Write queries and keys of length 1 (2, rows, H, N, d), what made them so, and values, of (rows, N, 3 * C)."""
+    parts = qkv.unflatten(-1, (3, values.shape[1], -1)).permute(2, 0, 3, 1, 4)
+    units.copy_(parts[:2])
+    torch.linalg.vector_norm(units, dim=-1, keepdim=True, out=factors)
+    units.mul_(factors.clamp_min_(SHORTEST).reciprocal_())
+    values.copy_(parts[2])
 
 
 def _probabilities(units: Tensor, scale: Tensor, bias: Tensor, windows: Windows, first: int) -> Tensor:
