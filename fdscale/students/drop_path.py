@@ -35,7 +35,7 @@ class Draws:
     """The draws (sites, B) of the micro batch in flight, shared by the drop path sites of one network.
 
     `skip_dropped`: blocks that can compute a branch for its kept samples alone do so; None: on GPUs, as on CPUs to
-    gather them takes longer than what they save.
+    gather them takes about as long as what they save.
     """
 
     def __init__(self) -> None:
