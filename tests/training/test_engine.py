@@ -284,3 +284,12 @@ def connected_again(connection: Connection) -> tuple[bool, int]:
 
 def test_a_process_that_connects_for_each_of_its_runs_gathers_no_threads(two_ranks: Any) -> None:
     assert two_ranks(connected_again) == [(True, 0), (True, 0)]
+
+
+def tiny_numbers(connection: Connection) -> tuple[float, str | None]:
+    return float((torch.full((64,), 1e-38) * 1e-3).max()), os.environ.get("THP_MEM_ALLOC_ENABLE")
+
+
+def test_a_cpu_rank_loses_no_time_on_tiny_numbers_and_small_pages(one_rank: Any) -> None:
+    """1e-41 is no normal float: a CPU takes a hundred times as long for one."""
+    assert one_rank(tiny_numbers) == [(0.0, "1")]
