@@ -92,7 +92,7 @@ def ended(data: bytes, bottom: int, times: int, early: bool) -> tuple[Any, int]:
             image.end_below(bottom)
         image.load()
     except Exception as error:  # PIL raises anything on garbage
-        return f"{type(error).__name__}: {error}", 0
+        return type(error).__name__, 0
     return image.crop((0, 0, image.width, -(-bottom // times))).tobytes(), image.height
 
 
