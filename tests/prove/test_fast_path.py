@@ -121,7 +121,8 @@ def write(page: Page, found: dict[str, tuple[Curves, Curves]]) -> None:
 
 HOW = f"""Losses of {STEPS} steps of {IMAGES} digits at {SIDE} px in bf16, {len(SEEDS)} seeds (of weights, order and
 draws), each both ways. Fast: as a recipe trains, and what drop path drops left out. Reference: attention as it is
-written down, its logits in fp32, everything computed. Means of {SMOOTHED} steps; ± the standard deviation between seeds."""
+written down, its logits in fp32, everything computed. Means of {SMOOTHED} steps; ± the standard deviation between
+seeds."""
 COLUMNS = ("network", "loss at first", "fast, at last", "reference, at last", "mean difference", "most, of the spread")
 
 
