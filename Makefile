@@ -15,6 +15,9 @@ ifeq ($(wildcard /dev/nvidia[0-9]*),)
 export DS_ACCELERATOR ?= cpu
 endif
 
+# Where Python is told to keep nothing compiled, each of hundreds of processes would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 KEEP := --output docs/measurements $(BENCH)
 
 .PHONY: setup demo study bench test test-cluster prove check dashboards
@@ -37,8 +40,9 @@ bench: $(stamp)
 	$(in_venv) fdscale bench checkpoint $(KEEP)
 	$(in_venv) fdscale bench startup $(KEEP) --repeats 2
 
+# Three at a time on two cores: a test on ranks, or of a launcher, waits for a third of its time.
 test: $(stamp)
-	$(in_venv) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(in_venv) python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Real SLURM, sshd and Prometheus on this machine, in namespaces: needs root and Debian's packages, which it installs.
 test-cluster: $(stamp)

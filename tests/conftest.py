@@ -24,7 +24,7 @@ import pytest
 
 WORKER = Path(__file__).parent / "rank_worker.py"
 REPOSITORY = WORKER.parent.parent
-LONGEST = (  # files begun first, so that two workers end together
+LONGEST = (  # files begun first, so that the workers end together
     "tests/study/test_study.py",
     "tests/test_runs.py",
     "tests/downstream/test_dense.py",

@@ -157,7 +157,7 @@ def wait_for(what: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     while not what():
         assert process.poll() is None, process.stdout and process.stdout.read()
         assert time.monotonic() < deadline
-        time.sleep(0.001)
+        time.sleep(0.005)  # a save takes several of them
 
 
 def steps_done(run_dir: Path) -> int:
