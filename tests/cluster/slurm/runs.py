@@ -100,7 +100,7 @@ class Watch:
             state = self.lab.state(self.job)
             assert state not in ("FAILED", "CANCELLED", "TIMEOUT"), f"{state} before {told}\n{self.logs()}"
             assert time.monotonic() < deadline, f"{state}, not within {seconds} s: {told}\n{self.logs()}"
-            time.sleep(0.05)
+            time.sleep(0.2)  # each look asks SLURM, on the cores that the ranks run on
 
     def steps(self, number: int, count: int) -> None:
         """Until the attempt of that number has made so many steps."""
