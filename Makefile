@@ -27,7 +27,7 @@ setup: $(stamp)
 demo: $(stamp)
 	$(in_venv) bash launchers/demo.sh
 
-# The paper in miniature on two cores, in half an hour or more; STUDY='--quick --output runs/quick' for two minutes of it.
+# The paper in miniature on two cores, in half an hour; STUDY='--quick --output runs/quick' for two minutes of it.
 study: $(stamp)
 	$(in_venv) fdscale study $(STUDY)
 
