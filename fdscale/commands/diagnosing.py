@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,6 @@ from fdscale.commands.arguments import AllowPipe, CacheFolder, CacheGib, cache_f
 from fdscale.terminal import terminal
 
 DEFAULT_BATCH, DEFAULT_WORKERS = 16, 2
-LARGE_BLOCK = 2**20  # bytes of a tensor that is given back at once: the process stays as large as one batch makes it
 
 
 def diagnose(
@@ -37,12 +37,13 @@ def diagnose(
     allow_pipe: AllowPipe = False,
 ) -> None:
     """Show what networks attend to, what their features are like and how flat their losses lie, side by side."""
-    from fdscale.data.heap import give_back_from
+    os.environ.setdefault(
+        "THP_MEM_ALLOC_ENABLE", "1"
+    )  # large tensors in large pages, as a rank's; before torch is there
     from fdscale.diagnostics.diagnose import PAGE
     from fdscale.diagnostics.diagnose import diagnose as run
     from fdscale.diagnostics.report import missing_sentences, summary_table
 
-    give_back_from(LARGE_BLOCK)
     parts = [part.strip() for part in only.split(",")] if only else []
     kept = cache_for(data, cache, cache_gib, allow_pipe)
     found = run(models, data, output, preset, images, name or [], parts, batch, workers, kept)

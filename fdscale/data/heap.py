@@ -16,13 +16,15 @@ def keep_freed(size: int) -> None:
     _set(M_MMAP_THRESHOLD, size // 2)
 
 
-def give_back_from(size: int) -> None:
-    """Give every block of so many bytes or more back to the kernel as soon as it is let go of.
+def give_back() -> None:
+    """Give what lies free among the blocks in use back to the kernel.
 
-    glibc comes to keep blocks of up to 32 MiB instead, in gaps between others, and a process grows while it works.
+    A heap in whose gaps the next block does not fit grows, and what was faulted in for them stays. To be called now and
+    then: all that is given back is faulted in again.
     """
-    _set(M_TRIM_THRESHOLD, size)
-    _set(M_MMAP_THRESHOLD, size)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _set(option: int, value: int) -> None:

@@ -20,6 +20,7 @@ import torch
 from fdscale import __version__
 from fdscale.config.errors import SettingsError, UserError, attempt, nearest
 from fdscale.data.batches import Batch
+from fdscale.data.heap import give_back
 from fdscale.data.index import Index, load_index
 from fdscale.data.progress import progress
 from fdscale.data.remote.cache import Cache
@@ -195,6 +196,7 @@ def _look(
                 advance(len(batches[sizes[0]].images))
             for one, alignment in zip(watched, alignments, strict=True):
                 _align(watched[0], one, alignment)
+            give_back()  # the process stays as large as one batch makes it
     if not seen:
         raise UserError(
             f"{index.folder}: none of the {len(chosen):,} images that were to be looked at can be decoded; "
