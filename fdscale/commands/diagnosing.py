@@ -37,9 +37,8 @@ def diagnose(
     allow_pipe: AllowPipe = False,
 ) -> None:
     """Show what networks attend to, what their features are like and how flat their losses lie, side by side."""
-    os.environ.setdefault(
-        "THP_MEM_ALLOC_ENABLE", "1"
-    )  # large tensors in large pages, as a rank's; before torch is there
+    # as a rank's: large tensors in large pages, which torch asks for once
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from fdscale.diagnostics.diagnose import PAGE
     from fdscale.diagnostics.diagnose import diagnose as run
     from fdscale.diagnostics.report import missing_sentences, summary_table

@@ -55,7 +55,7 @@ class Preset:
 
 
 PRESETS = {
-    "quick": Preset(32, 12, LandscapePlan(directions=3, points=5)),
+    "quick": Preset(32, 8, LandscapePlan(directions=3, points=5)),
     "thorough": Preset(256, 64, LandscapePlan(directions=5, points=11, surface=9)),
 }
 
