@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,8 +36,9 @@ def diagnose(
     allow_pipe: AllowPipe = False,
 ) -> None:
     """Show what networks attend to, what their features are like and how flat their losses lie, side by side."""
-    # as a rank's: large tensors in large pages, which torch asks for once
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    from fdscale.data.large_pages import put_tensors_in_large_pages
+
+    put_tensors_in_large_pages()
     from fdscale.diagnostics.diagnose import PAGE
     from fdscale.diagnostics.diagnose import diagnose as run
     from fdscale.diagnostics.report import missing_sentences, summary_table

@@ -1,4 +1,4 @@
-"""Memory that forked processes share, in pages of 2 MiB where the kernel has them.
+"""Memory that forked processes share, and large tensors, in pages of 2 MiB where the kernel has them.
 
 What a process has not touched for a while it has to find again, page by page: a matter of nanoseconds on a machine of
 one's own, of 4 to 25 microseconds on a virtual one whose host watches what is in use. A batch of 64 views lies in 2,350
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from weakref import finalize
 
 LARGE = 2 * 2**20
@@ -19,6 +20,11 @@ _c.mmap.restype = ctypes.c_void_p
 _c.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _c.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _c.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def put_tensors_in_large_pages() -> None:
+    """From 2 MiB on, by torch's own switch, which it looks at once: to be called before it makes the first tensor."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def shared_memory(size: int) -> memoryview:

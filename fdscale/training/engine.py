@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fdscale.cluster.ranks import Rank, export_rank
 from fdscale.config.deepspeed_json import MONITORS
 from fdscale.config.errors import UserError
+from fdscale.data.large_pages import put_tensors_in_large_pages
 from fdscale.training.average import AVERAGE
 from fdscale.training.optim import Schedule
 
@@ -89,10 +90,10 @@ def _prepare_cpu() -> None:
     """What makes a process faster on CPUs, and moves a result by 1e-38 at most; before it computes anything.
 
     A softmax makes numbers as small as 1e-44 of Swin's masked logits, at four times the cost of others: they become 0.
-    Tensors of 2 MiB and more lie in large pages, of which a CPU remembers where they are: torch's own switch.
+    A CPU remembers where large pages are.
     """
     torch.set_flush_denormal(True)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    put_tensors_in_large_pages()
 
 
 @lru_cache(maxsize=1)
