@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from fdscale.cli import main
-from fdscale.cluster.orphans import process_start
 from fdscale.training.engine import Connection
+from tests.descendants import assert_end, descendants
 
 REPOSITORY = Path(__file__).parent.parent
 LAUNCHER = str(REPOSITORY / "launchers" / "fd_swinv2g.sh")
@@ -143,7 +143,7 @@ def start(arguments: list[str], environment: dict[str, str], folder: Path) -> su
 def ranks_of(launcher: int) -> dict[int, int]:
     """{rank: pid} of the processes that a launcher started, itself or by a launcher of its own."""
     found: dict[int, int] = {}
-    for pid in sorted(descendants(launcher)):  # a rank before its workers
+    for pid in descendants(launcher):  # a rank before its workers
         with suppress(OSError):  # it has ended meanwhile
             environ = Path(f"/proc/{pid}/environ").read_text()
             variables = dict(v.split("=", 1) for v in environ.split("\0") if "=" in v)
@@ -168,8 +168,10 @@ def steps_done(run_dir: Path) -> int:
 def kill_one_rank(same: list[str], environment: dict[str, str], folder: Path, when: Callable[[], bool]) -> str:
     """Start, wait for the moment, kill -9 rank 1; what was printed. The launcher must end with an error."""
     process = start(same, environment, folder)
+    wait_for(lambda: 1 in ranks_of(process.pid), process)
+    victim = ranks_of(process.pid)[1]  # known beforehand: the moment is short
     wait_for(when, process)
-    os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
     printed = process.communicate(timeout=60)[0]
     assert process.returncode != 0
     return printed
@@ -229,22 +231,9 @@ def test_a_deepspeed_runner_that_is_killed_leaves_a_commit_and_nobody_behind(
     assert len(family) >= 4, "the runner, its launcher, two ranks"
     process.kill()
     process.communicate(timeout=60)  # its output ends when the last of them has closed it
-    deadline = time.monotonic() + 60
-    while any(process_start(pid) is not None for pid in family):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    assert_end(list(family))
     committed = list((run_dir / "attempts" / "0001").glob("step_*/manifest.json"))
     assert [int(path.parent.name.removeprefix("step_")) for path in committed] == [curve(run_dir)[-1][0]]
-
-
-def descendants(pid: int) -> set[int]:
-    """Everything that a process has started, and what that has."""
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
-    found = {pid}
-    while more := {child for child, parent in pairs if parent in found} - found:
-        found |= more
-    return found - {pid}
 
 
 def run_again(connection: Connection, arguments: list[str]) -> int:

@@ -13,8 +13,8 @@ import pytest
 from fdscale.config.errors import UserError
 from fdscale.data.index import build_index
 from fdscale.data.packing.pack import pack
-from tests.data.descendants import assert_end, descendants
 from tests.data.packing.small import tar_bytes
+from tests.descendants import assert_end, descendants
 
 HOURS = 2**40  # bytes that one process reads in no less
 

@@ -20,8 +20,8 @@ from fdscale.data.packing.folder import folder_source
 from fdscale.data.packing.pack import pack
 from fdscale.data.packing.plan import Plan, Record, Work
 from fdscale.data.packing.shards import write_shards
-from tests.data.descendants import assert_end, descendants
 from tests.data.packing.small import contents, jpeg, packed
+from tests.descendants import assert_end, descendants
 
 
 @pytest.fixture
