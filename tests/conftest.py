@@ -19,9 +19,13 @@ from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 
+hypothesis.settings.register_profile("fdscale", hypothesis.settings(), deadline=None)  # timings are for benchmarks
+hypothesis.settings.load_profile("fdscale")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads of several pytest workers wait for each other
 WORKER = Path(__file__).parent / "rank_worker.py"
 REPOSITORY = WORKER.parent.parent
 LONGEST = (  # files begun first, so that the workers end together

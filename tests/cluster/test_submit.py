@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fdscale.cli import main
@@ -38,7 +38,6 @@ def executable(path: Path, text: str) -> Path:
     return path
 
 
-@settings(deadline=None)
 @given(arguments=st.lists(WORDS, max_size=4), folder=WORDS.filter(lambda name: "/" not in name and len(name) > 2))
 def test_bash_hands_on_every_word_as_it_was_typed(
     tmp_path_factory: pytest.TempPathFactory, arguments: list[str], folder: str
@@ -66,7 +65,6 @@ def test_sbatch_reads_numbers_and_fixed_text(arguments: list[str], python: str) 
     assert not any("\r" in line for line in lines), "sbatch refuses carriage returns"
 
 
-@settings(deadline=None)
 @given(WORDS)
 def test_a_quoted_word_is_one_line_and_one_word(word: str) -> None:
     assert "\n" not in quoted(word)

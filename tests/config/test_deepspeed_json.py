@@ -14,7 +14,7 @@ from fdscale.config.deepspeed_json import BLOCKS, HOMES, LEAF_MODULE, MONITORS, 
 from fdscale.config.errors import SettingsError, UserError
 
 GOOD: dict[str, Any] = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 3}}
-many = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture

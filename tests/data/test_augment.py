@@ -28,7 +28,7 @@ def seen(*numbers: object) -> np.ndarray:
     return np.asarray(augment(*numbers)).transpose(2, 0, 1)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**64 - 1), st.integers(0, 500), st.integers(0, 99))
 def test_a_view_is_a_pure_function_of_seed_key_and_view(width, height, key, view, seed):
     image = noise(width, height)
@@ -130,7 +130,7 @@ def testcrop_boxes_are_distributed_as_torchvisions(size):
     assert ours.std(axis=0) == pytest.approx(spread, rel=0.06)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(1, 300), st.integers(1, 300))
 def test_the_fallback_is_torchvisionscentre_box(width, height):
     scale, ratio = [1e9, 1e9], [3 / 4, 4 / 3]  # no try can fit

@@ -19,6 +19,7 @@ def in_worker(lender: Lender, worker: int, work: Callable[[], bytes]) -> bytes:
     ours, theirs = context.Pipe()
 
     def begin_and_work() -> None:
+        torch.set_num_threads(1)  # as in a DataLoader's worker: threads that there were are not forked
         lender.begin(worker)
         theirs.send_bytes(work())
 

@@ -141,7 +141,7 @@ lives = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.lists(lives, min_size=1, max_size=4), st.booleans())
 def test_a_run_stopped_anywhere_and_resumed_on_any_ranks_sees_what_the_undisturbed_one_sees(
     index, mixture, stretches, mixes

@@ -21,7 +21,7 @@ from fdscale.data.order import (
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 2**40), st.integers(0, 5))
 def test_an_epoch_holds_each_sample_at_most_once(samples, batch, seed, epoch):
     batch = min(samples, batch)
@@ -34,7 +34,7 @@ def test_an_epoch_holds_each_sample_at_most_once(samples, batch, seed, epoch):
     assert set(seen.tolist()) <= set(range(samples))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=20))
 def test_a_batch_depends_on_the_step_alone(steps):
     order = GlobalOrder(50, 7, seed=3)
@@ -72,7 +72,7 @@ def epoch_of(order: WindowedOrder, epoch: int) -> np.ndarray:
     return np.stack([order.batch(step) for step in steps])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(shards, st.integers(1, 200), st.integers(1, 200), st.integers(0, 3), st.integers(0, 2))
 def test_a_windowed_epoch_holds_each_sample_at_most_once(sizes, batch, shuffle, seed, epoch):
     batch = min(batch, sum(sizes))
@@ -83,7 +83,7 @@ def test_a_windowed_epoch_holds_each_sample_at_most_once(sizes, batch, shuffle, 
     assert order.views(epoch * order.steps_per_epoch).tolist() == [epoch] * batch
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(shards, st.integers(1, 70), st.integers(1, 300), st.lists(st.integers(0, 60), min_size=1, max_size=12))
 def test_a_windowed_batch_depends_on_the_step_alone(sizes, batch, shuffle, steps):
     batch = min(batch, sum(sizes))
@@ -156,7 +156,7 @@ def test_a_lane_has_shards_enough(shards, batch, lanes):
     assert lanes_of(shards, batch) == lanes
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 60)), min_size=1, max_size=4), st.integers(0, 40))
 def test_a_mixture_has_the_same_rows_of_each_data_set_in_every_step(parts, step):
     rows, sizes = [row for row, _ in parts], [row + more for row, more in parts]

@@ -93,7 +93,7 @@ def attentions(draw: st.DrawFn) -> Attention:
     return Attention(logits.softmax(-1), (places + 0.5) * draw(st.sampled_from([1, 16, 24.9])), prefix, regions)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(attention=attentions())
 def test_every_measure_of_any_attention_is_that_of_plain_loops(attention: Attention) -> None:
     places: list[list[Place]] = [
@@ -105,7 +105,7 @@ def test_every_measure_of_any_attention_is_that_of_plain_loops(attention: Attent
     assert_same(measured(attention), expected)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(attention=attentions(), split=st.integers(0, 3))
 def test_it_does_not_matter_in_which_batches_images_come(attention: Attention, split: int) -> None:
     measures = AttentionMeasures()

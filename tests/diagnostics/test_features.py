@@ -141,7 +141,7 @@ def test_a_network_without_blocks_still_has_an_output() -> None:
     assert [(row.measure, row.layer) for row in rows] == [("feature_rank", 0), ("token_similarity", 0)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(used=st.integers(1, 6), scale=st.floats(1e-3, 1e3), shift=st.floats(-1e2, 1e2), seed=st.integers(0, 99))
 def test_the_rank_of_tokens_spread_evenly_over_some_dimensions_is_their_number(
     used: int, scale: float, shift: float, seed: int

@@ -42,7 +42,7 @@ def built(kind: str, grid: tuple[int, int], window: tuple[int, int], shift: tupl
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(grid=st.tuples(sides, sides), window=st.tuples(st.integers(2, 5), st.integers(2, 5)), shifted=st.booleans())
 def test_places_are_where_the_block_takes_its_tokens_from(
     kind: str, grid: tuple[int, int], window: tuple[int, int], shifted: bool
@@ -60,7 +60,7 @@ def test_places_are_where_the_block_takes_its_tokens_from(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(grid=st.tuples(sides, sides), window=st.tuples(st.integers(2, 5), st.integers(2, 5)), shifted=st.booleans())
 def test_regions_are_what_the_blocks_mask_keeps_apart(
     kind: str, grid: tuple[int, int], window: tuple[int, int], shifted: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fdscale.config.errors import UserError
@@ -31,7 +31,6 @@ def test_whitening_keeps_a_constant_token_finite() -> None:
     assert torch.equal(whiten(torch.full((1, 1, 4), 7.0)), torch.zeros(1, 1, 4))
 
 
-@settings(deadline=None)
 @given(SIDES, SIDES, st.integers(1, 4), st.integers(1, 4))
 def test_pooling_is_the_mean_of_each_cell(height: int, width: int, down: int, right: int) -> None:
     teacher = TokenLayout((height * down, width * right), 0)
@@ -44,7 +43,6 @@ def test_pooling_is_the_mean_of_each_cell(height: int, width: int, down: int, ri
             assert torch.allclose(found[y, x], cell.mean((0, 1)), atol=1e-5)
 
 
-@settings(deadline=None)
 @given(SIDES, SIDES, SIDES, SIDES)
 def test_interpolation_gives_any_grid_and_keeps_what_is_constant(th: int, tw: int, sh: int, sw: int) -> None:
     row = torch.arange(float(WIDTH))
@@ -88,7 +86,6 @@ def test_cls_alone_leaves_the_registers_of_either_side_out() -> None:
     assert torch.equal(with_registers.of_student(tokens), tokens[:, [0, *range(5, 21)]])
 
 
-@settings(deadline=None)
 @given(SIDES, st.integers(1, 3), st.integers(0, 5), st.integers(0, 5), st.sampled_from(["keep", "cls", "drop"]))
 def test_every_target_has_its_student_token(side: int, times: int, theirs: int, ours: int, prefix_tokens: str) -> None:
     ours = theirs if prefix_tokens == "keep" else ours

@@ -18,7 +18,7 @@ from fdscale.students.geometry import geometry_to_json, student_geometry
 
 Shards = Callable[..., str]
 DEEPSPEED: dict[str, Any] = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}}
-many = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def plan_of(name: str, *overrides: str, ranks: int = 2) -> Plan:

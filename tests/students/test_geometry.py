@@ -49,7 +49,7 @@ def test_the_count_is_the_networks(name: str) -> None:
     assert STUDENTS[name].problems() == []
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     depths=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
     head_width=st.sampled_from([4, 8]),
@@ -64,7 +64,7 @@ def test_the_count_holds_for_any_swin_v2(
     assert geometry.parameters() == sum(p.numel() for p in parameters_of(geometry))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.sampled_from([4, 8]), st.sampled_from([1.5, 4.0]), st.sampled_from(BIASES)
 )

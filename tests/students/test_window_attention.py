@@ -62,11 +62,11 @@ def assert_close(found: dict[str, Tensor], theirs: dict[str, Tensor], expected: 
     assert found.keys() == expected.keys()
     for name, wanted in expected.items():
         ours, timms = (float((each[name] - wanted).abs().max()) for each in (found, theirs))
-        assert ours <= max(EXACT * max(1.0, float(wanted.abs().max())), 4 * timms), name
+        assert ours <= max(EXACT * max(1.0, float(wanted.abs().max())), 8 * timms), name
 
 
 @FORMS
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(size=sides, window=st.integers(2, 5), shifted=st.booleans(), pads_first=st.booleans(), small=st.booleans())
 def test_a_block_is_timms_with_its_gradients_on_any_map(
     form: Any, perturbed: Any, size: Any, window: int, shifted: bool, pads_first: bool, small: bool

@@ -374,7 +374,7 @@ def test_truncated_files_are_told(zipped: bool, part: float, tmp_path: Path) -> 
             read(path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_broken_bytes_give_a_user_error_or_a_value(data: st.DataObject, tmp_path_factory) -> None:
     sound = pickle.dumps({"a": [1, (2, "x")], "b": collections.deque([1])}, 2)

@@ -85,7 +85,7 @@ def test_counts_follow_overrides_and_the_layer_taken(name: str, layer: int | Non
     assert shape == (1, spec.prefix_tokens + spec.grid[0] * spec.grid[1], spec.width)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(side=st.integers(7, 24), window=st.integers(2, 8), stages=st.integers(1, 3))
 def test_a_swins_counts_hold_for_any_map_and_window(side: int, window: int, stages: int) -> None:
     side *= 2 ** (stages - 1)  # timm and the originals agree on maps that halve evenly

@@ -58,7 +58,7 @@ def test_maps_become_tokens_row_by_row(layout: str) -> None:
     assert torch.equal(own_teacher(layout)(pixels), own_teacher("tokens")(pixels))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     mean=st.lists(st.floats(0, 1), min_size=3, max_size=3),
     std=st.lists(st.floats(0.05, 2), min_size=3, max_size=3),

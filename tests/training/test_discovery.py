@@ -52,7 +52,7 @@ def test_older_attempts_of_the_same_run_are_removed_and_nothing_else(tmp_path: P
     assert set(folder.iterdir()) == kept
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(run=st.text(), node=st.text())
 def test_any_name_is_a_file_and_a_label(tmp_path_factory: pytest.TempPathFactory, run: str, node: str):
     folder = tmp_path_factory.mktemp("targets")

@@ -19,7 +19,7 @@ SIZES = st.sampled_from([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, PIECE - 1, PIECE, PI
 
 
 @pytest.mark.parametrize("folder", [None, "/dev/shm"], ids=["past the page cache", "in memory"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sizes=st.lists(SIZES, max_size=6))
 def test_every_byte_arrives_however_it_is_cut(
     folder: str | None, sizes: list[int], tmp_path_factory: pytest.TempPathFactory

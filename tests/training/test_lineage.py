@@ -109,7 +109,7 @@ class Model:
             self.late.add(made)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from(["begin", "commit", "zombie"]), st.integers(1, 9)), max_size=25))
 def test_whatever_zombies_do_the_line_is_that_of_the_newest_attempts(events: list[tuple[str, int]]) -> None:
     import tempfile

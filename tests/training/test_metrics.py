@@ -7,7 +7,7 @@ import resource
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fdscale.downstream.detection.average_precision import KINDS, NAMES
@@ -90,7 +90,6 @@ def test_events_reach_the_console_and_nobody_where_there_is_none():
     assert said == ["resumed"]
 
 
-@settings(deadline=None)  # files are written
 @given(loss=st.floats(allow_nan=False, allow_infinity=False))
 def test_floats_read_back_bit_for_bit(tmp_path_factory, loss):
     path = tmp_path_factory.mktemp("run") / "metrics.jsonl"

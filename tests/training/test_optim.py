@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from timm.scheduler import CosineLRScheduler
 from torch import nn
@@ -26,7 +26,6 @@ def test_the_official_schedule(index: int, rate: float) -> None:
     assert CLIP_B.at(index) == pytest.approx(rate, rel=1e-6)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 300), st.integers(1, 500), st.data())
 def test_it_is_timms_cosine_with_a_warmup_prefix(warmup: int, cosine: int, data: st.DataObject) -> None:
     parameter = nn.Parameter(torch.zeros(1))

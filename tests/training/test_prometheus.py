@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import Metric, generate_latest
 from prometheus_client.exposition import choose_encoder
@@ -100,7 +100,6 @@ def test_odd_names_come_out_as_they_are(run):
     assert scrape(Live(), run)["fdscale_run_state"][2]["run"] == run
 
 
-@settings(deadline=None)
 @given(run=TEXT, commit=TEXT, value=st.floats())
 def test_any_name_and_any_value_come_out_as_they_are(run, commit, value):
     live = Live({"commit": commit})

@@ -22,7 +22,7 @@ def blocks(width: int, height: int, seed: int) -> tuple[Image.Image, np.ndarray]
     return image, np.where(labels == 5, np.uint8(255), labels)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(20, 90), st.integers(20, 90), st.integers(0, 2**64 - 1), st.integers(0, 500), st.integers(0, 99))
 def test_image_and_labels_keep_together_and_no_label_is_invented(width, height, key, view, seed):
     image, labels = blocks(width, height, seed)

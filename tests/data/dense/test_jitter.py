@@ -32,7 +32,7 @@ def number_of(masks: np.ndarray, image: Image.Image) -> np.ndarray:
     return np.array([owner[mask > 0][0] for mask in masks], np.int64)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(12, 90), st.integers(12, 90), st.integers(1, 7), st.integers(0, 2**64 - 1), st.integers(0, 99))
 def test_image_masks_and_boxes_keep_together(width, height, count, key, seed):
     image, masks, boxes = rectangles(width, height, count, seed)
@@ -59,7 +59,7 @@ def test_image_masks_and_boxes_keep_together(width, height, count, key, seed):
     assert np.array_equal(seen.masks, again.masks)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(12, 90), st.integers(12, 90), st.integers(1, 7), st.integers(0, 2**64 - 1), st.integers(0, 99))
 def test_boxes_alone_lie_around_what_the_masks_show(width, height, count, key, seed):
     image, masks, boxes = rectangles(width, height, count, seed)

@@ -33,7 +33,7 @@ def path(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("json") / "file.json"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(values, max_size=9),
     st.lists(values, max_size=9),

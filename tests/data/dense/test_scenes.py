@@ -17,7 +17,7 @@ from fdscale.data.dense.rendering import STUFF, THINGS, render
 from fdscale.data.dense.scenes import CATEGORY_IDS, SCENE_CLASSES, write_ade20k, write_coco
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(arrays.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))))
 def test_any_mask_comes_back_from_its_outlines(mask):
     found = segmentation(mask)

@@ -26,7 +26,7 @@ def cut(whole: np.ndarray, window: Window) -> np.ndarray:
     return part[..., ::-1] if window.flip else part
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(windows(), st.integers(0, 99))
 def test_pixels_are_those_of_torchvisions_resized_image(window, seed):
     shape = (window.size[1], window.size[0], 3)
@@ -37,7 +37,7 @@ def test_pixels_are_those_of_torchvisions_resized_image(window, seed):
     assert np.abs(ours.astype(int) - cut(whole, window)).max() <= 2  # rounded twice, each in its own way
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(windows())
 def test_values_are_those_of_the_nearest_pixels(window):
     """Torch counts in fp32 and may take the other of two pixels that are equally near."""
@@ -60,7 +60,7 @@ def test_values_are_those_of_the_nearest_pixels(window):
         assert not differ[axis].any(axis=1 - axis)[~tied].any()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(windows(), st.lists(st.floats(0, 60), min_size=4, max_size=4))
 def test_boxes_move_with_the_pixels(window, numbers):
     x1, x2 = sorted(min(number, window.size[0]) for number in numbers[:2])

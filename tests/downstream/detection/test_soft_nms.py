@@ -47,7 +47,7 @@ def by_hand(rows: list[Row], sigma: float | None, threshold: float) -> list[tupl
     return sorted(found, reverse=True)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(ROWS, st.sampled_from([0.5, 0.1, None]), st.sampled_from([0.0, 0.2]), st.integers(1, 25))
 def test_it_is_its_pseudo_code(drawn: list[Row], sigma: float | None, threshold: float, most: int) -> None:
     # no ties in fp32, before or after a decay: exponentials are no fractions of each other

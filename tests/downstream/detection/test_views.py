@@ -16,7 +16,7 @@ def image_of(height: int, width: int) -> torch.Tensor:
     return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SIDES, SIDES, st.integers(8, 80), st.integers(8, 120), st.sampled_from([1, 32]))
 def test_sides_are_bounded_and_boxes_come_back(h: int, w: int, short: int, long: int, divisible: int) -> None:
     views = views_of(image_of(h, w), short, long, (1.0, 0.5), flip=True, divisible=divisible)

@@ -48,7 +48,7 @@ def slowly(pixels: Tensor, crop: int, stride: int) -> Tensor:
     return found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 14), st.integers(1, 14), st.integers(1, 8), st.data())
 def test_windows_cover_every_pixel_and_are_averaged(height: int, width: int, crop: int, data: st.DataObject) -> None:
     stride, batch = data.draw(st.integers(1, crop)), data.draw(st.integers(1, 5))
@@ -65,7 +65,7 @@ def test_the_published_windows_of_an_ade20k_image() -> None:
     assert corners == [(0, 0), (0, 320)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 12), st.integers(2, 12), st.lists(st.integers(2, 14), min_size=1, max_size=3), st.booleans())
 def test_views_are_averaged_at_the_wanted_size(height: int, width: int, sides: list[int], flip: bool) -> None:
     image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(height * 100 + width))
