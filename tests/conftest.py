@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
@@ -22,6 +22,8 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
+
+from fdscale.imports import importing
 
 hypothesis.settings.register_profile("fdscale", hypothesis.settings(), deadline=None)  # timings are for benchmarks
 hypothesis.settings.load_profile("fdscale")
@@ -50,6 +52,13 @@ LONGEST = (  # files begun first, so that the workers end together
     "tests/export",
     "tests/bench",
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Every test file is imported, and all that it needs."""
+    with importing():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

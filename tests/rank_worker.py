@@ -14,6 +14,8 @@ from contextlib import suppress
 from multiprocessing.connection import Client, Connection
 from types import ModuleType
 
+from fdscale.imports import importing
+
 IMPORTED = ("fdscale.train", "deepspeed.runtime.zero.muon.muon_optimizer")  # they start no threads
 MODULES: dict[str, ModuleType] = {}
 
@@ -54,6 +56,8 @@ def serve(pytest_session: Connection) -> None:
             answer = (False, traceback.format_exc())
         forget_engines()
         pytest_session.send_bytes(pickle.dumps(answer))
+        gc.collect()  # ZeRO-3 does at each start, of all there is: what stays, modules above all, is no garbage
+        gc.freeze()
 
 
 def become_rank(environment: Mapping[str, str], address: str) -> None:
@@ -67,8 +71,9 @@ def become_rank(environment: Mapping[str, str], address: str) -> None:
 
 def fork_ranks(requests: Connection) -> None:
     """A rank for each (environment, address) that is sent."""
-    for module in IMPORTED:
-        importlib.import_module(module)
+    with importing():
+        for module in IMPORTED:
+            importlib.import_module(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for ranks
     while True:
         environment, address = requests.recv()

@@ -22,6 +22,7 @@ FLOORS = {
     "fdscale.cluster.host_memory": 0,
     "fdscale.cluster.ranks": 0,
     "fdscale.terminal": 0,
+    "fdscale.imports": 0,
     "fdscale.tokens": 0,
     "fdscale.blocks": 0,
     "fdscale.data": 1,

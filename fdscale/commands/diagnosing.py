@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from fdscale.commands.arguments import AllowPipe, CacheFolder, CacheGib, cache_for
+from fdscale.imports import importing
 from fdscale.terminal import terminal
 
 DEFAULT_BATCH, DEFAULT_WORKERS = 16, 2
@@ -39,9 +40,10 @@ def diagnose(
     from fdscale.data.large_pages import put_tensors_in_large_pages
 
     put_tensors_in_large_pages()
-    from fdscale.diagnostics.diagnose import PAGE
-    from fdscale.diagnostics.diagnose import diagnose as run
-    from fdscale.diagnostics.report import missing_sentences, summary_table
+    with importing():
+        from fdscale.diagnostics.diagnose import PAGE
+        from fdscale.diagnostics.diagnose import diagnose as run
+        from fdscale.diagnostics.report import missing_sentences, summary_table
 
     parts = [part.strip() for part in only.split(",")] if only else []
     kept = cache_for(data, cache, cache_gib, allow_pipe)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fdscale.commands.arguments import Overrides, RunDirectory
+from fdscale.imports import importing
 from fdscale.terminal import terminal
 
 Shards = Annotated[Path, typer.Option(help="A shard folder with labels.")]
@@ -43,9 +44,10 @@ def probe_rank(
     output: Path | None = None,
 ) -> None:
     """What `fdscale probe` starts on every rank."""
-    from fdscale.downstream.probe import probe as run
-    from fdscale.downstream.probe import table_of
-    from fdscale.training.engine import part
+    with importing():
+        from fdscale.downstream.probe import probe as run
+        from fdscale.downstream.probe import table_of
+        from fdscale.training.engine import part
 
     found = run(student, train, held_out, neighbours, batch, workers, output)
     if os.environ.get("RANK", "0") == "0":
@@ -78,9 +80,10 @@ def evaluate_rank(
     run: RunDirectory, overrides: Overrides = None, average: Average = False, output: Output = None
 ) -> None:
     """What `fdscale evaluate` starts on every rank."""
-    from fdscale.downstream.evaluate import evaluate as measure
-    from fdscale.downstream.evaluate import table_of
-    from fdscale.training.engine import part
+    with importing():
+        from fdscale.downstream.evaluate import evaluate as measure
+        from fdscale.downstream.evaluate import table_of
+        from fdscale.training.engine import part
 
     found = measure(run, overrides or [], "_ema" if average else "", output)
     if os.environ.get("RANK", "0") == "0":

@@ -14,6 +14,7 @@ from fdscale.commands.arguments import Overrides, Recipe, Smoke, settings_of
 from fdscale.config.dense_settings import DetectSettings, SegmentSettings
 from fdscale.config.programs import AnySettings
 from fdscale.config.settings import DistillSettings, FinetuneSettings
+from fdscale.imports import importing
 from fdscale.planning.cost import EFFICIENCY
 from fdscale.terminal import terminal
 
@@ -72,7 +73,9 @@ def outlook_of(
     """What the planner foresees of a recipe on a cluster."""
     from fdscale.plan import plan as foresee
 
-    return foresee(settings, _outliner(settings.program), Path(recipe).stem, nodes, gpus_per_node, gpu, efficiency)
+    with importing():
+        outliner = _outliner(settings.program)
+    return foresee(settings, outliner, Path(recipe).stem, nodes, gpus_per_node, gpu, efficiency)
 
 
 def _outliner(program: str) -> Any:
@@ -94,7 +97,8 @@ def distill(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -
     hold_stop_signals(os.environ)
     settings = settings_of("distill", recipe, overrides, smoke)
     assert isinstance(settings, DistillSettings)
-    from fdscale.train import distill as run
+    with importing():
+        from fdscale.train import distill as run
 
     _leave(run(settings))
 
@@ -104,7 +108,8 @@ def finetune(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) 
     hold_stop_signals(os.environ)
     settings = settings_of("finetune", recipe, overrides, smoke)
     assert isinstance(settings, FinetuneSettings)
-    from fdscale.downstream.classify import finetune as run
+    with importing():
+        from fdscale.downstream.classify import finetune as run
 
     _leave(run(settings))
 
@@ -114,7 +119,8 @@ def segment(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -
     hold_stop_signals(os.environ)
     settings = settings_of("segment", recipe, overrides, smoke)
     assert isinstance(settings, SegmentSettings)
-    from fdscale.downstream.segment import segment as run
+    with importing():
+        from fdscale.downstream.segment import segment as run
 
     _leave(run(settings))
 
@@ -124,7 +130,8 @@ def detect(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) ->
     hold_stop_signals(os.environ)
     settings = settings_of("detect", recipe, overrides, smoke)
     assert isinstance(settings, DetectSettings)
-    from fdscale.downstream.detect import detect as run
+    with importing():
+        from fdscale.downstream.detect import detect as run
 
     _leave(run(settings))
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from fdscale.cluster.ranks import Rank, export_rank, free_port
 from fdscale.config.errors import UserError
+from fdscale.imports import importing
 from fdscale.study.tasks import Design, Task
 
 THREADS = "OMP_NUM_THREADS"
@@ -47,9 +48,8 @@ def serve(pipe: Connection, log: Path, design: Design, runs: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the study's to tell; it asks with SIGTERM
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     _become_a_rank(log)
-    from fdscale.study.doing import done  # imports torch
-
-    gc.freeze()  # what is imported is never garbage
+    with importing():
+        from fdscale.study.doing import done
     while True:
         try:
             task: Task = pipe.recv()
