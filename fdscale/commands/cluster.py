@@ -17,6 +17,7 @@ from fdscale.commands.training import outlook_of
 from fdscale.config.errors import UserError
 from fdscale.config.programs import AnySettings
 from fdscale.config.recipe import site_words
+from fdscale.imports import importing
 from fdscale.terminal import terminal
 
 SMOKE_RANKS = 2  # --smoke's global batch of 32 is two ranks' micro batch of 16
@@ -135,7 +136,8 @@ def doctor(
 
 def examine(recipe: Recipe, overrides: Overrides = None, smoke: Smoke = False) -> None:
     """What `fdscale doctor RECIPE` starts on every rank."""
-    from fdscale.doctor import examine_ranks, leave
+    with importing():
+        from fdscale.doctor import examine_ranks, leave
 
     sound = examine_ranks(settings_of(None, recipe, overrides, smoke))
     leave(sound)

@@ -11,6 +11,7 @@ from rich.markup import escape
 from fdscale.commands.arguments import Overrides, Recipe, settings_of
 from fdscale.config.errors import UserError
 from fdscale.config.shipped import shipped_files
+from fdscale.imports import importing
 from fdscale.terminal import terminal
 
 
@@ -41,7 +42,8 @@ def import_(
     ] = None,
 ) -> None:
     """Turn a published checkpoint into a student file, which can be trained on, and can teach."""
-    from fdscale.importing.importer import import_checkpoint
+    with importing():
+        from fdscale.importing.importer import import_checkpoint
 
     terminal().print(escape(str(import_checkpoint(file, output, overrides or []))), soft_wrap=True)
 
@@ -76,7 +78,8 @@ def export(
 
     refuse_dense(run)
     if format == "weights":
-        from fdscale.export.weights_format import export_weights
+        with importing():
+            from fdscale.export.weights_format import export_weights
 
         written = export_weights(run, output, step, "bf16" if dtype == "bf16" else "fp32", ema)
     elif ema or step is not None or dtype != "fp32":
@@ -84,11 +87,13 @@ def export(
             f"--dtype, --ema and --step belong to --format weights; {format} takes RUN/student_ema.safetensors"
         )
     elif format == "transformers":
-        from fdscale.export.transformers_format import export_transformers
+        with importing():
+            from fdscale.export.transformers_format import export_transformers
 
         written = export_transformers(run, output)
     else:
-        from fdscale.export.timm_format import export_timm
+        with importing():
+            from fdscale.export.timm_format import export_timm
 
         written = export_timm(run, output)
     terminal().print(f"exported to {escape(str(written))}", soft_wrap=True)
