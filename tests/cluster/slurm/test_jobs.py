@@ -104,9 +104,11 @@ def test_ranks_that_are_killed_at_random_moments_cost_nothing_but_time(
     run_dir, chance = tmp_path / "run", random.Random(SEED)
     job = submitted(lab, tmp_path, LAUNCHER, *settings(run_dir, digits), f"guards.attempts={KILLS + 1}")
     watch = Watch(lab, job, run_dir)
-    for number in range(1, KILLS + 1):
+    # by steps, not seconds: however fast the machine is, the run is not complete before its last kill
+    for number, steps in enumerate(chance.sample(range(-1, KILLS), KILLS), start=1):
         watch.until(lambda number=number: len(pids(run_dir, number)) == 2, f"attempt {number}")
-        time.sleep(chance.uniform(0, 6))
+        watch.steps(number, steps)
+        time.sleep(chance.uniform(0, 0.3))
         print(f"attempt {number}: killed after {steps_of_this_life(run_dir, number)} steps")
         with suppress(ProcessLookupError):
             os.kill(pids(run_dir, number)[chance.randrange(2)], signal.SIGKILL)
