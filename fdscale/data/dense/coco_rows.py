@@ -167,12 +167,10 @@ def _segmentation_problem(item: Mapping[str, Any]) -> str | None:
     segmentation = item["segmentation"]
     if isinstance(segmentation, dict):
         return _rle_problem(segmentation)
-    try:
+    with suppress(TypeError, OverflowError):  # no numbers, or none that fit: told below
         # One sum says whether all are finite numbers.
         if segmentation and all(len(part) % 2 == 0 and math.isfinite(sum(part)) for part in segmentation):
             return None
-    except (TypeError, OverflowError):
-        pass  # no numbers, or none that fit: told below
     return f"segmentation is {_short(segmentation)}, allowed: polygons [[x1, y1, x2, y2, x3, y3, ...], ...] or RLE"
 
 
